@@ -1,0 +1,72 @@
+"""What one engine step made."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from kvstore.block_hash import BlockHash
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"  # end-of-sequence or stop token id
+    LENGTH = "length"  # max_tokens or the model's longest context
+    ABORTED = "aborted"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Under the model's own distribution: before penalties, temperature and truncation."""
+
+    token_id: int
+    logprob: float
+    top_token_ids: tuple[int, ...] = ()  # likeliest first
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceOutput:
+    """New tokens, or the end, of one sequence. After a finish_reason the engine has forgotten seq_id, unless the
+    sequence was added with keeps_blocks: then its blocks stay until release()."""
+
+    seq_id: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token id, or none
+    finish_reason: FinishReason | None = None
+    num_hit_tokens: int = 0  # set with the first token
+    queue_s: float = 0.0  # added -> first scheduled; set with the first token
+    prefill_s: float = 0.0  # first scheduled -> first token sampled; set with the first token
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # set with the first token: of prompt tokens 1, 2, ...
+
+
+@dataclass(frozen=True, slots=True)
+class BlockEvents:
+    """Changes of this worker's prefix cache, for the prefix index."""
+
+    stored: tuple[BlockHash, ...] = ()
+    removed: tuple[BlockHash, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    num_prefill_tokens: int  # computed in this step
+    num_decode_tokens: int
+    num_running: int
+    num_waiting: int  # added but not scheduled, or preempted
+    num_waiting_tokens: int  # still to compute for the sequences not yet past their prompt
+    num_free_blocks: int  # free and not cached
+    num_cached_blocks: int  # unused, kept for prefix hits
+    num_used_blocks: int  # owned by sequences or reservations
+    num_preemptions: int  # in this step
+    num_hit_tokens: int  # prompt tokens of sequences first scheduled in this step that came from the cache
+    num_queried_tokens: int  # prompt tokens of those sequences
+    step_s: float
+    is_idle_step: bool = False
+    expert_load: tuple[tuple[int, ...], ...] = ()  # [moe layer][logical expert] tokens routed in this step
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    outputs: list[SequenceOutput]
+    stats: StepStats
+    block_events: BlockEvents = field(default_factory=BlockEvents)
