@@ -15,7 +15,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 def compile_protos(output_dir: Path) -> list[Path]:
-    """Compile as if from the repository root; the stubs' paths relative to it. RuntimeError when protoc fails."""
+    """Compile as if from the repository root; returns the stubs. RuntimeError when protoc fails."""
     import grpc_tools
     from grpc_tools import protoc
 
