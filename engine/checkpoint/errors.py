@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class CheckpointError(ValueError):
-    """The checkpoint cannot be used: one line for a person, with the file or tensor, what was expected and what was found."""
+    """The checkpoint cannot be used. One line: which file or tensor, what was expected, what was found."""

@@ -1,4 +1,4 @@
-"""Typed reading of a JSON object written by somebody else: every mistake names file, field, value and what is accepted."""
+"""Typed reading of foreign JSON objects: a mistake names file, field, value and what is accepted."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A checkpoint's config.json as the engine sees it.
 
-Two spellings exist of the same model: the hub's (rope_theta, rope_scaling, topk_method, scoring_func, moe_layer_freq) and
-that of transformers 5 (all of rope inside rope_parameters, the gate's methods left out). Both are read; absent fields have
-the defaults of the transformers classes.
+Two spellings exist of the same model: the hub's (rope_theta, rope_scaling, topk_method, scoring_func,
+moe_layer_freq) and that of transformers 5 (all of rope inside rope_parameters, the gate's methods left out).
+Both are read; absent fields have the defaults of the transformers classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "llama")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary embedding; the names of transformers' rope_parameters. Fields that the scaling does not use have neutral values."""
+    """Named as in transformers' rope_parameters. Fields that the scaling does not use have neutral values."""
 
     theta: float
     scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"]
@@ -101,7 +101,7 @@ class ModelConfig:
 
 
 def load_model_config(model_dir: Path) -> ModelConfig:
-    """Read config.json (and generation_config.json, if there, for end-of-sequence ids). Raises CheckpointError."""
+    """Read config.json, and the eos_token_id of generation_config.json if there. Raises CheckpointError."""
     model_dir = Path(model_dir)
     path = model_dir / "config.json"
     generation_path = model_dir / "generation_config.json"
@@ -239,8 +239,7 @@ def _fp8_block_shape(fields: JsonFields) -> tuple[int, int] | None:
     quantization.choice("quant_method", "", ("fp8",))
     quantization.choice("fmt", "e4m3", ("e4m3",))
     shape = quantization.values.get("weight_block_size")
-    is_shape = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
-    if not is_shape:
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
         raise quantization.error("weight_block_size", f"must be two positive integers, found {shape!r}")
     return (shape[0], shape[1])
 

@@ -1,0 +1,57 @@
+"""Random weights made on the spot, for load tests of a model whose weights are not here."""
+
+from __future__ import annotations
+
+import math
+from hashlib import blake2b
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from engine.checkpoint.model_config import ModelConfig
+
+_POOL_SIZE = 1_048_583  # prime, so that no row length divides it and rows differ
+
+
+class DummyWeights:
+    """A tensor depends on its name and shape only. All are windows of one pool of normal numbers, repeated:
+    hundreds of gigabytes appear at the speed of a copy. Matrices keep the variance of their input."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        self._config = config
+        self._dtype = dtype
+        self._pool = torch.randn(_POOL_SIZE, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        return None
+
+    def has(self, name: str) -> bool:
+        if name.endswith(".bias"):
+            return self._config.attention_bias if ".self_attn." in name else self._config.mlp_bias
+        return True
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
+        dtype = dtype or self._dtype
+        if name == "lm_head.weight" and self._config.tie_word_embeddings:
+            name = "model.embed_tokens.weight"
+        if len(shape) == 1 and name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=dtype)
+        scale = 1.0 / math.sqrt(shape[-1]) if len(shape) > 1 else 0.02
+        return (self._window(name, math.prod(shape)).mul_(scale)).to(dtype).view(shape)
+
+    def _window(self, name: str, num_values: int) -> torch.Tensor:
+        start = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") % _POOL_SIZE
+        values = torch.empty(num_values, dtype=self._dtype)
+        done = 0
+        while done < num_values:
+            piece = self._pool[start : start + num_values - done]
+            values[done : done + piece.shape[0]] = piece
+            done += piece.shape[0]
+            start = 0
+        return values
