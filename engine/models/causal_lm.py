@@ -1,0 +1,32 @@
+"""What the runner may ask of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from engine.forward_batch import ForwardBatch
+
+if TYPE_CHECKING:
+    from engine.kv_cache import KvCache
+
+LayerDone = Callable[[int], None]
+
+
+class CausalLM(Protocol):
+    def forward(
+        self, batch: ForwardBatch, kv_cache: KvCache, layer_done: LayerDone | None = None
+    ) -> torch.Tensor:
+        """hidden_TD after the final norm. Calls layer_done(i) when layer i is computed and its KV of this batch is
+        in the cache. A batch of zero tokens is an idle step: it joins every dispatch and combine."""
+        ...
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """float32 [N, V]."""
+        ...
+
+    def take_expert_load(self) -> torch.Tensor | None:
+        """int64 [MoE layers, E]: tokens of this rank routed to each logical expert since the last call."""
+        ...
