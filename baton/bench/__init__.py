@@ -1,0 +1,1 @@
+"""Measures an OpenAI-compatible server from outside: workload, load, measurements, report."""

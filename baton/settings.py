@@ -1,0 +1,27 @@
+"""What the command line takes from the environment; services read their own BATON_* variables themselves."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandSettings:
+    redis_url: str | None  # REDIS_URL; None: an embedded server is started
+    cache_dir: Path  # converted models
+    state_dir: Path  # logs of runs
+    environment: dict[str, str]  # what a child process inherits
+
+
+def load_command_settings() -> CommandSettings:
+    home = Path(os.environ.get("HOME") or Path.home())
+    cache_root = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    state_root = Path(os.environ.get("XDG_STATE_HOME") or home / ".local" / "state")
+    return CommandSettings(
+        redis_url=os.environ.get("REDIS_URL") or None,
+        cache_dir=cache_root / "baton",
+        state_dir=state_root / "baton",
+        environment=dict(os.environ),
+    )
