@@ -28,7 +28,7 @@ _MAX_ERROR_BYTES = 64 * 1024
 
 
 class HttpStatusError(Exception):
-    """The server answered with another status than 200; the message is its own if it sent OpenAI's error body."""
+    """The server answered with another status than 200; in OpenAI's error body if it has one."""
 
     def __init__(self, status: int, body: bytes) -> None:
         super().__init__(f"HTTP {status}: {_error_message(body)}")
@@ -109,7 +109,7 @@ class _Response(asyncio.Protocol):
 
 
 class HttpClient:
-    """One connection to the server of `url`, reopened when needed. Closing it mid-answer cancels the request."""
+    """One connection to the server of `url`, reopened when needed. Closing it cancels the request."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -172,9 +172,8 @@ class HttpClient:
         try:
             _, self._response = await loop.create_connection(_Response, self._host, self._port, ssl=self._tls)
         except OSError as error:
-            raise ServerUnreachable(
-                f"no server at {self._host}:{self._port} ({os.strerror(error.errno) if error.errno else error})"
-            ) from error
+            reason = os.strerror(error.errno) if error.errno else error
+            raise ServerUnreachable(f"no server at {self._host}:{self._port} ({reason})") from error
         return self._response
 
     def _head(self, method: str, path: str, payload: bytes | None) -> bytes:

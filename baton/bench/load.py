@@ -1,4 +1,4 @@
-"""Sends a workload: closed loop (so many streams at once) or open loop (at given times, however slow it gets)."""
+"""Sends a workload: closed loop (so many streams at once) or open loop (at given times)."""
 
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ async def measure(client: HttpClient, target: Target, prompt_ids: Sequence[int])
 def brings_token(event: dict[str, Any]) -> bool:
     """Whether a completion chunk stands for new tokens.
 
-    An empty text still does while the stream goes on (a token may end inside a character). The closing chunk that
-    only carries a finish reason does not, nor does the one that only carries usage.
+    An empty text still does while the stream goes on: a token may end inside a character. The closing chunks
+    that only carry a finish reason or usage do not.
     """
     choices = event.get("choices")
     if not choices:

@@ -1,0 +1,86 @@
+"""What `baton up` shows: a live table while it starts (lines when the output is no terminal), then events."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from baton.up.log_line import parse_log_line
+from baton.up.process_status import ProcessStatus
+
+_STYLES = {"ready": "green", "starting": "yellow", "restarting": "red", "failed": "red", "stopping": "yellow"}
+
+
+class Console:
+    def __init__(self, statuses: Mapping[str, ProcessStatus], model: str) -> None:
+        self._rich = RichConsole(file=sys.stdout, highlight=False)
+        self._statuses = statuses
+        self._model = model
+        self._started_at = time.monotonic()
+        self._live: Live | None = None
+        self._shown: dict[str, tuple[str, str]] = {}
+
+    def start(self) -> None:
+        if self._rich.is_terminal:
+            self._live = Live(
+                get_renderable=self._starting_table, console=self._rich, refresh_per_second=4, transient=True
+            )
+            self._live.start()
+
+    def stop(self) -> None:
+        """Ends the live table; safe to call twice."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def line(self, text: str) -> None:
+        self._rich.print(Text(text), soft_wrap=True)
+
+    def changed(self, status: ProcessStatus) -> None:
+        shown = (status.state, status.detail)
+        if self._live is not None or self._shown.get(status.spec.name) == shown:
+            return
+        self._shown[status.spec.name] = shown
+        elapsed_s = time.monotonic() - self._started_at
+        pid = f"  pid {status.pid}" if status.state == "starting" and status.pid else ""
+        detail = f"  {status.detail}" if status.detail else ""
+        self.line(f"{elapsed_s:7.1f} s  {status.spec.name:<12} {status.state}{pid}{detail}")
+
+    def log_line(self, status: ProcessStatus, line: str) -> None:
+        """Warnings of every process come to one place; everything is in the log files."""
+        parsed = parse_log_line(line)
+        if parsed.is_warning:
+            self.line(f"{status.spec.name} | {parsed.level}: {parsed.text}")
+        elif parsed.event and status.state == "starting":
+            status.detail = parsed.text
+            self.changed(status)
+
+    def show_ready(self) -> None:
+        """The table of what runs where."""
+        self.stop()
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in ("process", "role", "pid", "address", "metrics", "threads", "state", "model"):
+            table.add_column(column)
+        for s in self._statuses.values():
+            row = [s.spec.name, s.spec.role, str(s.pid or "-"), s.spec.address, s.spec.metrics_address]
+            table.add_row(*row, str(s.spec.num_threads), _styled(s.state), self._model)
+        self._rich.print(table, soft_wrap=True)
+
+    def _starting_table(self) -> Table:
+        elapsed_s = time.monotonic() - self._started_at
+        table = Table(box=None, header_style="bold", pad_edge=False, title=f"starting, {elapsed_s:.0f} s")
+        for column in ("process", "pid", "state", "now"):
+            table.add_column(column, no_wrap=True)
+        for s in self._statuses.values():
+            table.add_row(s.spec.name, str(s.pid or "-"), _styled(s.state), Text(s.detail))
+        return table
+
+
+def _styled(state: str) -> Text:
+    return Text(state, style=_STYLES.get(state, ""))

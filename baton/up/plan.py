@@ -1,0 +1,154 @@
+"""Which processes `baton up` starts and how they are told about each other: plain values, nothing is started here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+Role = Literal["router", "prefill", "decode"]
+
+WORKER_HOST = "127.0.0.1"  # workers of one machine meet there, whatever address the router listens on
+
+MODULES: Mapping[Role, str] = {"router": "router", "prefill": "prefill_svc", "decode": "decode_svc"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpOptions:
+    model_dir: Path
+    served_model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    num_prefill: int = 1  # workers; 0: decode workers compute the prompts themselves
+    num_decode: int = 1  # groups
+    ep_size: int = 1  # processes in each decode group
+    threads_per_worker: int | None = None  # None: the cores are split between the workers
+    router_settings: Mapping[str, str] = field(default_factory=dict)  # field name -> value
+    worker_settings: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.num_prefill < 0:
+            raise ValueError(f"--prefill {self.num_prefill}: must be at least 0")
+        for option, value in (("--decode", self.num_decode), ("--ep-size", self.ep_size)):
+            if value < 1:
+                raise ValueError(f"{option} {value}: must be at least 1")
+        if not 1 <= self.port <= 65535:
+            raise ValueError(f"--port {self.port}: must be 1 to 65535")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessSpec:
+    name: str  # unique in one run, also the name of the log file
+    role: Role
+    environment: Mapping[str, str]  # on top of what every child inherits
+    address: str  # host:port that it serves: HTTP for the router, gRPC for workers
+    metrics_address: str
+    num_threads: int
+    ep_rank: int = 0
+
+    @property
+    def module(self) -> str:
+        return MODULES[self.role]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSpec:
+    """Processes that live and die together: one router, one prefill worker, or all ranks of a decode group."""
+
+    name: str
+    role: Role
+    members: tuple[ProcessSpec, ...]
+
+    def with_rendezvous(self, address: str) -> GroupSpec:
+        """The same group meeting at another address: the old one may still be held by a rank that is dying."""
+        if len(self.members) == 1:
+            return self
+        members = [
+            replace(m, environment={**m.environment, "BATON_DECODE_EP_ADDRESS": address})
+            for m in self.members
+        ]
+        return replace(self, members=tuple(members))
+
+
+def split_threads(num_cores: int, num_workers: int) -> int:
+    """Threads for each worker such that they never fight over a core: a preempted thread stalls its whole process."""
+    return max(1, num_cores // max(1, num_workers))
+
+
+def plan_groups(
+    options: UpOptions, redis_url: str, num_cores: int, free_port: Callable[[], int]
+) -> list[GroupSpec]:
+    """Workers first, the router last. `free_port` is called once for each port that is needed."""
+    num_workers = options.num_prefill + options.num_decode * options.ep_size
+    num_threads = options.threads_per_worker or split_threads(num_cores, num_workers)
+    planner = _Planner(options, redis_url, num_threads, free_port)
+    prefill = [planner.prefill(index) for index in range(options.num_prefill)]
+    decode = [planner.decode(index) for index in range(options.num_decode)]
+    return [*prefill, *decode, planner.router()]
+
+
+class _Planner:
+    def __init__(
+        self, options: UpOptions, redis_url: str, num_threads: int, free_port: Callable[[], int]
+    ) -> None:
+        self._options = options
+        self._redis_url = redis_url
+        self._num_threads = num_threads
+        self._free_port = free_port
+
+    def router(self) -> GroupSpec:
+        o = self._options
+        address = f"{o.host}:{o.port}"
+        environment = self._environment("ROUTER", {"HOST": o.host, "PORT": o.port, **o.router_settings})
+        spec = ProcessSpec(
+            name="router",
+            role="router",
+            environment=environment,
+            address=address,
+            metrics_address=address,
+            num_threads=1,
+        )
+        return GroupSpec(name="router", role="router", members=(spec,))
+
+    def prefill(self, index: int) -> GroupSpec:
+        name = f"prefill-{index}"
+        return GroupSpec(name=name, role="prefill", members=(self._worker("prefill", name, {}, 0),))
+
+    def decode(self, index: int) -> GroupSpec:
+        name = f"decode-{index}"
+        size = self._options.ep_size
+        if size == 1:
+            return GroupSpec(name=name, role="decode", members=(self._worker("decode", name, {}, 0),))
+        rendezvous = f"{WORKER_HOST}:{self._free_port()}"
+        members = []
+        for rank in range(size):
+            settings = {"GROUP_ID": name, "EP_SIZE": size, "EP_RANK": rank, "EP_ADDRESS": rendezvous}
+            members.append(self._worker("decode", f"{name}.{rank}", settings, rank))
+        return GroupSpec(name=name, role="decode", members=tuple(members))
+
+    def _worker(
+        self, role: Literal["prefill", "decode"], name: str, settings: Mapping[str, object], ep_rank: int
+    ) -> ProcessSpec:
+        port, metrics_port = self._free_port(), self._free_port()
+        own = {"PORT": port, "METRICS_PORT": metrics_port, "NUM_THREADS": self._num_threads}
+        environment = self._environment(role.upper(), {**own, **settings, **self._options.worker_settings})
+        return ProcessSpec(
+            name=name,
+            role=role,
+            environment=environment,
+            address=f"{WORKER_HOST}:{port}",
+            metrics_address=f"{WORKER_HOST}:{metrics_port}",
+            num_threads=self._num_threads,
+            ep_rank=ep_rank,
+        )
+
+    def _environment(self, service: str, settings: Mapping[str, object]) -> dict[str, str]:
+        common = {
+            "MODEL": self._options.model_dir,
+            "SERVED_MODEL_NAME": self._options.served_model_name,
+            "HOST": WORKER_HOST,
+            "REDIS_URL": self._redis_url,
+            "LOG_FORMAT": "json",
+        }
+        return {f"BATON_{service}_{name}": str(value) for name, value in {**common, **settings}.items()}
