@@ -121,10 +121,8 @@ def _tensors_to_write(
         quantise = partial(fp8.quantise, block_shape=_FP8_BLOCK_SHAPE)
         num_scales = math.prod(fp8.num_blocks((shape[0], shape[1]), config.fp8_block_shape))
         return [
-            TensorToWrite(name, math.prod(shape), lambda: fp8.quantise(make(), _FP8_BLOCK_SHAPE)[0]),
-            TensorToWrite(
-                f"{name}_scale_inv", 4 * num_scales, lambda: fp8.quantise(make(), _FP8_BLOCK_SHAPE)[1]
-            ),
+            TensorToWrite(name, math.prod(shape), lambda: quantise(make())[0]),
+            TensorToWrite(f"{name}_scale_inv", 4 * num_scales, lambda: quantise(make())[1]),
         ]
     # As on the hub: the bias decides between experts, and bfloat16 would move it by more than training did.
     stored = torch.float32 if name.endswith("e_score_correction_bias") else dtype
@@ -132,7 +130,7 @@ def _tensors_to_write(
 
 
 def _random_tensor(name: str, shape: tuple[int, ...], num_layers: int, seed: int) -> torch.Tensor:
-    """Scaled so that activations keep their size over the layers and logits spread wide enough for clear maxima."""
+    """Scaled so that activations keep their size over the layers and logits spread to clear maxima."""
     key = blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     values = torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1))
     if name.endswith("norm.weight"):
