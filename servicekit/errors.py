@@ -11,7 +11,7 @@ from __future__ import annotations
 
 
 class ServingError(Exception):
-    """Base of all expected failures. The message says what was expected and what was found, never prompt text."""
+    """Base of expected failures. The message says what was expected and what was found, never prompt text."""
 
 
 class InvalidRequest(ServingError):
