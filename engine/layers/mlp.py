@@ -33,7 +33,7 @@ def load_up_gate(
 
 
 def load_gated_mlp(
-    weights: WeightSource, prefix: str, hidden_size: int, intermediate_size: int, has_bias: bool = False
+    weights: WeightSource, prefix: str, hidden_size: int, intermediate_size: int, has_bias: bool
 ) -> GatedMlp:
     up_gate_bias = down_bias = None
     if has_bias:

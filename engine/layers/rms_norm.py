@@ -7,8 +7,8 @@ from torch.nn import functional
 class RmsNorm:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
-    On CPU torch decomposes its own rms_norm into five passes over memory; a vector norm and two products take a third
-    of that time.
+    On CPU torch decomposes its own rms_norm into five passes over memory; a vector norm and two products take
+    a third of that time.
     """
 
     def __init__(self, weight_D: torch.Tensor, eps: float) -> None:

@@ -1,7 +1,7 @@
 """Rotary position embedding as one complex product.
 
-Queries and keys are kept with interleaved pairs (0, 1), (2, 3), ... whatever the checkpoint's order is: `interleave_rows`
-reorders the weights once at load, and a score does not change when query and key are reordered alike.
+Queries and keys are kept with interleaved pairs (0, 1), (2, 3), ... whatever the checkpoint's order is:
+`interleave_rows` reorders weights at load. A score does not change when query and key are reordered alike.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ def rotate_(x: torch.Tensor, rotations: torch.Tensor) -> None:
 
 def _has_even_layout(pairs: torch.Tensor) -> bool:
     strides = pairs.stride()
-    return strides[-1] == 1 and pairs.storage_offset() % 2 == 0 and not any(stride % 2 for stride in strides[:-1])
+    return (
+        strides[-1] == 1
+        and pairs.storage_offset() % 2 == 0
+        and not any(stride % 2 for stride in strides[:-1])
+    )
 
 
 def interleave_rows(weight: torch.Tensor) -> torch.Tensor:
@@ -46,7 +50,7 @@ def interleave_rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_frequencies(config: RopeConfig, rotary_dim: int) -> torch.Tensor:
-    """float32 [R / 2]. "dynamic" scales only beyond the model's longest context, which no sequence exceeds."""
+    """float32 [R / 2]. "dynamic" scales only beyond the model's longest context: never here."""
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
     inverse_freq = 1.0 / config.theta**exponents
     if config.scaling == "linear":

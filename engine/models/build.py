@@ -20,11 +20,24 @@ def build_model(
     device: torch.device | str,
 ) -> CausalLM:
     """dispatcher_for(layer) gives the dispatcher of each MoE layer; None keeps all experts on this rank."""
-    if config.model_type == "llama":
-        return build_llama(config, weights, dtype, device)
-    if config.model_type not in ("deepseek_v2", "deepseek_v3"):
-        raise ValueError(f"unsupported model_type {config.model_type!r}")
-    if dispatcher_for is None:
-        num_experts = config.moe.num_routed_experts if config.moe else 0
-        return build_deepseek(config, weights, lambda _: LocalDispatcher(num_experts), dtype, device)
-    return build_deepseek(config, weights, dispatcher_for, dtype, device)
+    placed = PlacedWeights(weights, dtype, device)
+    if config.mla is None:
+        return build_llama(config, placed, device)
+    num_experts = config.moe.num_routed_experts if config.moe else 0
+    local = LocalDispatcher(num_experts)
+    return build_deepseek(config, config.mla, placed, dispatcher_for or (lambda _: local), device)
+
+
+class PlacedWeights:
+    """A weight source whose tensors are on the model's device, in its dtype."""
+
+    def __init__(self, source: WeightSource, dtype: torch.dtype, device: torch.device | str) -> None:
+        self._source = source
+        self._dtype = dtype
+        self._device = device
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self._source.get(name, shape, dtype or self._dtype).to(self._device)
+
+    def has(self, name: str) -> bool:
+        return self._source.has(name)

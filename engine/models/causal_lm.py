@@ -19,8 +19,8 @@ class CausalLM(Protocol):
     def forward(
         self, batch: ForwardBatch, kv_cache: KvCache, layer_done: LayerDone | None = None
     ) -> torch.Tensor:
-        """hidden_TD after the final norm. Calls layer_done(i) when layer i is computed and its KV of this batch is
-        in the cache. A batch of zero tokens is an idle step: it joins every dispatch and combine."""
+        """hidden_TD after the final norm. Calls layer_done(i) when layer i is computed and its KV of this
+        batch is in the cache. Zero tokens are an idle step: it joins every dispatch and combine."""
         ...
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Sending tokens to the ranks that hold their experts, and the results back.
 
-T tokens of this rank, K experts per token, E logical experts, R rows received by this rank's experts, D hidden.
+T tokens of this rank, K experts per token, R rows received by this rank's experts, D hidden.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Dispatcher(Protocol):
         ...
 
     def combine(self, y_RD: torch.Tensor, weights_TK: torch.Tensor, routed: Routed) -> torch.Tensor:
-        """out_TD: for each of this rank's tokens sum_k weights[t, k] * y(t, k), in the order of k, so that the
-        number of ranks does not change the result. y_RD has the rows of routed.x_RD in the same order."""
+        """out_TD: for each of this rank's tokens sum_k weights[t, k] * y(t, k), in the order of k, so that
+        the number of ranks does not change the result. y_RD: the results of routed.x_RD, in its order."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Choosing experts for each token, as DeepSeek-V2 (arXiv 2405.04434) and DeepSeek-V3 (arXiv 2412.19437) do."""
+"""Choosing experts for a token, as DeepSeek-V2 (arXiv 2405.04434) and DeepSeek-V3 (arXiv 2412.19437) do."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Gate:
 
     def __init__(self, config: MoeConfig, weight_ED: torch.Tensor, bias_E: torch.Tensor | None) -> None:
         self._config = config
-        self._linear = Linear(weight_ED.float())
-        self._bias_E = None if bias_E is None else bias_E.float()
+        self._linear = Linear(weight_ED)
+        self._bias_E = bias_E
 
     def __call__(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """weights_TK float32 and expert_ids_TK int64 (logical)."""
@@ -33,7 +33,7 @@ def choose_experts(
         choice_TE = _mask_other_groups(config, choice_TE)
     ids_TK = choice_TE.topk(config.num_experts_per_token, dim=-1, sorted=False).indices
     weights_TK = scores_TE.gather(1, ids_TK)
-    if config.norm_topk_prob and config.num_experts_per_token > 1:
+    if config.norm_topk_prob:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
     if config.routed_scaling_factor != 1.0:
         weights_TK = weights_TK * config.routed_scaling_factor
@@ -41,11 +41,12 @@ def choose_experts(
 
 
 def _mask_other_groups(config: MoeConfig, choice_TE: torch.Tensor) -> torch.Tensor:
-    """Only experts of the best groups may be chosen; a group is as good as its best expert, or as its best two
-    together under "noaux_tc"."""
+    """Only experts of the best groups may be chosen. A group is as good as its best expert, or as its best
+    two together under "noaux_tc"."""
     choice_TGE = choice_TE.unflatten(-1, (config.num_groups, -1))
     if config.topk_method == "noaux_tc":
-        group_scores_TG = choice_TGE.topk(2, dim=-1, sorted=False).values.sum(dim=-1)
+        num_best = min(2, choice_TGE.shape[-1])
+        group_scores_TG = choice_TGE.topk(num_best, dim=-1, sorted=False).values.sum(dim=-1)
     else:
         group_scores_TG = choice_TGE.amax(dim=-1)
     groups = group_scores_TG.topk(config.topk_groups, dim=-1, sorted=False).indices
@@ -54,8 +55,8 @@ def _mask_other_groups(config: MoeConfig, choice_TE: torch.Tensor) -> torch.Tens
 
 
 def load_gate(config: MoeConfig, weights: WeightSource, prefix: str, hidden_size: int) -> Gate:
-    weight_ED = weights.get(f"{prefix}.weight", (config.num_routed_experts, hidden_size))
+    weight_ED = weights.get(f"{prefix}.weight", (config.num_routed_experts, hidden_size), torch.float32)
     bias_E = None
     if config.topk_method == "noaux_tc":
-        bias_E = weights.get(f"{prefix}.e_score_correction_bias", (config.num_routed_experts,))
+        bias_E = weights.get(f"{prefix}.e_score_correction_bias", (config.num_routed_experts,), torch.float32)
     return Gate(config, weight_ED, bias_E)

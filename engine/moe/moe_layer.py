@@ -9,7 +9,7 @@ from engine.moe.gate import Gate
 
 
 class MoeLayer:
-    """gate -> dispatch -> experts -> combine, plus the shared experts. Counts the tokens of each logical expert."""
+    """gate -> dispatch -> experts -> combine, plus the shared experts. Counts tokens by logical expert."""
 
     def __init__(
         self, gate: Gate, dispatcher: Dispatcher, experts: Experts, shared: GatedMlp | None, num_experts: int

@@ -1,0 +1,61 @@
+"""DeepSeek-V2 and DeepSeek-V3: they differ in the gate and in configuration only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from engine.attention.mla import load_mla_attention
+from engine.checkpoint.model_config import MlaConfig, ModelConfig, MoeConfig
+from engine.checkpoint.weights import WeightSource
+from engine.layers.mlp import load_gated_mlp
+from engine.layers.rotary import Rotary
+from engine.models.decoder import Decoder, DecoderLayer, FeedForward, load_decoder, load_norm
+from engine.moe.dispatch import Dispatcher
+from engine.moe.experts import load_experts
+from engine.moe.gate import load_gate
+from engine.moe.moe_layer import MoeLayer
+
+
+def build_deepseek(
+    config: ModelConfig,
+    mla: MlaConfig,
+    weights: WeightSource,
+    dispatcher_for: Callable[[int], Dispatcher],
+    device: torch.device | str,
+) -> Decoder:
+    def load_layer(i: int) -> DecoderLayer:
+        prefix = f"model.layers.{i}"
+        feed_forward: FeedForward
+        if config.moe is not None and config.is_moe_layer(i):
+            feed_forward = _load_moe_layer(config, config.moe, weights, f"{prefix}.mlp", dispatcher_for(i))
+        else:
+            feed_forward = load_gated_mlp(
+                weights, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, config.mlp_bias
+            )
+        return DecoderLayer(
+            load_norm(config, weights, f"{prefix}.input_layernorm"),
+            load_mla_attention(config, mla, weights, f"{prefix}.self_attn"),
+            load_norm(config, weights, f"{prefix}.post_attention_layernorm"),
+            feed_forward,
+        )
+
+    return load_decoder(config, weights, load_layer, Rotary(config.rope, mla.qk_rope_head_dim, device))
+
+
+def _load_moe_layer(
+    config: ModelConfig, moe: MoeConfig, weights: WeightSource, prefix: str, dispatcher: Dispatcher
+) -> MoeLayer:
+    hidden = config.hidden_size
+    shared = None
+    if moe.num_shared_experts:
+        shared_size = moe.num_shared_experts * moe.moe_intermediate_size
+        shared = load_gated_mlp(weights, f"{prefix}.shared_experts", hidden, shared_size, config.mlp_bias)
+    return MoeLayer(
+        load_gate(moe, weights, f"{prefix}.gate", hidden),
+        dispatcher,
+        load_experts(moe, weights, f"{prefix}.experts", hidden, dispatcher.local_experts),
+        shared,
+        moe.num_routed_experts,
+    )
