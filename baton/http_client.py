@@ -35,8 +35,8 @@ class HttpStatusError(Exception):
         self.status = status
 
 
-class ServerUnreachable(Exception):
-    """No connection, or one that ended before the answer did."""
+class NoAnswer(Exception):
+    """No connection, one that ended before the answer did, or no end of the answer in time."""
 
 
 class EventParser:
@@ -82,12 +82,10 @@ class _Response(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._fail(ServerUnreachable(f"not an HTTP answer: {error}"))
+            self._fail(NoAnswer(f"not an HTTP answer: {error}"))
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._fail(
-            ServerUnreachable(f"connection ended before the answer did{f': {error}' if error else ''}")
-        )
+        self._fail(NoAnswer(f"connection ended before the answer did{f': {error}' if error else ''}"))
 
     def on_body(self, data: bytes) -> None:
         if self._on_event is None or self._parser.get_status_code() != 200:
@@ -144,7 +142,7 @@ class HttpClient:
         return orjson.loads(body)
 
     async def post_stream(self, path: str, payload: bytes, on_event: OnEvent, timeout_s: float) -> None:
-        """Returns after the last event. Raises HttpStatusError, ServerUnreachable, TimeoutError."""
+        """Returns after the last event. Raises HttpStatusError, NoAnswer."""
         status, body = await self._exchange("POST", path, payload, on_event, timeout_s)
         if status != 200:
             raise HttpStatusError(status, body)
@@ -159,6 +157,8 @@ class HttpClient:
                 assert response.transport is not None
                 response.transport.write(self._head(method, path, payload) + (payload or b""))
                 return await done
+        except TimeoutError as error:
+            raise NoAnswer(f"no end of the answer after {timeout_s:.0f} s") from error
         finally:
             if self._response is not None and not self._response.can_reuse:
                 self.close()
@@ -173,7 +173,7 @@ class HttpClient:
             _, self._response = await loop.create_connection(_Response, self._host, self._port, ssl=self._tls)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else error
-            raise ServerUnreachable(f"no server at {self._host}:{self._port} ({reason})") from error
+            raise NoAnswer(f"no server at {self._host}:{self._port} ({reason})") from error
         return self._response
 
     def _head(self, method: str, path: str, payload: bytes | None) -> bytes:

@@ -15,7 +15,7 @@ from baton.bench.measurement import RequestMeasurement, Summary, summarize
 from baton.bench.report import render
 from baton.bench.workload import Workload, poisson_arrivals
 from baton.errors import CommandError
-from baton.http_client import HttpStatusError, ServerUnreachable
+from baton.http_client import HttpStatusError, NoAnswer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--concurrency {args.concurrency}: must be at least 1")
     try:
         summary = asyncio.run(_bench(args))
-    except (HttpStatusError, ServerUnreachable) as error:
+    except (HttpStatusError, NoAnswer) as error:
         raise CommandError(f"baton bench: {error}", exit_code=1) from error
     except ValueError as error:
         raise CommandError(f"baton bench: {error}") from error

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from baton.bench.measurement import RequestMeasurement
-from baton.http_client import HttpClient, HttpStatusError, ServerUnreachable
+from baton.http_client import HttpClient, HttpStatusError, NoAnswer
 
 OnDone = Callable[[RequestMeasurement], None]
 
@@ -116,10 +116,8 @@ async def measure(client: HttpClient, target: Target, prompt_ids: Sequence[int])
 
     try:
         await client.post_stream("/v1/completions", payload, on_event, target.timeout_s)
-    except (HttpStatusError, ServerUnreachable) as error:
+    except (HttpStatusError, NoAnswer) as error:
         measurement.error = str(error)
-    except TimeoutError:
-        measurement.error = f"no end after {target.timeout_s:.0f} s"
     measurement.num_output_tokens = int(usage.get("completion_tokens") or len(measurement.chunk_times))
     details = usage.get("prompt_tokens_details") or {}
     measurement.num_hit_tokens = int(details.get("cached_tokens") or 0)

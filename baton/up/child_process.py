@@ -1,4 +1,4 @@
-"""One child process: started so that it cannot outlive us, its output kept in a file and its last lines at hand."""
+"""One child process: it cannot outlive us, its output goes to a file, its last lines are at hand."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class ChildProcess:
     async def _read_output(self, log_path: Path) -> None:
         assert self._process.stdout is not None
         rest = b""
-        with log_path.open("ab", buffering=0) as log:  # noqa: ASYNC230 - small appends to a local file
+        with log_path.open("ab", buffering=0) as log:
             while data := await self._process.stdout.read(65536):
                 log.write(data)
                 *lines, rest = (rest + data).split(b"\n")
@@ -94,7 +94,7 @@ class ChildProcess:
 
 
 def _die_with(parent_pid: int) -> Callable[[], None]:
-    """To run in the child before exec: the kernel kills it when its parent is gone, however the parent went."""
+    """Runs in the child before exec: the kernel kills it when its parent is gone, however the parent went."""
 
     def arrange() -> None:
         if _LIBC is not None:

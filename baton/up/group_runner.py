@@ -1,7 +1,8 @@
 """Keeps one group of processes running.
 
-1. All members are started.  2. They run until one of them ends by itself; the others are then stopped, because a rank
-without its peers can do nothing.  3. The restart policy says when the group starts again, or that it has failed.
+1. All members are started.
+2. They run until one ends by itself; the others are then stopped: a rank without its peers can do nothing.
+3. The restart policy says when the group starts again, or that it has failed.
 Cancelling `run` stops the members.
 """
 
@@ -13,12 +14,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from baton.ports import free_port
 from baton.subprocess_module import CODE_ROOT, module_argv
 from baton.up.child_process import ChildProcess
 from baton.up.log_line import parse_log_line
-from baton.up.plan import GroupSpec
+from baton.up.plan import WORKER_HOST, GroupSpec
 from baton.up.process_status import ProcessState, ProcessStatus
 from baton.up.restart_policy import RestartPolicy
+from servicekit.process_env import tuned_environment
 
 STOP_GRACE_S = 10.0  # between asking a process to end (it drains) and killing it
 _NUM_TAIL_LINES = 15
@@ -51,14 +54,12 @@ class GroupRunner:
         group: GroupSpec,
         statuses: Mapping[str, ProcessStatus],
         environment: Mapping[str, str],
-        new_rendezvous: Callable[[], str],
         on_change: OnChange,
         on_log_line: OnLogLine,
     ) -> None:
         self._group = group
         self._statuses = statuses
         self._environment = environment
-        self._new_rendezvous = new_rendezvous
         self._on_change = on_change
         self._on_log_line = on_log_line
         self._children: dict[str, ChildProcess] = {}
@@ -76,7 +77,7 @@ class GroupRunner:
                 if delay_s is None:
                     raise self._failed(exited)
                 await asyncio.sleep(delay_s)
-                self._group = self._group.with_rendezvous(self._new_rendezvous())
+                self._group = self._group.with_rendezvous(f"{WORKER_HOST}:{free_port()}")
         finally:
             await self._stop_members(STOP_GRACE_S, "stopped")
 
@@ -90,7 +91,7 @@ class GroupRunner:
             status.num_starts += 1
             child = await ChildProcess.start(
                 module_argv(spec.module),
-                environment={**self._environment, **spec.environment},
+                environment={**self._environment, **tuned_environment(spec.num_threads), **spec.environment},
                 cwd=CODE_ROOT,
                 log_path=status.log_path,
                 on_line=lambda line, status=status: self._on_log_line(status, line),  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Which processes `baton up` starts and how they are told about each other: plain values, nothing is started here."""
+"""Which processes `baton up` starts and how they are told about each other. Nothing is started here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+
+from servicekit.process_env import threads_per_worker
 
 Role = Literal["router", "prefill", "decode"]
 
@@ -35,6 +37,11 @@ class UpOptions:
                 raise ValueError(f"{option} {value}: must be at least 1")
         if not 1 <= self.port <= 65535:
             raise ValueError(f"--port {self.port}: must be 1 to 65535")
+        if self.threads_per_worker is not None and self.threads_per_worker < 1:
+            raise ValueError(f"--threads {self.threads_per_worker}: must be at least 1")
+
+    def with_model(self, model_dir: Path) -> UpOptions:
+        return replace(self, model_dir=model_dir, served_model_name=self.served_model_name or model_dir.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +61,14 @@ class ProcessSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSpec:
-    """Processes that live and die together: one router, one prefill worker, or all ranks of a decode group."""
+    """Processes that live and die together: a router, a prefill worker, or all ranks of a decode group."""
 
     name: str
     role: Role
     members: tuple[ProcessSpec, ...]
 
     def with_rendezvous(self, address: str) -> GroupSpec:
-        """The same group meeting at another address: the old one may still be held by a rank that is dying."""
+        """The same group meeting at another address: a rank that is dying may still hold the old one."""
         if len(self.members) == 1:
             return self
         members = [
@@ -71,17 +78,12 @@ class GroupSpec:
         return replace(self, members=tuple(members))
 
 
-def split_threads(num_cores: int, num_workers: int) -> int:
-    """Threads for each worker such that they never fight over a core: a preempted thread stalls its whole process."""
-    return max(1, num_cores // max(1, num_workers))
-
-
 def plan_groups(
-    options: UpOptions, redis_url: str, num_cores: int, free_port: Callable[[], int]
+    options: UpOptions, redis_url: str, num_cpus: float, free_port: Callable[[], int]
 ) -> list[GroupSpec]:
     """Workers first, the router last. `free_port` is called once for each port that is needed."""
     num_workers = options.num_prefill + options.num_decode * options.ep_size
-    num_threads = options.threads_per_worker or split_threads(num_cores, num_workers)
+    num_threads = options.threads_per_worker or threads_per_worker(num_workers, num_cpus)
     planner = _Planner(options, redis_url, num_threads, free_port)
     prefill = [planner.prefill(index) for index in range(options.num_prefill)]
     decode = [planner.decode(index) for index in range(options.num_decode)]

@@ -1,12 +1,13 @@
-"""Tells the supervisor which processes serve: workers when they are registered, the router when it answers /ready."""
+"""Tells the supervisor which processes serve: registered workers, and the router that answers /ready."""
 
 from __future__ import annotations
 
 import asyncio
 
-from baton.http_client import HttpClient, ServerUnreachable
-from baton.up.supervisor import Supervisor
 from kvstore.registry import Registry
+
+from baton.http_client import HttpClient, NoAnswer
+from baton.up.supervisor import Supervisor
 
 _ROUTER_RETRY_S = 0.2  # an HTTP server cannot tell us that it listens; it is asked
 
@@ -35,6 +36,6 @@ async def _answers(url: str) -> bool:
     async with HttpClient(url) as client:
         try:
             status, _ = await client.get("/ready", timeout_s=2.0)
-        except (ServerUnreachable, TimeoutError):
+        except NoAnswer:
             return False
     return status == 200

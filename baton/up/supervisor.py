@@ -17,10 +17,8 @@ class Supervisor:
     def __init__(
         self,
         groups: Iterable[GroupSpec],
-        environments: Callable[[GroupSpec], Mapping[str, str]],
+        environment: Mapping[str, str],
         log_dir: Path,
-        new_rendezvous: Callable[[], str],
-        on_log_line: OnLogLine,
     ) -> None:
         self.groups = list(groups)
         self.statuses = {
@@ -28,22 +26,26 @@ class Supervisor:
             for group in self.groups
             for spec in group.members
         }
-        self._listeners: list[OnChange] = []
+        self._change_listeners: list[OnChange] = []
+        self._log_listeners: list[OnLogLine] = []
         self._changed = asyncio.Event()
         self._was_ready = False
         self._runners = {
-            group.name: GroupRunner(
-                group, self.statuses, environments(group), new_rendezvous, self._tell, on_log_line
-            )
+            group.name: GroupRunner(group, self.statuses, environment, self._tell, self._pass_on)
             for group in self.groups
         }
 
     def on_change(self, listener: OnChange) -> None:
-        self._listeners.append(listener)
+        self._change_listeners.append(listener)
+
+    def on_log_line(self, listener: OnLogLine) -> None:
+        self._log_listeners.append(listener)
 
     async def run(self) -> None:
-        """Raises GroupFailed when what is left cannot serve: before all were ready any group, later the router or
-        the last decode group."""
+        """Raises GroupFailed when what is left cannot serve.
+
+        That is any group before all were ready; later the router or the last decode group.
+        """
         tasks = {asyncio.create_task(self._runners[group.name].run()): group for group in self.groups}
         try:
             while True:
@@ -88,5 +90,9 @@ class Supervisor:
     def _tell(self, status: ProcessStatus) -> None:
         self._was_ready = self._was_ready or self.is_ready
         self._changed.set()
-        for listener in self._listeners:
+        for listener in self._change_listeners:
             listener(status)
+
+    def _pass_on(self, status: ProcessStatus, line: str) -> None:
+        for listener in self._log_listeners:
+            listener(status, line)

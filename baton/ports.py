@@ -1,29 +1,10 @@
-"""Cores and ports of this machine."""
+"""Ports of this machine."""
 
 from __future__ import annotations
 
 import errno
 import os
 import socket
-from pathlib import Path
-
-_CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
-
-
-def num_cores() -> int:
-    """Cores that this process may use: its affinity, and the cgroup's quota if there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cgroup_cores()
-    return max(1, min(cores, int(quota + 0.5))) if quota else cores
-
-
-def cgroup_cores() -> float | None:
-    """The cgroup's CPU quota in cores; None without one."""
-    try:
-        quota, period = _CGROUP_CPU_MAX.read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else int(quota) / int(period)
 
 
 def free_port() -> int:

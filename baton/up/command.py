@@ -1,0 +1,103 @@
+"""`baton up`"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import time
+from pathlib import Path
+
+from baton.errors import CommandError
+from baton.ports import bind_error
+from baton.settings import CommandSettings, load_command_settings
+from baton.up.model_store import DEFAULT_MODEL, resolve_model
+from baton.up.plan import UpOptions
+from baton.up.session import Session
+
+_WORKER_OPTIONS = {
+    "dtype": ("auto|float32|bfloat16", "weights and computation (default: auto)"),
+    "load_format": ("safetensors|dummy", "dummy: random weights, for load tests"),
+    "kv_cache_bytes": ("N", "of each worker (default: from free memory)"),
+    "num_blocks": ("N", "KV blocks of each worker, instead of bytes"),
+    "block_size": ("TOKENS", "of a KV block"),
+    "max_model_len": ("TOKENS", "longest prompt plus answer (default: the model's)"),
+    "max_running": ("N", "sequences in a batch"),
+    "token_budget": ("TOKENS", "most tokens of one step"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="Hugging Face directory (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="in the API (default: the directory's name)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="of the HTTP server (default %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="of the HTTP server (default %(default)s)")
+    workers = parser.add_mutually_exclusive_group()
+    workers.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers (default 1)")
+    workers.add_argument("--aggregated", action="store_true", help="none: decode workers compute prompts too")
+    parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode groups (default 1)")
+    parser.add_argument(
+        "--ep-size", type=int, default=1, metavar="N", help="processes sharing the experts, a group"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="of each worker (default: the cores, split)")
+    parser.add_argument("--policy", metavar="prefix|round_robin|least_loaded", help="how workers are chosen")
+    for name, (metavar, text) in _WORKER_OPTIONS.items():
+        parser.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=text)
+    parser.add_argument("--ask", metavar="TEXT", help="when ready, ask this and show the answer")
+    parser.add_argument(
+        "--log-dir", type=Path, help="default: a new directory under the user's state directory"
+    )
+    parser.add_argument(
+        "--state-file", type=Path, metavar="FILE", help="keep a JSON table of the processes there"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = load_command_settings()
+    options = _options(args, settings)
+    session = Session(
+        options=options,
+        settings=settings,
+        log_dir=_log_dir(args, settings),
+        state_path=args.state_file.absolute() if args.state_file else None,
+        question=args.ask,
+    )
+    return asyncio.run(session.run())
+
+
+def _options(args: argparse.Namespace, settings: CommandSettings) -> UpOptions:
+    reason = bind_error(args.host, args.port) if 1 <= args.port <= 65535 else None
+    if reason:
+        raise CommandError(f"port {args.port} of {args.host} {reason}; choose another with --port")
+    values = {name.upper(): getattr(args, name) for name in _WORKER_OPTIONS}
+    try:
+        # Before the model is looked up: a wrong number must not wait for a conversion.
+        options = UpOptions(
+            model_dir=Path(args.model),
+            served_model_name=args.served_model_name or "",
+            host=args.host,
+            port=args.port,
+            num_prefill=0 if args.aggregated else args.prefill,
+            num_decode=args.decode,
+            ep_size=args.ep_size,
+            threads_per_worker=args.threads,
+            router_settings={"POLICY": args.policy} if args.policy else {},
+            worker_settings={name: value for name, value in values.items() if value is not None},
+        )
+    except ValueError as error:
+        raise CommandError(f"baton up: {error}") from error
+    return options.with_model(resolve_model(args.model, settings.cache_dir))
+
+
+def _log_dir(args: argparse.Namespace, settings: CommandSettings) -> Path:
+    run_name = time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid()}"
+    directory: Path = (args.log_dir or settings.state_dir / "logs" / run_name).absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot create the log directory {directory}: {error.strerror}") from error
+    return directory
