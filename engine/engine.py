@@ -1,0 +1,269 @@
+"""One step after another: schedule, run, judge the new tokens.
+
+Belongs to one thread (engine.engine_thread); every method is quick except step(). The same engine prefills, decodes,
+and takes both ends of a hand-off:
+
+    sending side     add(keeps_blocks=True, kv_listener) ... output of the first token ... release()
+    receiving side   reserve() -> extend() -> [blocks are written] -> commit() ... outputs ...
+    either           abort(), at any time
+
+An expected refusal is a return value or a wait; ValueError is the caller's mistake. Any other exception, and every one
+out of step(), ends the engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from engine.block_pool import BlockPool
+from engine.ep.ep_group import EpGroup
+from engine.handoffs import Handoffs, OnReady
+from engine.kv_announcer import KvAnnouncer
+from engine.kv_cache import KvCache
+from engine.kv_layout import KvLayout
+from engine.outputs import SequenceOutput, StepOutput, TokenLogprobs
+from engine.runner import Runner, StepResult
+from engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig
+from engine.sequence import Sequence, SequenceStatus
+from engine.step_stats import EngineLoad, build_stats, measure_load
+from kvstore.block_hash import HashChain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    max_model_len: int  # tokens of prompt and output
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+
+
+class Engine:
+    def __init__(
+        self,
+        runner: Runner,
+        kv_cache: KvCache,
+        limits: EngineLimits,
+        scheduler_config: SchedulerConfig,
+        ep: EpGroup | None = None,
+    ) -> None:
+        """ValueError when a sequence of max_model_len tokens would not fit in the cache."""
+        layout = kv_cache.layout
+        capacity = kv_cache.num_blocks * layout.block_size
+        if limits.max_model_len > capacity:
+            raise ValueError(
+                f"max_model_len {limits.max_model_len} needs more KV cache than there is: "
+                f"{kv_cache.num_blocks} blocks hold {capacity} tokens"
+            )
+        self.kv_cache = kv_cache
+        self.hash_chain = HashChain(model_fingerprint=layout.model_fingerprint, block_size=layout.block_size)
+        self.max_model_len = limits.max_model_len
+        self.vocab_size = limits.vocab_size
+        self.eos_token_ids = limits.eos_token_ids
+        self.ep = ep if ep is not None and ep.size > 1 else None
+        self._runner = runner
+        self._announcer = KvAnnouncer(layout)
+        self._pool = BlockPool(kv_cache.num_blocks)
+        self._scheduler = Scheduler(scheduler_config, self._pool, self.hash_chain)
+        self._handoffs = Handoffs(self._scheduler)
+        self._seqs: dict[int, Sequence] = {}
+        self._is_stalled = False  # the last step found nothing to compute, and nothing has changed since
+
+    @property
+    def kv_layout(self) -> KvLayout:
+        return self.kv_cache.layout
+
+    @property
+    def num_blocks(self) -> int:
+        return self.kv_cache.num_blocks
+
+    @property
+    def has_work(self) -> bool:
+        """Whether step() can get anywhere: not while all sequences wait for a hand-off or for blocks."""
+        scheduler = self._scheduler
+        return bool(scheduler.running) or (bool(scheduler.waiting) and not self._is_stalled)
+
+    def add(self, seq: Sequence) -> None:
+        """ValueError for what can never run."""
+        self._take(seq)
+        self._scheduler.add(seq)
+
+    def abort(self, seq_id: int) -> None:
+        """End the sequence in any state; its blocks are free on return. No output follows. Idempotent."""
+        seq = self._seqs.pop(seq_id, None)
+        if seq is not None:
+            self._scheduler.remove(seq)
+            self._handoffs.forget(seq)
+            self._blocks_came_back()
+
+    def abort_all(self) -> None:
+        for seq_id in list(self._seqs):
+            self.abort(seq_id)
+
+    def reserve(self, seq: Sequence) -> int:
+        """Number of leading blocks held in the cache already; never all. ValueError for what can never run."""
+        self._take(seq)
+        return self._handoffs.reserve(seq)
+
+    def extend(self, seq_id: int, on_ready: OnReady) -> None:
+        """on_ready(block ids of the whole prompt) as soon as there is room for it and for the growth of everybody,
+        first come first served: in this call, or in a later one, on the engine thread. Not after abort()."""
+        seq = self._expect(seq_id, SequenceStatus.RESERVED)
+        self._handoffs.extend(seq, on_ready)
+
+    def commit(self, seq_id: int, first_token: TokenLogprobs) -> SequenceOutput | None:
+        """All blocks of the prompt are written and the first token is known. The sequence runs from the next step on,
+        or the returned output says that this token was its last."""
+        seq = self._expect(seq_id, SequenceStatus.EXTENDED)
+        if not 0 <= first_token.token_id < self.vocab_size:
+            raise ValueError(
+                f"first token {first_token.token_id} is not in the vocabulary of {self.vocab_size}"
+            )
+        self._handoffs.commit(seq, first_token.token_id)
+        self._is_stalled = False
+        finish_reason = seq.finish_reason_after(self.eos_token_ids, self.max_model_len)
+        if finish_reason is None:
+            return None
+        self._finish(seq)
+        logprobs = (first_token,) if seq.sampling.num_logprobs is not None else ()
+        self._blocks_came_back()
+        return SequenceOutput(
+            seq_id=seq_id,
+            token_ids=(first_token.token_id,),
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            num_hit_tokens=seq.num_hit_tokens,
+        )
+
+    def release(self, seq_id: int) -> None:
+        """A finished keeps_blocks sequence gives its blocks to the prefix cache. Idempotent, also after abort()."""
+        seq = self._seqs.get(seq_id)
+        if seq is not None:
+            self._expect(seq_id, SequenceStatus.KEPT)
+            self.abort(seq_id)
+
+    def step(self) -> StepOutput:
+        """One batch, or with expert parallelism one idle step when other ranks have tokens and this one none."""
+        began = time.monotonic()
+        batch = self._scheduler.schedule()
+        self._start_sequences(batch, began)
+        self._handoffs.grant()
+        self._is_stalled = not batch.seqs
+        must_run = bool(batch.seqs) if self.ep is None else self.ep.agree(batch.num_tokens)
+        result = StepResult()
+        if must_run:
+            result = self._runner.run(batch, self._announcer.layer_done(batch))
+            self._scheduler.advance(batch)
+        now = time.monotonic()
+        outputs = [
+            self._take_token(seq, token_id, logprobs, now)
+            for seq, token_id, logprobs in zip(result.seqs, result.token_ids, result.logprobs, strict=True)
+        ]
+        if any(output.finish_reason for output in outputs):
+            self._blocks_came_back()
+        stats = build_stats(
+            self._scheduler,
+            batch,
+            began,
+            is_idle_step=must_run and not batch.seqs,
+            expert_load=result.expert_load,
+        )
+        if not self._seqs:
+            assert self._pool.num_used == 0, f"{self._pool.num_used} blocks are used by nobody"
+        return StepOutput(outputs=outputs, stats=stats, block_events=self._pool.take_events())
+
+    def load(self) -> EngineLoad:
+        return measure_load(self._scheduler)
+
+    def cached_hashes(self) -> list[bytes]:
+        """Everything in the prefix cache: what the block events so far add up to, once step() has given them all."""
+        return list(self._pool.registered_hashes())
+
+    def check_integrity(self) -> None:
+        """AssertionError when free + cached + used = total, or a reference count, does not hold."""
+        self._pool.check_integrity(Counter(b for seq in self._seqs.values() for b in seq.block_table))
+        scheduler = self._scheduler
+        listed = [
+            *scheduler.waiting,
+            *scheduler.running,
+            *scheduler.reserved.values(),
+            *scheduler.kept.values(),
+        ]
+        assert sorted(seq.seq_id for seq in listed) == sorted(self._seqs)
+        extended = [s for s in scheduler.reserved.values() if s.status is SequenceStatus.EXTENDED]
+        assert scheduler.num_extended == len(extended)
+
+    def _take(self, seq: Sequence) -> None:
+        if seq.seq_id in self._seqs:
+            raise ValueError(f"sequence id {seq.seq_id} is in use")
+        self._check(seq)
+        seq.times.added = time.monotonic()
+        self._seqs[seq.seq_id] = seq
+        self._is_stalled = False
+
+    def _check(self, seq: Sequence) -> None:
+        if not seq.num_prompt_tokens:
+            raise ValueError("the prompt is empty")
+        if seq.num_tokens >= self.max_model_len:
+            raise ValueError(
+                f"prompt and output so far are {seq.num_tokens} tokens; with at least one more the model's longest "
+                f"context of {self.max_model_len} tokens is exceeded"
+            )
+        if seq.num_output_tokens >= seq.max_output_tokens:
+            raise ValueError(f"all {seq.max_output_tokens} output tokens are there already")
+        if seq.kv_listener is not None and not seq.keeps_blocks:
+            raise ValueError("a sequence with a KV listener must keep its blocks")
+        for token_ids, what in (
+            (seq.token_ids, "token id"),
+            (seq.sampling.logit_bias, "logit_bias for token id"),
+            (seq.sampling.stop_token_ids, "stop token id"),
+        ):
+            if token_ids and not (0 <= min(token_ids) and max(token_ids) < self.vocab_size):
+                worst = max(token_ids) if max(token_ids) >= self.vocab_size else min(token_ids)
+                raise ValueError(f"{what} {worst} is not in the vocabulary of {self.vocab_size} tokens")
+
+    def _expect(self, seq_id: int, status: SequenceStatus) -> Sequence:
+        seq = self._seqs.get(seq_id)
+        if seq is None or seq.status is not status:
+            found = "unknown" if seq is None else seq.status.name
+            raise ValueError(f"sequence {seq_id} must be {status.name}, is {found}")
+        return seq
+
+    def _start_sequences(self, batch: ScheduledBatch, now: float) -> None:
+        for seq in batch.started:
+            seq.times.scheduled = now
+            self._announcer.announce_start(seq)
+
+    def _take_token(
+        self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None, now: float
+    ) -> SequenceOutput:
+        seq.token_ids.append(token_id)
+        finish_reason = seq.finish_reason_after(self.eos_token_ids, self.max_model_len)
+        if finish_reason is not None:
+            self._finish(seq)
+        logprobs_tuple = () if logprobs is None else (logprobs,)
+        if seq.has_emitted:
+            return SequenceOutput(
+                seq_id=seq.seq_id, token_ids=(token_id,), logprobs=logprobs_tuple, finish_reason=finish_reason
+            )
+        seq.has_emitted = True
+        assert seq.times.scheduled is not None
+        return SequenceOutput(
+            seq_id=seq.seq_id,
+            token_ids=(token_id,),
+            logprobs=logprobs_tuple,
+            finish_reason=finish_reason,
+            num_hit_tokens=seq.num_hit_tokens,
+            queue_s=seq.times.scheduled - seq.times.added,
+            prefill_s=now - seq.times.scheduled,
+            prompt_logprobs=tuple(seq.prompt_logprobs),
+        )
+
+    def _finish(self, seq: Sequence) -> None:
+        self._scheduler.finish(seq)
+        if not seq.keeps_blocks:
+            del self._seqs[seq.seq_id]
+
+    def _blocks_came_back(self) -> None:
+        self._is_stalled = False
+        self._handoffs.grant()

@@ -1,0 +1,216 @@
+"""The blocks themselves: one tensor for all layers, readable and writable as rectangles of bytes.
+
+A shared cache lives in an anonymous memory file of its owner (memfd_create). Another process of the host opens it
+through the owner's file descriptor, read-only. Nothing has a path, so nothing is left behind however a process ends,
+and the size of /dev/shm (64 MiB in a container) does not matter. The owner's memory lives as long as somebody maps it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.kv_layout import KvLayout
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class KvCache:
+    """data [num_layers, num_blocks, block_size, *token_shape], zeroed: what was never written is finite.
+
+    Not synchronised: who reads or writes a block must own it (a sequence, a reservation).
+    """
+
+    def __init__(
+        self, layout: KvLayout, num_blocks: int, *, device: str = "cpu", is_shared: bool = False
+    ) -> None:
+        """is_shared is a wish: without memfd (not Linux) or off the CPU shared_name stays None."""
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.shared_name: str | None = None
+        self._file: int | None = None
+        self._map: mmap.mmap | None = None
+        shape = (layout.num_layers, num_blocks, layout.block_size, *layout.token_shape)
+        dtype = TORCH_DTYPES[layout.dtype]
+        if is_shared and device == "cpu" and hasattr(os, "memfd_create"):
+            self._create_file()
+            assert self._map is not None
+            self.data: torch.Tensor = torch.frombuffer(self._map, dtype=dtype).view(shape)
+        else:
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self._rows = [layer.view(-1, *layout.token_shape) for layer in self.data.unbind()]
+        self._bytes_LBX = self._byte_view() if device == "cpu" else None
+
+    @classmethod
+    def attach(cls, name: str, layout: KvLayout, num_blocks: int) -> AttachedKvCache:
+        """The read side of another process's shared cache. OSError when it is gone or not of this size."""
+        return AttachedKvCache(name, layout, num_blocks)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.num_blocks * self.layout.block_bytes
+
+    def layer(self, i: int) -> torch.Tensor:
+        """[num_blocks, block_size, *token_shape], a view."""
+        return self.data[i]
+
+    def write_rows(self, layer: int, slot_mapping_T: torch.Tensor, rows: torch.Tensor) -> None:
+        """rows [T, *token_shape] go to their slots."""
+        self._rows[layer].index_copy_(0, slot_mapping_T, rows)
+
+    def read_blocks(self, first_layer: int, num_layers: int, block_ids: list[int]) -> memoryview:
+        """A copy of the bytes, [layer][block][token in block][token_shape]."""
+        layers = slice(first_layer, first_layer + num_layers)
+        if self._bytes_LBX is not None:
+            return gather(self._bytes_LBX[layers], block_ids)
+        index = torch.tensor(block_ids, device=self.data.device)
+        picked = self.data[layers].index_select(1, index).cpu().contiguous()
+        return memoryview(picked.view(-1).view(torch.uint8).numpy())
+
+    def write_blocks(
+        self, first_layer: int, num_layers: int, block_ids: list[int], payload: memoryview | bytes
+    ) -> None:
+        """The reverse of read_blocks. ValueError when the payload has not exactly that size."""
+        layers = slice(first_layer, first_layer + num_layers)
+        expected = num_layers * len(block_ids) * self._layer_block_bytes
+        if memoryview(payload).nbytes != expected:
+            raise ValueError(
+                f"{num_layers} layers of {len(block_ids)} blocks are {expected} bytes, "
+                f"got {memoryview(payload).nbytes}"
+            )
+        source = np.frombuffer(payload, dtype=np.uint8).reshape(num_layers, len(block_ids), -1)
+        if self._bytes_LBX is not None:
+            target = self._bytes_LBX[layers]
+            for start, first_id, length in runs(block_ids):
+                target[:, first_id : first_id + length] = source[:, start : start + length]
+            return
+        values = torch.from_numpy(source.copy()).view(self.data.dtype).to(self.data.device)
+        index = torch.tensor(block_ids, device=self.data.device)
+        shape = (num_layers, len(block_ids), *self.data.shape[2:])
+        self.data[layers].index_copy_(1, index, values.view(shape))
+
+    def copy_blocks(
+        self,
+        source: AttachedKvCache | KvCache,
+        layers: range,
+        source_block_ids: list[int],
+        block_ids: list[int],
+    ) -> None:
+        """From another cache of the same layout into this one, in one copy on the CPU."""
+        span = slice(layers.start, layers.stop)
+        if self._bytes_LBX is None or source._bytes_LBX is None:
+            self.write_blocks(
+                layers.start,
+                len(layers),
+                block_ids,
+                source.read_blocks(layers.start, len(layers), source_block_ids),
+            )
+            return
+        target, origin = self._bytes_LBX[span], source._bytes_LBX[span]
+        for start, first_id, length in runs(block_ids):
+            for offset, first_source, part in runs(source_block_ids[start : start + length]):
+                begin = first_id + offset
+                target[:, begin : begin + part] = origin[:, first_source : first_source + part]
+
+    def close(self) -> None:
+        """Give the memory back; tensors of this cache must not be used afterwards. Idempotent."""
+        self._bytes_LBX = None
+        self._rows = []
+        self.data = torch.empty(0)
+        close_map(self._map)
+        self._map = None
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        self.shared_name = None
+
+    @property
+    def _layer_block_bytes(self) -> int:
+        return self.layout.block_size * self.layout.token_bytes
+
+    def _create_file(self) -> None:
+        token = secrets.token_hex(8)
+        self._file = os.memfd_create(f"baton-kv-{token}", os.MFD_CLOEXEC)
+        os.ftruncate(self._file, self.size_bytes)
+        self._map = mmap.mmap(self._file, self.size_bytes)
+        self.shared_name = f"{os.getpid()}.{self._file}.{token}"
+
+    def _byte_view(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        flat = self.data.view(self.layout.num_layers, self.num_blocks, -1)
+        view: np.ndarray[Any, np.dtype[np.uint8]] = flat.view(torch.uint8).numpy()
+        return view
+
+
+class AttachedKvCache:
+    """Another process's shared cache, read-only. It stays readable after the owner's death, until close()."""
+
+    def __init__(self, name: str, layout: KvLayout, num_blocks: int) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        size_bytes = num_blocks * layout.block_bytes
+        file = _open_shared(name)
+        try:
+            found = os.fstat(file).st_size
+            if found != size_bytes:
+                raise OSError(f"shared KV cache {name} has {found} bytes, expected {size_bytes}")
+            self._map: mmap.mmap | None = mmap.mmap(file, size_bytes, prot=mmap.PROT_READ)
+        finally:
+            os.close(file)
+        flat = np.frombuffer(self._map, dtype=np.uint8)
+        self._bytes_LBX: np.ndarray[Any, np.dtype[np.uint8]] | None = flat.reshape(
+            layout.num_layers, num_blocks, -1
+        )
+
+    def read_blocks(self, first_layer: int, num_layers: int, block_ids: list[int]) -> memoryview:
+        """As KvCache.read_blocks."""
+        assert self._bytes_LBX is not None, "closed"
+        return gather(self._bytes_LBX[first_layer : first_layer + num_layers], block_ids)
+
+    def close(self) -> None:
+        self._bytes_LBX = None
+        close_map(self._map)
+        self._map = None
+
+
+def runs(block_ids: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(index of the first, its block id, length) of each run of consecutive ids."""
+    start = 0
+    for i in range(1, len(block_ids) + 1):
+        if i == len(block_ids) or block_ids[i] != block_ids[i - 1] + 1:
+            yield start, block_ids[start], i - start
+            start = i
+
+
+def gather(source: np.ndarray[Any, np.dtype[np.uint8]], block_ids: list[int]) -> memoryview:
+    """Blocks of [layers, blocks, bytes], contiguous."""
+    picked = np.empty((source.shape[0], len(block_ids), source.shape[2]), dtype=np.uint8)
+    for start, first_id, length in runs(block_ids):
+        picked[:, start : start + length] = source[:, first_id : first_id + length]
+    return memoryview(picked.reshape(-1).data)
+
+
+def close_map(mapping: mmap.mmap | None) -> None:
+    if mapping is not None:
+        try:
+            mapping.close()
+        except BufferError:
+            pass  # a view is still alive: the memory goes with it
+
+
+def _open_shared(name: str) -> int:
+    try:
+        pid, file, token = name.split(".")
+        path = Path("/proc") / str(int(pid)) / "fd" / str(int(file))
+    except ValueError:
+        raise OSError(f"not the name of a shared KV cache: {name!r}") from None
+    # The process id or descriptor may have been given to something else since: the token tells.
+    if token not in os.readlink(path):
+        raise FileNotFoundError(f"shared KV cache {name} is gone")
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,0 +1,99 @@
+"""Executes one step: tensors in, model, logits of the rows that need them, tokens out. Knows no queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.batch_tensors import BatchTensors
+from engine.kv_cache import KvCache
+from engine.logprobs import token_logprobs
+from engine.outputs import TokenLogprobs
+from engine.sampler import Sampler
+from engine.scheduler import ScheduledBatch
+from engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from engine.models.causal_lm import CausalLM
+
+LOGITS_ROWS_AT_ONCE = 64  # of prompt logprobs: bounds the memory of [rows, vocabulary]
+
+
+@dataclass(slots=True)
+class StepResult:
+    seqs: list[Sequence] = field(default_factory=list)  # that got a token
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    expert_load: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(slots=True)
+class _PromptRows:
+    """Rows of one chunk whose next token is a prompt token, for prompt logprobs."""
+
+    seq: Sequence
+    begin: int
+    end: int
+    next_token_ids: list[int]
+
+
+class Runner:
+    def __init__(
+        self, model: CausalLM, kv_cache: KvCache, sampler: Sampler, token_budget: int, device: str
+    ) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._sampler = sampler
+        self._tensors = BatchTensors(token_budget, kv_cache.layout.block_size, device)
+
+    @torch.inference_mode()
+    def run(self, batch: ScheduledBatch, layer_done: Callable[[int], None] | None = None) -> StepResult:
+        """Computes the batch; a sequence whose last token is computed gets the next one, which is not appended.
+        Prompt logprobs are appended to their sequences. An empty batch is an idle step."""
+        last_rows, prompt_rows = _wanted_rows(batch)
+        rows = [row for _, row in last_rows]
+        for part in prompt_rows:
+            rows.extend(range(part.begin, part.end))
+        forward_batch = self._tensors.build(batch, rows)
+        hidden_TD = self._model.forward(forward_batch, self._kv_cache, layer_done)
+        result = StepResult(expert_load=self._take_expert_load())
+        for part in prompt_rows:
+            self._add_prompt_logprobs(hidden_TD, part)
+        if last_rows:
+            result.seqs = [seq for seq, _ in last_rows]
+            rows_N = forward_batch.logits_rows_N[: len(last_rows)]
+            is_all = len(last_rows) == forward_batch.num_tokens
+            logits_NV = self._model.logits(hidden_TD if is_all else hidden_TD.index_select(0, rows_N))
+            result.token_ids, result.logprobs = self._sampler.sample(logits_NV, result.seqs)
+        return result
+
+    def _add_prompt_logprobs(self, hidden_TD: torch.Tensor, part: _PromptRows) -> None:
+        num_top = part.seq.sampling.num_prompt_logprobs or 0
+        for begin in range(part.begin, part.end, LOGITS_ROWS_AT_ONCE):
+            end = min(begin + LOGITS_ROWS_AT_ONCE, part.end)
+            logprobs = self._model.logits(hidden_TD[begin:end]).log_softmax(1)
+            token_ids = part.next_token_ids[begin - part.begin : end - part.begin]
+            part.seq.prompt_logprobs += token_logprobs(logprobs, token_ids, [num_top] * len(token_ids))
+
+    def _take_expert_load(self) -> tuple[tuple[int, ...], ...]:
+        load_LE = self._model.take_expert_load()
+        return () if load_LE is None else tuple(tuple(layer) for layer in load_LE.tolist())
+
+
+def _wanted_rows(batch: ScheduledBatch) -> tuple[list[tuple[Sequence, int]], list[_PromptRows]]:
+    last_rows, prompt_rows = [], []
+    begin = 0
+    for seq, num_tokens in zip(batch.seqs, batch.num_scheduled_tokens, strict=True):
+        first = seq.num_computed_tokens
+        if first + num_tokens == seq.num_tokens:
+            last_rows.append((seq, begin + num_tokens - 1))
+        if seq.wants_prompt_logprobs:
+            num_rows = min(first + num_tokens, seq.num_prompt_tokens - 1) - first
+            if num_rows > 0:
+                next_ids = seq.token_ids[first + 1 : first + 1 + num_rows].tolist()
+                prompt_rows.append(_PromptRows(seq, begin, begin + num_rows, next_ids))
+        begin += num_tokens
+    return last_rows, prompt_rows

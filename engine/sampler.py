@@ -1,0 +1,82 @@
+"""One token for each row of logits. N rows, V vocabulary."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.draw import Truncation, draw, draw_truncated
+from engine.logits_edits import edit_logits, needs_edits
+from engine.logprobs import token_logprobs
+from engine.outputs import TokenLogprobs
+from engine.philox import uniform
+from engine.sequence import Sequence
+
+GREEDY_BELOW = 1e-5  # temperatures below are greedy: dividing by them would overflow
+
+
+class Sampler:
+    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+        self._eos_token_ids = eos_token_ids
+
+    def sample(
+        self, logits_NV: torch.Tensor, seqs: list[Sequence]
+    ) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Row n is the next token of seqs[n]; the logits are float32 and may be changed. A draw is keyed by (seed,
+        position of the new token): the same wherever and whenever this sequence runs."""
+        logprob_rows = [row for row, seq in enumerate(seqs) if seq.sampling.num_logprobs is not None]
+        logprobs_MV = logits_NV[logprob_rows].log_softmax(1) if logprob_rows else None
+        if any(map(needs_edits, seqs)):
+            edit_logits(logits_NV, seqs, self._eos_token_ids)
+        token_ids = self._draw(logits_NV, seqs)
+        logprobs: list[TokenLogprobs | None] = [None] * len(seqs)
+        if logprobs_MV is not None:
+            drawn = [token_ids[row] for row in logprob_rows]
+            num_top = [seqs[row].sampling.num_logprobs or 0 for row in logprob_rows]
+            for row, entry in zip(logprob_rows, token_logprobs(logprobs_MV, drawn, num_top), strict=True):
+                logprobs[row] = entry
+        return token_ids, logprobs
+
+    def _draw(self, logits_NV: torch.Tensor, seqs: list[Sequence]) -> list[int]:
+        random_rows = [row for row, seq in enumerate(seqs) if seq.sampling.temperature >= GREEDY_BELOW]
+        if not random_rows:
+            greedy: list[int] = logits_NV.argmax(1).tolist()
+            return greedy
+        tokens_N = logits_NV.argmax(1) if len(random_rows) < len(seqs) else None
+        truncated = [row for row in random_rows if _is_truncated(seqs[row])]
+        plain = [row for row in random_rows if not _is_truncated(seqs[row])]
+        drawn: dict[int, int] = {}
+        for rows, is_truncated in ((plain, False), (truncated, True)):
+            if rows:
+                drawn |= zip(rows, _draw_rows(logits_NV, seqs, rows, is_truncated), strict=True)
+        token_ids: list[int] = tokens_N.tolist() if tokens_N is not None else [0] * len(seqs)
+        for row, token_id in drawn.items():
+            token_ids[row] = token_id
+        return token_ids
+
+
+def _draw_rows(
+    logits_NV: torch.Tensor, seqs: list[Sequence], rows: list[int], is_truncated: bool
+) -> list[int]:
+    device = logits_NV.device
+    chosen = [seqs[row] for row in rows]
+    params = [seq.sampling for seq in chosen]
+    if len(rows) < len(seqs):
+        logits_NV = logits_NV[torch.tensor(rows, device=device)]
+    temperature_N1 = torch.tensor([p.temperature for p in params], device=device).unsqueeze(1)
+    scaled_NV = (logits_NV - logits_NV.amax(1, keepdim=True)) / temperature_N1
+    u = torch.from_numpy(uniform([p.seed for p in params], [seq.num_tokens for seq in chosen])).to(device)
+    if not is_truncated:
+        plain: list[int] = draw(scaled_NV, u).tolist()
+        return plain
+    truncation = Truncation(
+        torch.tensor([p.top_k for p in params], device=device),
+        torch.tensor([p.top_p for p in params], device=device),
+        torch.tensor([p.min_p for p in params], device=device),
+    )
+    tokens: list[int] = draw_truncated(scaled_NV, truncation, u).tolist()
+    return tokens
+
+
+def _is_truncated(seq: Sequence) -> bool:
+    sampling = seq.sampling
+    return sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0

@@ -1,0 +1,260 @@
+"""Decides what each step computes, and who holds which blocks. Plain Python: it knows tokens and blocks, no tensors.
+
+Life of a sequence:
+1. add(): WAITING, no blocks.
+2. schedule() admits it, first come first served: it takes what the prefix cache has of it, gets the rest of the blocks
+   of all its tokens, and is RUNNING.
+3. Each step computes a chunk of it under the token budget, until only sampling is left; then one token a step.
+4. Out of blocks: the youngest running sequence is preempted, WAITING again in its old place, and recomputed later.
+5. finish(): its blocks go to the prefix cache; a keeps_blocks sequence is KEPT with them until release().
+
+The receiving side of a hand-off comes in by engine.handoffs instead of 1 to 3. remove() ends any state.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass, field
+
+from engine.block_pool import BlockPool
+from engine.sequence import PrefixHashes, Sequence, SequenceStatus
+from kvstore.block_hash import HashChain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    token_budget: int  # tokens of one step
+    max_running: int  # sequences that run or have all blocks of a hand-off
+    growth_tokens: int = 128  # of further output that admission expects of each sequence
+
+    def check(self, block_size: int) -> None:
+        """ValueError when some sequence could starve."""
+        if self.max_running < 1:
+            raise ValueError(f"max_running must be 1 or more, got {self.max_running}")
+        least = self.max_running + block_size
+        if self.token_budget < least:
+            raise ValueError(
+                f"token_budget must be at least max_running + block_size = {least}, so that a full decode batch "
+                f"leaves room for one block of prefill; got {self.token_budget}"
+            )
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """Sequences of one step: first those with one token to compute, then the longer chunks."""
+
+    seqs: list[Sequence] = field(default_factory=list)
+    num_scheduled_tokens: list[int] = field(default_factory=list)
+    num_decodes: int = 0  # sequences with one token
+    started: list[Sequence] = field(default_factory=list)  # those scheduled for the first time
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens)
+
+
+class Scheduler:
+    def __init__(self, config: SchedulerConfig, pool: BlockPool, hash_chain: HashChain) -> None:
+        config.check(hash_chain.block_size)
+        self.config = config
+        self.pool = pool
+        self.block_size = hash_chain.block_size
+        self.waiting: list[Sequence] = []  # by arrival
+        self.running: list[Sequence] = []  # by arrival
+        self.reserved: dict[int, Sequence] = {}  # RESERVED and EXTENDED
+        self.extending: list[Sequence] = []  # RESERVED that wait for blocks, by arrival
+        self.num_extended = 0
+        self.kept: dict[int, Sequence] = {}
+        self._hash_chain = hash_chain
+        self._num_arrivals = 0
+
+    def enlist(self, seq: Sequence) -> None:
+        """The sequence is this engine's from now on, and the youngest."""
+        if seq.prefix is None:
+            seq.prefix = PrefixHashes(self._hash_chain, seq.cache_salt)
+        self._num_arrivals += 1
+        seq.arrival = self._num_arrivals
+
+    def add(self, seq: Sequence) -> None:
+        self.enlist(seq)
+        seq.status = SequenceStatus.WAITING
+        self.waiting.append(seq)
+
+    def join(self, seq: Sequence) -> None:
+        """A sequence that holds all its blocks runs from the next step on."""
+        seq.status = SequenceStatus.RUNNING
+        insort(self.running, seq, key=_arrival)
+
+    def schedule(self) -> ScheduledBatch:
+        """Decodes first, then chunks of running prompts, then new sequences. Empty: nothing can be computed until
+        blocks come back or a hand-off is committed."""
+        batch = ScheduledBatch()
+        budget = self.config.token_budget - self._schedule_decodes(batch)
+        chunks: list[tuple[Sequence, int]] = []
+        for seq in self.running:
+            if seq.num_remaining_tokens > 1 and (num_tokens := self._chunk_tokens(seq, budget)):
+                chunks.append((seq, num_tokens))
+                budget -= num_tokens
+        if not batch.num_preemptions or not (batch.seqs or chunks):
+            self._admit(batch, chunks, budget)
+        # A chunk of one row is a decode to the model.
+        for seq, num_tokens in sorted(chunks, key=lambda chunk: chunk[1] > 1):
+            batch.seqs.append(seq)
+            batch.num_scheduled_tokens.append(num_tokens)
+            batch.num_decodes += num_tokens == 1
+        return batch
+
+    def advance(self, batch: ScheduledBatch) -> None:
+        """The batch is computed: full blocks enter the prefix cache."""
+        for seq, num_tokens in zip(batch.seqs, batch.num_scheduled_tokens, strict=True):
+            seq.num_computed_tokens += num_tokens
+            self.register_blocks(seq)
+
+    def register_blocks(self, seq: Sequence) -> None:
+        num_full = seq.num_computed_tokens // self.block_size
+        if num_full == seq.num_registered_blocks:
+            return
+        assert seq.prefix is not None
+        hashes = seq.prefix.upto(num_full, seq.token_ids)
+        for i in range(seq.num_registered_blocks, num_full):
+            self.pool.register(seq.block_table[i], hashes[i])
+        seq.num_registered_blocks = num_full
+
+    def finish(self, seq: Sequence) -> None:
+        """A running sequence has its last token."""
+        self.running.remove(seq)
+        if seq.keeps_blocks:
+            seq.status = SequenceStatus.KEPT
+            self.kept[seq.seq_id] = seq
+        else:
+            self.pool.release(seq.block_table)
+
+    def remove(self, seq: Sequence) -> None:
+        """Whatever its state, the sequence leaves and its blocks come back."""
+        if seq.status is SequenceStatus.WAITING:
+            self.waiting.remove(seq)
+        elif seq.status is SequenceStatus.RUNNING:
+            self.running.remove(seq)
+        elif seq.status is SequenceStatus.KEPT:
+            del self.kept[seq.seq_id]
+        else:
+            self.num_extended -= seq.status is SequenceStatus.EXTENDED
+            del self.reserved[seq.seq_id]
+            if seq in self.extending:
+                self.extending.remove(seq)
+        self.pool.release(seq.block_table)
+        seq.block_table = []
+
+    def cached_prefix(self, seq: Sequence) -> list[int]:
+        """Leading blocks that the prefix cache has; never all tokens, because the last one's logits are needed."""
+        if seq.wants_prompt_logprobs:
+            return []
+        assert seq.prefix is not None
+        max_hits = (seq.num_tokens - 1) // self.block_size
+        return self.pool.lookup(seq.prefix.upto(max_hits, seq.token_ids)[:max_hits])
+
+    def take_prefix(self, seq: Sequence, hits: list[int]) -> None:
+        self.pool.acquire(hits)
+        seq.block_table = hits
+        seq.num_computed_tokens = len(hits) * self.block_size
+        seq.num_registered_blocks = len(hits)
+
+    def num_blocks_of(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def has_room(self, seq: Sequence, num_blocks: int) -> bool:
+        """Whether num_blocks more may go to `seq` with everybody's expected growth left over. When nobody else could
+        be hurt, what is there may be used up."""
+        spare = self.pool.num_available - num_blocks
+        if spare < 0:
+            return False
+        if not self.running and not self.num_extended:
+            return True
+        growth = self._growth_blocks(seq) + sum(map(self._growth_blocks, self.running))
+        if self.num_extended:
+            extended = (s for s in self.reserved.values() if s.status is SequenceStatus.EXTENDED)
+            growth += sum(map(self._growth_blocks, extended))
+        return spare >= growth
+
+    @property
+    def has_slot(self) -> bool:
+        return len(self.running) + self.num_extended < self.config.max_running
+
+    def _growth_blocks(self, seq: Sequence) -> int:
+        """Blocks that the sequence is expected to take in addition; the KV of a last token is never computed."""
+        remaining = seq.max_output_tokens - seq.num_output_tokens
+        expected = seq.num_tokens + min(remaining, self.config.growth_tokens) - 1
+        return max(0, self.num_blocks_of(expected) - self.num_blocks_of(seq.num_tokens))
+
+    def _schedule_decodes(self, batch: ScheduledBatch) -> int:
+        """Oldest first, so that a victim of preemption is never one already scheduled."""
+        i = 0
+        while i < len(self.running):
+            seq = self.running[i]
+            if seq.num_remaining_tokens == 1 and self._grow(seq, batch):
+                batch.seqs.append(seq)
+            # _grow may have preempted seq itself; then the next one has its place
+            i += i < len(self.running) and self.running[i] is seq
+        batch.num_decodes = len(batch.seqs)
+        batch.num_scheduled_tokens = [1] * batch.num_decodes
+        return batch.num_decodes
+
+    def _grow(self, seq: Sequence, batch: ScheduledBatch) -> bool:
+        """A block for the newest token, if need be at the cost of the youngest. False: that was `seq`."""
+        if len(seq.block_table) * self.block_size >= seq.num_tokens:
+            return True
+        while not self.pool.num_available:
+            victim = next((s for s in reversed(self.running) if not s.keeps_blocks), seq)
+            assert not victim.keeps_blocks, "a keeps_blocks sequence has all its blocks from the start"
+            self._preempt(victim)
+            batch.num_preemptions += 1
+            if victim is seq:
+                return False
+        seq.block_table.extend(self.pool.allocate(1, after=seq.block_table[-1]))
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.pool.release(seq.block_table)
+        seq.restart()
+        seq.status = SequenceStatus.WAITING
+        insort(self.waiting, seq, key=_arrival)
+
+    def _chunk_tokens(self, seq: Sequence, budget: int) -> int:
+        """As much as fits, to the end of a block unless it is the end of the tokens."""
+        if seq.num_remaining_tokens <= budget:
+            return seq.num_remaining_tokens
+        end = (seq.num_computed_tokens + budget) // self.block_size * self.block_size
+        return max(0, end - seq.num_computed_tokens)
+
+    def _admit(self, batch: ScheduledBatch, chunks: list[tuple[Sequence, int]], budget: int) -> None:
+        while self.waiting and self.has_slot:
+            seq = self.waiting[0]
+            if self.extending and self.extending[0].arrival < seq.arrival:
+                return
+            hits = self.cached_prefix(seq)
+            num_new = self.num_blocks_of(seq.num_tokens) - len(hits)
+            num_computed = len(hits) * self.block_size
+            if not self._fits_budget(seq.num_tokens - num_computed, budget):
+                return
+            if not self.has_room(seq, num_new + self.pool.num_unused(hits)):
+                return
+            del self.waiting[0]
+            self.take_prefix(seq, hits)
+            seq.block_table += self.pool.allocate(num_new, after=hits[-1] if hits else None)
+            self.join(seq)
+            if seq.times.scheduled is None:
+                seq.num_hit_tokens = num_computed
+                batch.started.append(seq)
+            num_tokens = self._chunk_tokens(seq, budget)
+            chunks.append((seq, num_tokens))
+            budget -= num_tokens
+
+    def _fits_budget(self, num_remaining: int, budget: int) -> bool:
+        """Whether a sequence that starts at a block boundary can compute anything."""
+        return min(num_remaining, self.block_size) <= budget
+
+
+def _arrival(seq: Sequence) -> int:
+    return seq.arrival

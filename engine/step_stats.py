@@ -1,0 +1,69 @@
+"""Counts of one step and of the present load."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from engine.outputs import StepStats
+from engine.scheduler import ScheduledBatch, Scheduler
+from engine.sequence import Sequence
+
+
+ExpertLoad = tuple[tuple[int, ...], ...]  # [moe layer][logical expert]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    num_running: int
+    num_waiting: int  # added but not scheduled, preempted, or in hand-off
+    num_waiting_tokens: int  # still to compute here, for the sequences not yet past their prompt
+    num_free_blocks: int  # free and not cached
+    num_cached_blocks: int  # nobody's, kept for prefix hits
+    num_used_blocks: int
+    num_total_blocks: int
+
+
+def measure_load(scheduler: Scheduler) -> EngineLoad:
+    pool = scheduler.pool
+    return EngineLoad(
+        num_running=len(scheduler.running),
+        num_waiting=len(scheduler.waiting) + len(scheduler.reserved),
+        num_waiting_tokens=_num_waiting_tokens(scheduler),
+        num_free_blocks=pool.num_free,
+        num_cached_blocks=pool.num_cached,
+        num_used_blocks=pool.num_used,
+        num_total_blocks=pool.num_blocks,
+    )
+
+
+def build_stats(
+    scheduler: Scheduler, batch: ScheduledBatch, began: float, *, is_idle_step: bool, expert_load: ExpertLoad
+) -> StepStats:
+    """After the step; `began` is its start in monotonic seconds."""
+    pool = scheduler.pool
+    return StepStats(
+        num_prefill_tokens=batch.num_tokens - batch.num_decodes,
+        num_decode_tokens=batch.num_decodes,
+        num_running=len(scheduler.running),
+        num_waiting=len(scheduler.waiting),
+        num_waiting_tokens=_num_waiting_tokens(scheduler),
+        num_free_blocks=pool.num_free,
+        num_cached_blocks=pool.num_cached,
+        num_used_blocks=pool.num_used,
+        num_preemptions=batch.num_preemptions,
+        num_hit_tokens=sum(seq.num_hit_tokens for seq in batch.started),
+        num_queried_tokens=sum(seq.num_prompt_tokens for seq in batch.started),
+        step_s=time.monotonic() - began,
+        is_idle_step=is_idle_step,
+        expert_load=expert_load,
+    )
+
+
+def _num_waiting_tokens(scheduler: Scheduler) -> int:
+    prefilling = (seq for seq in scheduler.running if seq.num_remaining_tokens > 1)
+    return sum(map(_remaining, scheduler.waiting)) + sum(map(_remaining, prefilling))
+
+
+def _remaining(seq: Sequence) -> int:
+    return seq.num_remaining_tokens
