@@ -1,0 +1,276 @@
+"""One hand-off, led by the decode worker.
+
+1. RESERVED: the engine holds the cached prefix for the sequence; Prefill is open and its request queued
+   there. No other block is promised yet.
+2. TRANSFERRING: the prefill worker has started; blocks are extended to the whole prompt, chunks are verified
+   and written into them.
+3. COMMITTED: everything arrived and was verified; the sequence joins the running batch. Or ABORTED, from 1
+   or 2.
+
+The caller owns the sequence: whatever `run` raises, the caller aborts it in the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+
+from decode_svc.chunk_receiver import ChunkReceiver
+from decode_svc.prefill_channels import PrefillChannels
+from decode_svc.shared_caches import SharedCaches
+from engine.engine import Engine
+from engine.outputs import SequenceOutput, TokenLogprobs
+from engine.sequence import Sequence
+from proto import common_pb2
+from proto.link_pb2 import RequestTimings
+from proto.prefill_pb2 import KvChunk, PrefillCommitted, PrefillFinished, PrefillRequest, PrefillStarted
+from servicekit.errors import HandoffFailed
+from servicekit.frames import Frame
+from servicekit.logging import get_logger
+from servicekit.rpc import error_from_rpc
+from worker.async_engine import AsyncEngine
+from worker.conversions import layout_to_pb, logprobs_from_pb
+from worker.deadline import Deadline
+from worker.kv_carrier import KvCarrier, SharedMemoryCarrier, StreamCarrier
+from worker.prefill_frames import (
+    PREFILL_METHOD,
+    PREFILL_SERVICE,
+    FrameKind,
+    pack_frame,
+    read_frame,
+    read_header,
+)
+from worker.sequence_spec import num_prompt_blocks, reserve_sequence
+
+_CLOSE_S = 2.0  # for the prefill worker to see the commit before the call is cancelled
+
+log = get_logger(__name__)
+
+PrefillRpc = grpc.aio.StreamStreamCall
+
+
+class HandoffState(enum.Enum):
+    RESERVED = "RESERVED"
+    TRANSFERRING = "TRANSFERRING"
+    COMMITTED = "COMMITTED"
+    ABORTED = "ABORTED"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffEnvironment:
+    """What all hand-offs of one decode worker share."""
+
+    engine: AsyncEngine
+    channels: PrefillChannels
+    shared_caches: SharedCaches
+    host_id: str
+    accepts_shared_memory: bool
+
+    async def close(self) -> None:
+        await self.channels.close()
+        self.shared_caches.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstToken:
+    """What arrived with the KV."""
+
+    logprobs: TokenLogprobs
+    prompt_logprobs_pb: list[common_pb2.TokenLogprobs]
+    timings_pb: RequestTimings
+    is_last: bool  # no KV came with it, nothing was committed
+
+
+OnCommit = Callable[[FirstToken, SequenceOutput | None], None]
+
+
+class Handoff:
+    def __init__(
+        self,
+        environment: HandoffEnvironment,
+        seq: Sequence,
+        spec_pb: common_pb2.SequenceSpec,
+        address: str,
+        deadline: Deadline,
+    ) -> None:
+        self.state = HandoffState.RESERVED
+        self.num_bytes = 0
+        self.transfer_s = 0.0  # STARTED -> FINISHED received
+        self.is_shared = False
+        self._environment = environment
+        self._engine = environment.engine
+        self._seq = seq
+        self._spec_pb = spec_pb
+        self._address = address
+        self._deadline = deadline
+        self._block_size = self._engine.engine.kv_layout.block_size
+        self._num_blocks = num_prompt_blocks(spec_pb, self._block_size)
+        self._num_held_blocks = 0
+        self._clock = asyncio.get_running_loop().time
+
+    @property
+    def needs_no_kv(self) -> bool:
+        """The first token is the last: no block is reserved, sent or committed."""
+        return self._seq.sampling.max_tokens - len(self._spec_pb.output_ids) == 1
+
+    async def run(self, on_commit: OnCommit) -> None:
+        """on_commit is called in the loop, before any later output of the sequence.
+
+        Raises ServingError: InvalidRequest is the caller's fault, everything else the prefill worker's."""
+        try:
+            if self.needs_no_kv:
+                self._num_held_blocks = self._num_blocks
+            else:
+                self._num_held_blocks = await self._engine.call(lambda e: reserve_sequence(e, self._seq))
+            async with self._environment.channels.channel(self._address) as channel:
+                await self._call(channel, on_commit)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, peer=f"prefill worker {self._address}") from error
+        except ValueError as error:
+            raise HandoffFailed(f"prefill worker {self._address}: {error}", state=self.state.value) from error
+        finally:
+            if self.state is not HandoffState.COMMITTED:
+                self.state = HandoffState.ABORTED
+
+    async def _call(self, channel: grpc.aio.Channel, on_commit: OnCommit) -> None:
+        # No serializers: a frame is bytes on both sides.
+        method: Any = channel.stream_stream(f"/{PREFILL_SERVICE}/{PREFILL_METHOD}", None, None)
+        call: PrefillRpc[bytes, bytes] = method()
+        try:
+            await call.write(self._request_frame())
+            started_pb = read_header(await _read(call), FrameKind.PREFILL_STARTED, PrefillStarted)
+            started_at = self._clock()
+            self.state = HandoffState.TRANSFERRING
+            with self._carrier(started_pb) as carrier:
+                finished_pb = await self._transfer(call, started_pb, carrier)
+            self.transfer_s = self._clock() - started_at
+            first = self._first_token(started_pb, finished_pb)
+            await self._commit(first, started_at + finished_pb.prefill_s, on_commit)
+            await _tell_committed(call)
+        finally:
+            call.cancel()
+
+    def _request_frame(self) -> bytes:
+        environment = self._environment
+        request_pb = PrefillRequest(
+            sequence=self._spec_pb,
+            kv_layout=layout_to_pb(self._engine.engine.kv_layout),
+            num_held_blocks=self._num_held_blocks,
+            host_id=environment.host_id,
+            accepts_shared_memory=environment.accepts_shared_memory,
+        )
+        request_pb.sequence.time_left_s = self._deadline.time_left_s
+        return pack_frame(FrameKind.PREFILL_REQUEST, request_pb)
+
+    @contextmanager
+    def _carrier(self, started_pb: PrefillStarted) -> Iterator[KvCarrier]:
+        if not started_pb.HasField("shared_kv_cache"):
+            yield StreamCarrier(self._engine.engine.kv_cache)
+            return
+        if not self._environment.accepts_shared_memory:
+            raise ValueError("offers shared memory that was not asked for")
+        self.is_shared = True
+        with self._environment.shared_caches.cache(started_pb) as source:
+            yield SharedMemoryCarrier(source)
+
+    async def _transfer(
+        self, call: PrefillRpc[bytes, bytes], started_pb: PrefillStarted, carrier: KvCarrier
+    ) -> PrefillFinished:
+        if started_pb.num_blocks != self._num_blocks:
+            raise ValueError(f"expected {self._num_blocks} blocks, it computes {started_pb.num_blocks}")
+        block_ids = [] if self.needs_no_kv else await self._extend()
+        receiver = ChunkReceiver(
+            self._engine.engine.kv_cache, carrier, block_ids[: self._num_blocks], self._num_held_blocks
+        )
+        try:
+            while (frame := await _read(call)).kind == FrameKind.KV_CHUNK:
+                await receiver.receive(read_header(frame, FrameKind.KV_CHUNK, KvChunk), frame.payload)
+        finally:
+            self.num_bytes = receiver.num_bytes
+        finished_pb = read_header(frame, FrameKind.PREFILL_FINISHED, PrefillFinished)
+        receiver.verify_finished(finished_pb)
+        return finished_pb
+
+    async def _extend(self) -> list[int]:
+        """Waits for room, in the engine's queue."""
+        blocks: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+
+        def on_ready(block_ids: list[int]) -> None:
+            self._engine.in_loop(_resolve, blocks, block_ids)
+
+        await self._engine.call(lambda engine: engine.extend(self._seq.seq_id, on_ready))
+        return await blocks
+
+    async def _commit(self, first: FirstToken, sampled_at: float, on_commit: OnCommit) -> None:
+        first.timings_pb.handoff_s = max(0.0, self._clock() - sampled_at)
+        if self.needs_no_kv:
+            self.state = HandoffState.COMMITTED
+            on_commit(first, None)
+            return
+
+        def commit(engine: Engine) -> None:
+            ended = engine.commit(self._seq.seq_id, first.logprobs)
+            self._engine.in_loop(on_commit, first, ended)
+
+        await self._engine.call(commit)
+        self.state = HandoffState.COMMITTED
+        log.info(
+            "handoff_committed",
+            request_id=self._spec_pb.request_id,
+            num_blocks=self._num_blocks,
+            num_held_blocks=self._num_held_blocks,
+            num_bytes=self.num_bytes,
+            handoff_s=first.timings_pb.handoff_s,
+        )
+
+    def _first_token(self, started_pb: PrefillStarted, finished_pb: PrefillFinished) -> FirstToken:
+        token_id = finished_pb.first_token_id
+        has_logprobs = finished_pb.HasField("first_token_logprobs")
+        timings_pb = RequestTimings(
+            prefill_worker_id=started_pb.worker_id,
+            num_hit_tokens=self._num_hit_tokens(started_pb),
+            queue_s=started_pb.queue_s,
+            prefill_s=finished_pb.prefill_s,
+            transfer_bytes=self.num_bytes,
+        )
+        return FirstToken(
+            logprobs=logprobs_from_pb(finished_pb.first_token_logprobs)
+            if has_logprobs
+            else TokenLogprobs(token_id, 0.0),
+            prompt_logprobs_pb=list(finished_pb.prompt_logprobs),
+            timings_pb=timings_pb,
+            is_last=self.needs_no_kv,
+        )
+
+    def _num_hit_tokens(self, started_pb: PrefillStarted) -> int:
+        num_held_tokens = 0 if self.needs_no_kv else self._num_held_blocks * self._block_size
+        return max(started_pb.num_hit_tokens, num_held_tokens)
+
+
+async def _read(call: PrefillRpc[bytes, bytes]) -> Frame:
+    """ValueError when the stream ends; AioRpcError when it ends with an error."""
+    raw = await call.read()
+    if not isinstance(raw, bytes):
+        raise ValueError("the stream ended before PREFILL_FINISHED")
+    return read_frame(raw)
+
+
+async def _tell_committed(call: PrefillRpc[bytes, bytes]) -> None:
+    """The sequence is ours already: a prefill worker that cannot be told any more changes nothing."""
+    with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError):
+        async with asyncio.timeout(_CLOSE_S):
+            await call.write(pack_frame(FrameKind.PREFILL_COMMITTED, PrefillCommitted()))
+            await call.done_writing()
+            await call.code()
+
+
+def _resolve(future: asyncio.Future[list[int]], block_ids: list[int]) -> None:
+    if not future.done():
+        future.set_result(block_ids)

@@ -1,0 +1,138 @@
+"""LinkService.Link: one router's requests come down, one message of tokens a step goes up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from decode_svc.request import DecodeRequest, RequestEnvironment
+from proto import link_pb2
+from proto.link_pb2 import LinkRequest, LinkResponse, SequenceUpdate, Submit
+from servicekit.errors import InvalidRequest, ServingError
+from servicekit.rpc import abort_with
+from worker.load import LoadMeter
+
+LINK_SERVICE = "baton.v1.LinkService"
+LINK_METHOD = "Link"
+# Of updates in one message. Far below the message limit, far above the updates of an ordinary step.
+_MAX_UPDATE_BYTES = 1 << 20
+
+
+class LinkService:
+    def __init__(self, environment: RequestEnvironment, load: LoadMeter) -> None:
+        self._environment = environment
+        self._load = load
+
+    def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
+        method = grpc.stream_stream_rpc_method_handler(
+            self.link,
+            request_deserializer=LinkRequest.FromString,
+            response_serializer=LinkResponse.SerializeToString,
+        )
+        return grpc.method_handlers_generic_handler(LINK_SERVICE, {LINK_METHOD: method})
+
+    async def close(self) -> None:
+        """After the last call."""
+        await self._environment.handoffs.close()
+
+    async def link(
+        self, requests: AsyncIterator[LinkRequest], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        """However it ends, when it has ended none of its requests is left."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                link = Link(self._environment, self._load, group)
+                writer = group.create_task(link.write(context))
+                async for request_pb in requests:
+                    link.receive(request_pb)
+                link.cancel_all()
+                writer.cancel()
+        except* ServingError as errors:
+            await abort_with(context, next(_leaves(errors)))
+
+
+class Link:
+    def __init__(self, environment: RequestEnvironment, load: LoadMeter, group: asyncio.TaskGroup) -> None:
+        self._environment = environment
+        self._load = load
+        self._group = group
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._updates: list[SequenceUpdate] = []
+        self._has_updates = asyncio.Event()
+
+    def receive(self, request_pb: LinkRequest) -> None:
+        if request_pb.HasField("submit"):
+            self._submit(request_pb.submit)
+        elif request_pb.HasField("cancel"):
+            task = self._tasks.get(request_pb.cancel.key)
+            if task is not None:
+                task.cancel()
+
+    def cancel_all(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+
+    async def write(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """One message a step: the engine's outputs of a step are delivered before this runs again."""
+        await context.write(LinkResponse(load=self._load_pb()))
+        while True:
+            await self._has_updates.wait()
+            self._has_updates.clear()
+            updates, self._updates = self._updates, []
+            for part in _parts(updates):
+                await context.write(LinkResponse(updates=part, load=self._load_pb()))
+
+    def _load_pb(self) -> link_pb2.WorkerLoad:
+        load = self._load.load()
+        return link_pb2.WorkerLoad(
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            num_free_blocks=load.num_free_blocks,
+            num_total_blocks=self._load.num_blocks,
+            num_waiting_tokens=load.num_waiting_tokens,
+        )
+
+    def _submit(self, submit_pb: Submit) -> None:
+        key = submit_pb.key
+        if key in self._tasks:
+            # Not an update for that key: it would end the request that owns it.
+            raise InvalidRequest(f"key {key} is already in use on this link")
+        request = DecodeRequest(self._environment, submit_pb, self._send)
+        task = self._group.create_task(request.run())
+        self._tasks[key] = task
+        task.add_done_callback(lambda done: self._forget(key, request, done))
+
+    def _forget(self, key: int, request: DecodeRequest, task: asyncio.Task[None]) -> None:
+        del self._tasks[key]
+        if task.cancelled():
+            request.cancelled_before_run()
+
+    def _send(self, update_pb: SequenceUpdate) -> None:
+        self._updates.append(update_pb)
+        self._has_updates.set()
+
+
+def _parts(updates: list[SequenceUpdate]) -> list[list[SequenceUpdate]]:
+    """In order, each with at most _MAX_UPDATE_BYTES or one update."""
+    parts: list[list[SequenceUpdate]] = [[]]
+    num_bytes = 0
+    for update_pb in updates:
+        size = update_pb.ByteSize()
+        if parts[-1] and num_bytes + size > _MAX_UPDATE_BYTES:
+            parts.append([])
+            num_bytes = 0
+        parts[-1].append(update_pb)
+        num_bytes += size
+    return parts
+
+
+def _leaves(group: BaseExceptionGroup[ServingError]) -> Iterator[ServingError]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error

@@ -1,0 +1,183 @@
+"""The owner of one request on a decode worker: hand-off or local prefill, decode, and giving everything back.
+
+Tokens do not pass through the owner's coroutine: the engine's outputs go straight to the link, the coroutine
+waits for the last one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from decode_svc.handoff import FirstToken, Handoff, HandoffEnvironment
+from decode_svc.metrics import DecodeMetrics
+from engine.outputs import FinishReason, SequenceOutput
+from engine.sequence import Sequence
+from proto import common_pb2
+from proto.link_pb2 import RequestTimings, SequenceUpdate, Submit
+from servicekit.errors import InvalidRequest, ServingError
+from servicekit.logging import get_logger
+from worker.admission import Admission
+from worker.async_engine import AsyncEngine
+from worker.conversions import all_logprobs_to_pb, error_to_pb, finish_reason_to_pb, logprobs_to_pb
+from worker.deadline import Deadline
+from worker.sequence_spec import add_sequence, decode_sequence
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestEnvironment:
+    """What all requests of one decode worker share."""
+
+    handoffs: HandoffEnvironment
+    admission: Admission
+    metrics: DecodeMetrics
+
+    @property
+    def engine(self) -> AsyncEngine:
+        return self.handoffs.engine
+
+
+class DecodeRequest:
+    def __init__(
+        self, environment: RequestEnvironment, submit_pb: Submit, send: Callable[[SequenceUpdate], None]
+    ) -> None:
+        self._environment = environment
+        self._engine = environment.engine
+        self._metrics = environment.metrics
+        self._key = submit_pb.key
+        self._submit_pb = submit_pb
+        self._spec_pb = submit_pb.sequence
+        self._send = send
+        self._ended = asyncio.Event()
+        self._has_tokens = False
+        self._prefill_fell_back = False
+
+    async def run(self) -> None:
+        """Ends with exactly one final update. Raises only CancelledError."""
+        outcome = "cancelled"
+        try:
+            with self._environment.admission.admit():
+                deadline = Deadline(self._spec_pb.time_left_s)
+                async with deadline.enforced():
+                    await self._run(deadline)
+            outcome = "finished"
+        except asyncio.CancelledError:
+            self._end(SequenceUpdate(key=self._key, finish_reason=common_pb2.FINISH_REASON_ABORTED))
+            raise
+        except ServingError as error:
+            outcome = type(error).__name__
+            self._end(SequenceUpdate(key=self._key, error=error_to_pb(error)))
+        except Exception as error:
+            outcome = "ServingError"
+            log.exception("request_failed", request_id=self._spec_pb.request_id)
+            internal = ServingError(f"decode failed: {type(error).__name__}")
+            self._end(SequenceUpdate(key=self._key, error=error_to_pb(internal)))
+        finally:
+            self._metrics.count_request(outcome, len(self._spec_pb.prompt_ids))
+
+    def cancelled_before_run(self) -> None:
+        """The task was cancelled before `run` began."""
+        self._end(SequenceUpdate(key=self._key, finish_reason=common_pb2.FINISH_REASON_ABORTED))
+
+    async def _run(self, deadline: Deadline) -> None:
+        if self._submit_pb.prefill_address and await self._run_handed_off(deadline):
+            return
+        seq = decode_sequence(self._spec_pb, self._engine.next_seq_id())
+        with self._owned(seq):
+            await self._engine.call(lambda engine: add_sequence(engine, seq))
+            await self._ended.wait()
+
+    async def _run_handed_off(self, deadline: Deadline) -> bool:
+        """False when the prefill worker failed, with nothing left of the attempt."""
+        seq = decode_sequence(self._spec_pb, self._engine.next_seq_id())
+        address = self._submit_pb.prefill_address
+        handoff = Handoff(self._environment.handoffs, seq, self._spec_pb, address, deadline)
+        with self._owned(seq):
+            try:
+                await handoff.run(self._on_commit)
+            except InvalidRequest:
+                raise
+            except ServingError as error:
+                log.warning(
+                    "prefill_fell_back",
+                    request_id=self._spec_pb.request_id,
+                    prefill_address=address,
+                    reason=str(error),
+                )
+                self._metrics.count_fallback(error)
+                self._prefill_fell_back = True
+                return False
+            finally:
+                self._metrics.observe_handoff(handoff)
+            await self._ended.wait()
+        return True
+
+    @contextmanager
+    def _owned(self, seq: Sequence) -> Iterator[None]:
+        self._engine.attach(seq.seq_id, self._on_output)
+        try:
+            yield
+        finally:
+            self._engine.detach(seq.seq_id)
+            if not self._ended.is_set():
+                self._engine.post(lambda engine: engine.abort(seq.seq_id))
+
+    def _on_commit(self, first: FirstToken, ended: SequenceOutput | None) -> None:
+        reason = ended.finish_reason if ended is not None else None
+        if ended is None and first.is_last:
+            reason = self._reason_after(first.logprobs.token_id)
+        wants_logprobs = self._spec_pb.sampling.HasField("num_logprobs")
+        self._metrics.observe_first_token(first.timings_pb)
+        self._update(
+            SequenceUpdate(
+                key=self._key,
+                token_ids=[first.logprobs.token_id],
+                logprobs=[logprobs_to_pb(first.logprobs)] if wants_logprobs else None,
+                finish_reason=finish_reason_to_pb(reason),
+                timings=first.timings_pb,
+                prompt_logprobs=first.prompt_logprobs_pb,
+            )
+        )
+
+    def _on_output(self, output: SequenceOutput) -> None:
+        update_pb = SequenceUpdate(
+            key=self._key,
+            token_ids=output.token_ids,
+            logprobs=all_logprobs_to_pb(output.logprobs),
+            finish_reason=finish_reason_to_pb(output.finish_reason),
+        )
+        if not self._has_tokens and output.token_ids:
+            timings_pb = RequestTimings(
+                num_hit_tokens=output.num_hit_tokens,
+                queue_s=output.queue_s,
+                prefill_s=output.prefill_s,
+                prefill_fell_back=self._prefill_fell_back,
+            )
+            update_pb.timings.CopyFrom(timings_pb)
+            update_pb.prompt_logprobs.extend(all_logprobs_to_pb(output.prompt_logprobs))
+            self._metrics.observe_first_token(timings_pb)
+        self._update(update_pb)
+
+    def _update(self, update_pb: SequenceUpdate) -> None:
+        if self._ended.is_set():
+            return
+        self._has_tokens = True
+        self._metrics.count_tokens(len(update_pb.token_ids))
+        if update_pb.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
+            self._ended.set()
+        self._send(update_pb)
+
+    def _end(self, update_pb: SequenceUpdate) -> None:
+        if not self._ended.is_set():
+            self._ended.set()
+            self._send(update_pb)
+
+    def _reason_after(self, token_id: int) -> FinishReason:
+        sampling_pb = self._spec_pb.sampling
+        eos_token_ids = frozenset() if sampling_pb.ignore_eos else self._engine.engine.eos_token_ids
+        is_stop = token_id in eos_token_ids or token_id in sampling_pb.stop_token_ids
+        return FinishReason.STOP if is_stop else FinishReason.LENGTH

@@ -1,0 +1,17 @@
+"""How a prefill service is put together."""
+
+from __future__ import annotations
+
+from prefill_svc.metrics import PrefillMetrics
+from prefill_svc.prefill_service import PrefillService
+from worker.worker_process import WorkerParts
+
+
+def build_service(parts: WorkerParts) -> PrefillService:
+    return PrefillService(
+        parts.engine,
+        parts.admission,
+        PrefillMetrics(parts.metrics),
+        worker_id=parts.worker_id,
+        host_id=parts.host_id,
+    )

@@ -1,0 +1,96 @@
+"""/baton.v1.PrefillService/Prefill on raw frames: admission, layout check, error boundary."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from prefill_svc.metrics import PrefillMetrics
+from prefill_svc.prefill_call import PrefillCall, ServicerContext, read_request
+from proto.prefill_pb2 import PrefillRequest
+from servicekit.errors import HandoffFailed, ServingError
+from servicekit.logging import get_logger
+from servicekit.rpc import abort_with
+from worker.admission import Admission
+from worker.async_engine import AsyncEngine
+from worker.conversions import layout_from_pb
+from worker.deadline import Deadline
+from worker.prefill_frames import PREFILL_METHOD, PREFILL_SERVICE
+
+log = get_logger(__name__)
+
+
+class PrefillService:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        admission: Admission,
+        metrics: PrefillMetrics,
+        *,
+        worker_id: str,
+        host_id: str,
+    ) -> None:
+        self._engine = engine
+        self._admission = admission
+        self._metrics = metrics
+        self._worker_id = worker_id
+        self._host_id = host_id
+
+    def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
+        # No serializers: a frame is bytes on both sides.
+        method = grpc.stream_stream_rpc_method_handler(self.prefill)
+        return grpc.method_handlers_generic_handler(PREFILL_SERVICE, {PREFILL_METHOD: method})
+
+    async def close(self) -> None:
+        """After the last call; a prefill service keeps nothing between calls."""
+
+    async def prefill(self, _requests: object, context: ServicerContext[Any, Any]) -> None:
+        outcome = "cancelled"
+        try:
+            outcome = "committed" if await self._serve(context) else "uncommitted"
+        except ServingError as error:
+            outcome = type(error).__name__
+            await abort_with(context, error)
+        except ValueError as error:
+            outcome = "HandoffFailed"
+            await abort_with(
+                context, HandoffFailed(f"not the frames of a hand-off: {error}", state="RESERVED")
+            )
+        except Exception as error:
+            outcome = "ServingError"
+            log.exception("prefill_failed")
+            await abort_with(context, ServingError(f"prefill failed: {type(error).__name__}"))
+        finally:
+            self._metrics.count_request(outcome)
+
+    async def _serve(self, context: ServicerContext[Any, Any]) -> bool:
+        request_pb = await read_request(context)
+        self._check_layout(request_pb)
+        shares_memory = request_pb.accepts_shared_memory and request_pb.host_id == self._host_id
+        started_at = time.monotonic()
+        with self._admission.admit():
+            async with Deadline(request_pb.sequence.time_left_s).enforced():
+                call = PrefillCall(self._engine, self._worker_id, shares_memory, request_pb)
+                try:
+                    is_committed = await call.run(context)
+                finally:
+                    self._metrics.observe_call(call)
+        log.info(
+            "prefill_committed" if is_committed else "prefill_uncommitted",
+            request_id=request_pb.sequence.request_id,
+            num_prompt_tokens=call.num_prompt_tokens,
+            num_bytes=call.num_bytes,
+            elapsed_s=time.monotonic() - started_at,
+        )
+        return is_committed
+
+    def _check_layout(self, request_pb: PrefillRequest) -> None:
+        try:
+            difference = self._engine.engine.kv_layout.difference(layout_from_pb(request_pb.kv_layout))
+        except ValueError as error:
+            difference = str(error)
+        if difference is not None:
+            raise HandoffFailed(f"KV layouts differ (prefill != decode): {difference}", state="RESERVED")

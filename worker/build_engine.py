@@ -1,0 +1,71 @@
+"""From a worker's settings to its engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from engine.build import build_engine
+from engine.engine_config import EngineConfig
+
+from engine.engine import Engine
+from engine.ep.ep_group import EpGroup
+from servicekit.logging import get_logger
+from worker.settings import WorkerSettings
+
+# Ranks start together but read their weights at different speeds.
+_PEERS_TIMEOUT_S = 600.0
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpMembership:
+    group_id: str = ""  # empty: the worker is a group of its own
+    rank: int = 0
+    size: int = 1
+    address: str = ""  # host:port where rank 0 listens
+
+
+def build_worker_engine(settings: WorkerSettings, membership: EpMembership) -> Engine:
+    """Loads weights, seconds to minutes. ValueError for a checkpoint or settings that cannot work."""
+    group = _join(membership) if membership.size > 1 else None
+    engine = build_engine(_engine_config(settings), group, _LoadProgress())
+    if group is not None:
+        group.wait_for_peers(_PEERS_TIMEOUT_S)
+    return engine
+
+
+def _join(membership: EpMembership) -> EpGroup:
+    log.info("joining_group", group_id=membership.group_id, rank=membership.rank, size=membership.size)
+    return EpGroup(membership.rank, membership.size, membership.address)
+
+
+def _engine_config(settings: WorkerSettings) -> EngineConfig:
+    optional: dict[str, Any] = {
+        name: getattr(settings, name)
+        for name in ("kv_cache_bytes", "num_blocks", "max_model_len", "token_budget", "max_running")
+        if getattr(settings, name) is not None
+    }
+    return EngineConfig(
+        model_dir=settings.model,
+        load_format=settings.load_format,
+        dtype=settings.dtype,
+        device=settings.device,
+        block_size=settings.block_size,
+        shares_kv_cache=settings.shared_memory,
+        **optional,
+    )
+
+
+class _LoadProgress:
+    """Logs each tenth of the weights."""
+
+    def __init__(self) -> None:
+        self._last_tenth = -1
+
+    def __call__(self, num_done: int, num_total: int) -> None:
+        tenth = 10 * num_done // max(1, num_total)
+        if tenth > self._last_tenth:
+            self._last_tenth = tenth
+            log.info("loading_weights", percent=10 * tenth, num_done=num_done, num_total=num_total)

@@ -1,0 +1,102 @@
+"""baton_engine_*: what the engine does, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from engine.outputs import StepOutput, StepStats
+from servicekit.metrics import SECONDS_BUCKETS
+
+_EXPERT_WINDOW_S = 2.0  # of steps, added up before expert load is judged
+
+
+class EngineMetrics:
+    def __init__(self, registry: CollectorRegistry, num_blocks: int) -> None:
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"baton_engine_{name}", text, registry=registry)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"baton_engine_{name}", text, registry=registry)
+
+        gauge("total_blocks", "KV blocks of this worker").set(num_blocks)
+        self._free_blocks = gauge("free_blocks", "KV blocks that hold nothing")
+        self._free_blocks.set(num_blocks)
+        self._cached_blocks = gauge("cached_blocks", "unused KV blocks kept for prefix hits")
+        self._used_blocks = gauge("used_blocks", "KV blocks owned by sequences or reservations")
+        self._running = gauge("running_sequences", "sequences in the batch")
+        self._waiting = gauge("waiting_sequences", "sequences not scheduled yet, or preempted")
+        self._batch_tokens = gauge("batch_tokens", "tokens computed in the last step")
+        self._prefill_tokens = counter("prefill_tokens", "prompt tokens computed")
+        self._decode_tokens = counter("decode_tokens", "tokens computed for decoding sequences")
+        self._hit_tokens = counter("prefix_hit_tokens", "prompt tokens found in the prefix cache")
+        self._queried_tokens = counter("prefix_queried_tokens", "prompt tokens looked up in the prefix cache")
+        self._preemptions = counter("preemptions", "sequences that lost their blocks to another")
+        self._idle_steps = counter("idle_steps", "steps without tokens, for the expert-parallel group")
+        self._step_seconds = Histogram(
+            "baton_engine_step_seconds", "one engine step", buckets=SECONDS_BUCKETS, registry=registry
+        )
+        self._experts = ExpertLoadMetrics(registry)
+
+    def observe(self, step: StepOutput) -> None:
+        stats = step.stats
+        self._free_blocks.set(stats.num_free_blocks)
+        self._cached_blocks.set(stats.num_cached_blocks)
+        self._used_blocks.set(stats.num_used_blocks)
+        self._running.set(stats.num_running)
+        self._waiting.set(stats.num_waiting)
+        self._batch_tokens.set(stats.num_prefill_tokens + stats.num_decode_tokens)
+        self._prefill_tokens.inc(stats.num_prefill_tokens)
+        self._decode_tokens.inc(stats.num_decode_tokens)
+        self._hit_tokens.inc(stats.num_hit_tokens)
+        self._queried_tokens.inc(stats.num_queried_tokens)
+        self._preemptions.inc(stats.num_preemptions)
+        self._idle_steps.inc(stats.is_idle_step)
+        self._step_seconds.observe(stats.step_s)
+        self._experts.observe(stats)
+
+
+class ExpertLoadMetrics:
+    """A label for each expert would be thousands of series; the skew of each layer says what matters."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._balancedness = Gauge(
+            "baton_engine_expert_balancedness",
+            "mean / highest tokens of an expert, averaged over layers; 1 is even",
+            registry=registry,
+        )
+        self._skew = Gauge(
+            "baton_engine_expert_skew_ratio",
+            "tokens of the busiest expert / mean",
+            ["moe_layer"],
+            registry=registry,
+        )
+        self._loads: list[list[int]] = []  # [moe layer][logical expert], tokens of this window
+        self._window_s = 0.0
+
+    def observe(self, stats: StepStats) -> None:
+        if not stats.expert_load:
+            return
+        if not self._loads:
+            self._loads = [[0] * len(layer) for layer in stats.expert_load]
+        for totals, loads in zip(self._loads, stats.expert_load, strict=True):
+            for expert, num_tokens in enumerate(loads):
+                totals[expert] += num_tokens
+        self._window_s += stats.step_s
+        if self._window_s >= _EXPERT_WINDOW_S:
+            self._publish()
+
+    def _publish(self) -> None:
+        skews = [skew(loads) for loads in self._loads]
+        for layer, value in enumerate(skews):
+            self._skew.labels(str(layer)).set(value)
+        self._balancedness.set(sum(1 / value for value in skews) / len(skews))
+        self._loads = []
+        self._window_s = 0.0
+
+
+def skew(loads: Sequence[int]) -> float:
+    """Highest / mean load; 1 for no load at all."""
+    total = sum(loads)
+    return max(loads) * len(loads) / total if total else 1.0

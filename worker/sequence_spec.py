@@ -1,0 +1,80 @@
+"""From a SequenceSpec on the wire to a Sequence of the engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.engine import Engine
+from engine.sampling_params import SamplingParams
+from engine.sequence import KvListener, Sequence
+from proto.common_pb2 import SequenceSpec
+from servicekit.errors import InvalidRequest
+from servicekit.rpc import MAX_MESSAGE_BYTES
+from worker.conversions import sampling_from_pb
+
+_LOGPROB_BYTES = 12  # of one token id and its logprob on the wire, at most
+
+
+def decode_sequence(spec_pb: SequenceSpec, seq_id: int) -> Sequence:
+    """Raises InvalidRequest."""
+    return _build(spec_pb, seq_id, checked_sampling(spec_pb), None)
+
+
+def prefill_sequence(spec_pb: SequenceSpec, seq_id: int, kv_listener: KvListener) -> Sequence:
+    """A sequence that ends with its next token and keeps its blocks. Raises InvalidRequest."""
+    sampling = replace(checked_sampling(spec_pb), max_tokens=len(spec_pb.output_ids) + 1)
+    return _build(spec_pb, seq_id, sampling, kv_listener)
+
+
+def checked_sampling(spec_pb: SequenceSpec) -> SamplingParams:
+    """Raises InvalidRequest for what no engine can run or no message can carry."""
+    sampling = sampling_from_pb(spec_pb.sampling)
+    if len(spec_pb.output_ids) >= sampling.max_tokens:
+        raise InvalidRequest(
+            f"max_tokens is {sampling.max_tokens} and {len(spec_pb.output_ids)} tokens are already there"
+        )
+    if sampling.num_prompt_logprobs is not None:
+        num_prompt_tokens = len(spec_pb.prompt_ids)
+        num_entries = num_prompt_tokens * (sampling.num_prompt_logprobs + 2)
+        if num_entries * _LOGPROB_BYTES > MAX_MESSAGE_BYTES // 2:
+            raise InvalidRequest(
+                f"{sampling.num_prompt_logprobs} logprobs for each of {num_prompt_tokens} prompt tokens are "
+                "too many; ask for fewer",
+                param="prompt_logprobs",
+            )
+    return sampling
+
+
+def num_prompt_blocks(spec_pb: SequenceSpec, block_size: int) -> int:
+    """Blocks of the tokens whose KV a prefill worker computes."""
+    return -(-(len(spec_pb.prompt_ids) + len(spec_pb.output_ids)) // block_size)
+
+
+def add_sequence(engine: Engine, seq: Sequence) -> None:
+    """Raises InvalidRequest for a sequence that this engine can never run."""
+    try:
+        engine.add(seq)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+
+
+def reserve_sequence(engine: Engine, seq: Sequence) -> int:
+    """Blocks already held. Raises InvalidRequest for a sequence that this engine can never run."""
+    try:
+        return engine.reserve(seq)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+
+
+def _build(
+    spec_pb: SequenceSpec, seq_id: int, sampling: SamplingParams, kv_listener: KvListener | None
+) -> Sequence:
+    return Sequence(
+        seq_id,
+        list(spec_pb.prompt_ids),
+        sampling,
+        output_ids=tuple(spec_pb.output_ids),
+        cache_salt=spec_pb.cache_salt,
+        keeps_blocks=kv_listener is not None,
+        kv_listener=kv_listener,
+    )

@@ -1,0 +1,57 @@
+"""Settings that both kinds of worker share, and what the environment must hold before torch is imported."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from servicekit.process_env import ensure_process_env, threads_per_worker
+from servicekit.settings import setting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    model: Path = setting(doc="directory with config.json, safetensors and the tokenizer")
+    served_model_name: str = setting("", doc="name in the API and the registry; empty: the directory's name")
+    worker_id: str = setting("", doc="unique among workers; empty: made up at each start")
+    host: str = setting("127.0.0.1", doc="address to listen on")
+    advertised_host: str = setting("", doc="address for the others; empty: the one to listen on")
+    port: int = setting(0, doc="gRPC port; 0: any free one")
+    metrics_port: int = setting(0, doc="HTTP port of /metrics; 0: any free one")
+    redis_url: str = setting("redis://127.0.0.1:6379/0", doc="registry and prefix index")
+    load_format: Literal["safetensors", "dummy"] = setting("safetensors", doc="dummy: made-up weights")
+    dtype: str = setting("auto", doc="auto, float32, bfloat16 or float16")
+    device: str = setting("cpu", doc="cpu or cuda")
+    block_size: int = setting(16, doc="tokens of one KV block")
+    kv_cache_bytes: int | None = setting(None, doc="of KV cache; unset: NUM_BLOCKS or from free memory")
+    num_blocks: int | None = setting(None, doc="of KV cache; wins over KV_CACHE_BYTES")
+    max_model_len: int | None = setting(None, doc="longest sequence, tokens; unset: the model's")
+    token_budget: int | None = setting(
+        None, doc="most tokens computed in one step; unset: the engine's choice"
+    )
+    max_running: int | None = setting(None, doc="most sequences in one step; unset: the engine's choice")
+    max_requests: int = setting(1024, doc="requests held, running and waiting; more are refused")
+    num_threads: int | None = setting(None, doc="torch threads; unset: half of the usable processors")
+    shared_memory: bool = setting(True, doc="hand KV over through shared memory inside one host")
+    drain_s: float = setting(30.0, doc="after SIGTERM, seconds for running requests to finish")
+    log_format: Literal["console", "json"] = setting("console", doc="console or json")
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_requests"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ValueError(f"num_threads must be 1 or more, got {self.num_threads}")
+        if not self.drain_s >= 0:
+            raise ValueError(f"drain_s must be 0 or more, got {self.drain_s}")
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model.resolve().name
+
+
+def ensure_worker_environment(settings: WorkerSettings) -> None:
+    """Starts this program again, in place, when the environment lacks what torch reads at import."""
+    ensure_process_env(os.environ, settings.num_threads or threads_per_worker(2))

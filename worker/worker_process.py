@@ -1,0 +1,231 @@
+"""The life of a worker process.
+
+1. Build: the engine loads its weights; a mistake in settings or checkpoint ends the process with EXIT_MISTAKE.
+2. Serve: gRPC and metrics listen, then the worker announces itself; from here on routers find it.
+3. Drain, on SIGTERM or when another rank of the group drains: routers are told, new requests are refused, running
+   ones finish or are cut off at the end of the grace period and go on elsewhere.
+4. End: the entry in the registry goes, the engine stops.
+
+A failed engine ends the process with EXIT_FAILED: with collectives in flight nothing is safe to continue, and closed
+connections tell everybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import traceback
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+import grpc
+from prometheus_client import CollectorRegistry
+
+from engine.engine import Engine
+from engine.ep.ep_group import EpGroupLost
+from engine.outputs import StepOutput
+from kvstore.redis_index import RedisIndex
+from kvstore.registry import RedisRegistry, WorkerRecord, WorkerRole
+from kvstore.store import Store
+from servicekit.errors import WorkerLost
+from servicekit.host import host_id
+from servicekit.lifecycle import drain_on_signals
+from servicekit.logging import get_logger
+from servicekit.metrics import MetricsServer, build_metrics_registry
+from servicekit.rpc import build_server
+from worker.admission import Admission
+from worker.async_engine import AsyncEngine
+from worker.build_engine import EpMembership, build_worker_engine
+from worker.engine_metrics import EngineMetrics
+from worker.launch import EXIT_MISTAKE
+from worker.load import LoadMeter
+from worker.registration import LEASE_S, Registration
+from worker.settings import WorkerSettings
+
+__all__ = ["EpMembership", "Service", "WorkerParts", "WorkerProcess"]
+
+EXIT_FAILED = 1
+_STOP_S = 10.0  # for the step in which the engine is, or for the other ranks of its group
+
+log = get_logger(__name__)
+
+
+class Service(Protocol):
+    def handler(self) -> grpc.GenericRpcHandler[Any, Any]: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerParts:
+    """What a service is built from."""
+
+    settings: WorkerSettings
+    worker_id: str
+    host_id: str
+    engine: AsyncEngine
+    admission: Admission
+    load: LoadMeter
+    metrics: CollectorRegistry
+
+
+class WorkerProcess:
+    def __init__(
+        self,
+        role: WorkerRole,
+        settings: WorkerSettings,
+        build_service: Callable[[WorkerParts], Service],
+        membership: EpMembership | None = None,
+    ) -> None:
+        self._role = role
+        self._settings = settings
+        self._build_service = build_service
+        self._membership = membership or EpMembership()
+        self._worker_id = settings.worker_id or f"{role}-{secrets.token_hex(4)}"
+
+    def run(self) -> int:
+        """The exit code."""
+        try:
+            engine = build_worker_engine(self._settings, self._membership)
+        except (ValueError, OSError) as error:
+            log.error("cannot_start", reason=str(error))
+            return EXIT_MISTAKE
+        except EpGroupLost as error:
+            log.error("group_lost", reason=str(error))
+            return EXIT_FAILED
+        try:
+            return asyncio.run(self._serve(engine))
+        except OSError as error:
+            log.error("cannot_start", reason=str(error))
+            return EXIT_MISTAKE
+
+    async def _serve(self, engine: Engine) -> int:
+        parts = self._build_parts(engine)
+        async with AsyncExitStack() as stack:
+            drain = stack.enter_context(drain_on_signals())
+            service = self._build_service(parts)
+            stack.push_async_callback(service.close)
+            metrics_server = MetricsServer(parts.metrics, self._settings.host, self._settings.metrics_port)
+            metrics_port = metrics_server.start()
+            stack.callback(metrics_server.stop)
+            server, port = build_server(
+                [service.handler()], host=self._settings.host, port=self._settings.port
+            )
+            parts.engine.start()
+            stack.push_async_callback(parts.engine.stop, _STOP_S)
+            await server.start()
+            stack.push_async_callback(server.stop, 0)
+            store = Store(self._settings.redis_url)
+            stack.push_async_callback(store.close)
+            record = self._record(parts, port, metrics_port)
+            return await self._until_end(parts, store, record, drain)
+
+    def _build_parts(self, engine: Engine) -> WorkerParts:
+        admission = Admission(self._settings.max_requests)
+        load = LoadMeter(admission, engine.num_blocks)
+        admission.retry_after_s = load.retry_after_s
+        metrics = build_metrics_registry()
+        async_engine = AsyncEngine(engine)
+        async_engine.subscribe(load.observe)
+        async_engine.subscribe(EngineMetrics(metrics, engine.num_blocks).observe)
+        return WorkerParts(
+            settings=self._settings,
+            worker_id=self._worker_id,
+            host_id=host_id(),
+            engine=async_engine,
+            admission=admission,
+            load=load,
+            metrics=metrics,
+        )
+
+    def _record(self, parts: WorkerParts, port: int, metrics_port: int) -> WorkerRecord:
+        host = self._settings.advertised_host or self._settings.host
+        engine = parts.engine.engine
+        return WorkerRecord(
+            worker_id=self._worker_id,
+            incarnation=secrets.token_hex(8),
+            role=self._role,
+            model=self._settings.model_name,
+            address=f"{host}:{port}",
+            metrics_address=f"{host}:{metrics_port}",
+            group_id=self._membership.group_id or self._worker_id,
+            ep_rank=self._membership.rank,
+            ep_size=self._membership.size,
+            model_fingerprint=engine.kv_layout.model_fingerprint,
+            layout_fingerprint=engine.kv_layout.fingerprint,
+            block_size=engine.kv_layout.block_size,
+            max_model_len=engine.max_model_len,
+            num_blocks=engine.num_blocks,
+            host_id=parts.host_id,
+        )
+
+    async def _until_end(
+        self, parts: WorkerParts, store: Store, record: WorkerRecord, drain: asyncio.Event
+    ) -> int:
+        registration = Registration(RedisRegistry(store, record.model), record, parts.load.load)
+        index = RedisIndex(store, record.model, record.worker_id, record.incarnation, lease_s=LEASE_S)
+
+        def publish(step: StepOutput) -> None:
+            index.evict(step.block_events.removed)
+            index.publish(step.block_events.stored)
+
+        parts.engine.subscribe(publish)
+        _drain_with_group(parts.engine, drain)
+        index.start()
+        try:
+            async with asyncio.TaskGroup() as group:
+                watchers = [
+                    group.create_task(registration.run()),
+                    group.create_task(_fail_with(parts.engine)),
+                    group.create_task(_log_ready(registration, record)),
+                ]
+                await drain.wait()
+                log.info("draining", num_requests=parts.admission.num_requests)
+                registration.start_draining()
+                is_empty = await parts.admission.drain(self._settings.drain_s)
+                log.info("drained", is_empty=is_empty, num_cut_off=parts.admission.num_requests)
+                for watcher in watchers:
+                    watcher.cancel()
+        except* WorkerLost as errors:
+            log.error("worker_failed", reason="; ".join(map(str, errors.exceptions)))
+            return_code = EXIT_FAILED
+        else:
+            return_code = 0
+        finally:
+            await registration.withdraw()
+            await index.stop()
+        return return_code
+
+
+async def _fail_with(engine: AsyncEngine) -> NoReturn:
+    error = await engine.failure
+    log.error("engine_failed", traceback="".join(traceback.format_exception(error)))
+    raise WorkerLost(f"the engine failed: {type(error).__name__}: {error}")
+
+
+async def _log_ready(registration: Registration, record: WorkerRecord) -> None:
+    await registration.is_announced.wait()
+    log.info(
+        "ready",
+        worker_id=record.worker_id,
+        role=record.role,
+        address=record.address,
+        metrics_address=record.metrics_address,
+        num_blocks=record.num_blocks,
+        max_model_len=record.max_model_len,
+    )
+
+
+def _drain_with_group(engine: AsyncEngine, drain: asyncio.Event) -> None:
+    """A rank cannot go on alone: when one leaves, all drain."""
+    ep = engine.engine.ep
+    if ep is None:
+        return
+
+    def on_change() -> None:
+        if ep.leaving_ranks:
+            engine.in_loop(drain.set)
+
+    ep.subscribe(on_change)
