@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import secrets
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from baton.up.session import Session
 
 _WORKER_OPTIONS = {
     "dtype": ("auto|float32|bfloat16", "weights and computation (default: auto)"),
+    "device": ("cpu|cuda", "of the workers"),
     "load_format": ("safetensors|dummy", "dummy: random weights, for load tests"),
     "kv_cache_bytes": ("N", "of each worker (default: from free memory)"),
     "num_blocks": ("N", "KV blocks of each worker, instead of bytes"),
@@ -79,6 +81,7 @@ def _options(args: argparse.Namespace, settings: CommandSettings) -> UpOptions:
         options = UpOptions(
             model_dir=Path(args.model),
             served_model_name=args.served_model_name or "",
+            run_id=secrets.token_hex(3),
             host=args.host,
             port=args.port,
             num_prefill=0 if args.aggregated else args.prefill,

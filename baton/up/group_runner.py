@@ -18,12 +18,12 @@ from baton.ports import free_port
 from baton.subprocess_module import CODE_ROOT, module_argv
 from baton.up.child_process import ChildProcess
 from baton.up.log_line import parse_log_line
-from baton.up.plan import WORKER_HOST, GroupSpec
+from baton.up.plan import DRAIN_S, WORKER_HOST, GroupSpec
 from baton.up.process_status import ProcessState, ProcessStatus
 from baton.up.restart_policy import RestartPolicy
 from servicekit.process_env import tuned_environment
 
-STOP_GRACE_S = 10.0  # between asking a process to end (it drains) and killing it
+STOP_GRACE_S = DRAIN_S + 2.0  # between asking a process to end and killing it
 _NUM_TAIL_LINES = 15
 _PEER_GRACE_S = 2.0  # the same after a crash in the group: nothing is left to drain to
 

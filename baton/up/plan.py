@@ -11,6 +11,7 @@ from servicekit.process_env import threads_per_worker
 
 Role = Literal["router", "prefill", "decode"]
 
+DRAIN_S = 8.0  # after the signal, for running requests to finish
 WORKER_HOST = "127.0.0.1"  # workers of one machine meet there, whatever address the router listens on
 
 MODULES: Mapping[Role, str] = {"router": "router", "prefill": "prefill_svc", "decode": "decode_svc"}
@@ -20,6 +21,7 @@ MODULES: Mapping[Role, str] = {"router": "router", "prefill": "prefill_svc", "de
 class UpOptions:
     model_dir: Path
     served_model_name: str
+    run_id: str  # tells this run's workers from those of others at the same Redis
     host: str = "127.0.0.1"
     port: int = 8000
     num_prefill: int = 1  # workers; 0: decode workers compute the prompts themselves
@@ -125,7 +127,12 @@ class _Planner:
         rendezvous = f"{WORKER_HOST}:{self._free_port()}"
         members = []
         for rank in range(size):
-            settings = {"GROUP_ID": name, "EP_SIZE": size, "EP_RANK": rank, "EP_ADDRESS": rendezvous}
+            settings = {
+                "GROUP_ID": self._unique(name),
+                "EP_SIZE": size,
+                "EP_RANK": rank,
+                "EP_ADDRESS": rendezvous,
+            }
             members.append(self._worker("decode", f"{name}.{rank}", settings, rank))
         return GroupSpec(name=name, role="decode", members=tuple(members))
 
@@ -133,7 +140,13 @@ class _Planner:
         self, role: Literal["prefill", "decode"], name: str, settings: Mapping[str, object], ep_rank: int
     ) -> ProcessSpec:
         port, metrics_port = self._free_port(), self._free_port()
-        own = {"PORT": port, "METRICS_PORT": metrics_port, "NUM_THREADS": self._num_threads}
+        own = {
+            "WORKER_ID": self._unique(name),
+            "PORT": port,
+            "METRICS_PORT": metrics_port,
+            "NUM_THREADS": self._num_threads,
+            "DRAIN_S": DRAIN_S,
+        }
         environment = self._environment(role.upper(), {**own, **settings, **self._options.worker_settings})
         return ProcessSpec(
             name=name,
@@ -144,6 +157,9 @@ class _Planner:
             num_threads=self._num_threads,
             ep_rank=ep_rank,
         )
+
+    def _unique(self, name: str) -> str:
+        return f"{name}-{self._options.run_id}"
 
     def _environment(self, service: str, settings: Mapping[str, object]) -> dict[str, str]:
         common = {

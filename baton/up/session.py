@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvstore.registry import Registry
-
 from baton.chat import ask_once
 from baton.errors import CommandError
 from baton.http_client import HttpStatusError, NoAnswer
@@ -28,7 +26,7 @@ from baton.up.group_runner import GroupFailed
 from baton.up.plan import UpOptions, plan_groups
 from baton.up.readiness import watch_router, watch_workers
 from baton.up.state_file import StateFile
-from baton.up.store import open_store
+from baton.up.store import RunStore, open_store
 from baton.up.supervisor import Supervisor
 from servicekit.lifecycle import drain_on_signals
 from servicekit.process_env import num_usable_cpus
@@ -55,10 +53,10 @@ class Session:
             supervisor.on_log_line(console.log_line)
             with (
                 drain_on_signals(lambda _: supervisor.kill()) as stopping,
-                self._state_file(supervisor, store.url),
+                self._state_file(supervisor, store),
             ):
                 console.line(f"logs: {self.log_dir}")
-                return await self._serve(supervisor, console, store.registry, stopping)
+                return await self._serve(supervisor, console, store, stopping)
 
     @property
     def _url(self) -> str:
@@ -66,16 +64,17 @@ class Session:
         return f"http://{host}:{self.options.port}"
 
     async def _serve(
-        self, supervisor: Supervisor, console: Console, registry: Registry, stopping: asyncio.Event
+        self, supervisor: Supervisor, console: Console, store: RunStore, stopping: asyncio.Event
     ) -> int:
         console.start()
         tasks = [
             asyncio.create_task(work)
             for work in (
                 supervisor.run(),
-                watch_workers(supervisor, registry),
+                watch_workers(supervisor, store.registry),
                 watch_router(supervisor, self._url),
                 self._announce_when_ready(supervisor, console),
+                store.keep_running(lambda: console.line("the embedded Redis ended and was started again")),
                 _until(stopping),
             )
         ]
@@ -115,14 +114,14 @@ class Session:
         console.line(f"\n       [{answer.timing}]\n")
 
     @contextlib.contextmanager
-    def _state_file(self, supervisor: Supervisor, redis_url: str) -> Iterator[None]:
+    def _state_file(self, supervisor: Supervisor, store: RunStore) -> Iterator[None]:
         if self.state_path is None:
             yield
             return
         state_file = StateFile(
             self.state_path,
             url=self._url,
-            redis_url=redis_url,
+            store=store,
             log_dir=self.log_dir,
             model=self.options.served_model_name,
         )

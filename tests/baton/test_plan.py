@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.up.plan import UpOptions, plan_groups
+
+
+def planned(num_cpus=2.0, **options):
+    ports = iter(range(40000, 41000))
+    chosen = UpOptions(model_dir=Path("/models/m"), served_model_name="m", run_id="f00d", **options)
+    return plan_groups(chosen, "redis://127.0.0.1:1", num_cpus, lambda: next(ports))
+
+
+def members(groups):
+    return [member for group in groups for member in group.members]
+
+
+def test_the_default_is_one_prefill_one_decode_and_the_router_last():
+    assert [group.name for group in planned()] == ["prefill-0", "decode-0", "router"]
+
+
+def test_without_prefill_workers_the_decode_worker_gets_all_cores():
+    groups = planned(num_cpus=8, num_prefill=0)
+    assert [group.role for group in groups] == ["decode", "router"]
+    assert groups[0].members[0].num_threads == 8
+
+
+def test_services_are_told_model_store_and_ports_by_their_own_prefix():
+    prefill, decode, router = members(planned(worker_settings={"DTYPE": "float32"}))
+    assert prefill.environment["BATON_PREFILL_MODEL"] == "/models/m"
+    assert prefill.environment["BATON_PREFILL_DTYPE"] == "float32"
+    assert decode.environment["BATON_DECODE_REDIS_URL"] == "redis://127.0.0.1:1"
+    assert decode.address == "127.0.0.1:" + decode.environment["BATON_DECODE_PORT"]
+    assert router.environment["BATON_ROUTER_PORT"] == "8000"
+    assert not [name for name in decode.environment if not name.startswith("BATON_DECODE_")]
+
+
+def test_the_ranks_of_a_group_share_rendezvous_and_group_and_differ_in_rank():
+    first, second = (group for group in planned(num_decode=2, ep_size=3) if group.role == "decode")
+    ranks = [member.environment["BATON_DECODE_EP_RANK"] for member in first.members]
+    rendezvous = {member.environment["BATON_DECODE_EP_ADDRESS"] for member in first.members}
+    assert ranks == ["0", "1", "2"]
+    assert len(rendezvous) == 1
+    assert rendezvous != {member.environment["BATON_DECODE_EP_ADDRESS"] for member in second.members}
+    assert {member.environment["BATON_DECODE_GROUP_ID"] for member in second.members} == {"decode-1-f00d"}
+
+
+def test_a_group_that_starts_again_meets_elsewhere_and_keeps_its_other_addresses():
+    (group,) = (group for group in planned(ep_size=2) if group.role == "decode")
+    moved = group.with_rendezvous("127.0.0.1:5")
+    assert {m.environment["BATON_DECODE_EP_ADDRESS"] for m in moved.members} == {"127.0.0.1:5"}
+    assert [m.address for m in moved.members] == [m.address for m in group.members]
+
+
+@given(
+    st.integers(0, 4), st.integers(1, 4), st.integers(1, 4), st.floats(0.5, 64), st.none() | st.integers(1, 8)
+)
+def test_names_and_ports_are_unique_and_threads_fit_the_cores(
+    num_prefill, num_decode, ep_size, num_cpus, threads
+):
+    groups = planned(
+        num_cpus=num_cpus,
+        num_prefill=num_prefill,
+        num_decode=num_decode,
+        ep_size=ep_size,
+        threads_per_worker=threads,
+    )
+    processes = members(groups)
+    workers = [process for process in processes if process.role != "router"]
+    assert len(workers) == num_prefill + num_decode * ep_size
+    assert len({process.name for process in processes}) == len(processes)
+    addresses = [address for worker in workers for address in (worker.address, worker.metrics_address)]
+    assert len(set(addresses)) == len(addresses)
+    num_threads = sum(worker.num_threads for worker in workers)
+    assert num_threads == len(workers) * threads if threads else num_threads <= max(num_cpus, len(workers))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "option"),
+    [
+        ({"num_prefill": -1}, "--prefill"),
+        ({"num_decode": 0}, "--decode"),
+        ({"ep_size": 0}, "--ep-size"),
+        ({"port": 70000}, "--port"),
+        ({"threads_per_worker": 0}, "--threads"),
+    ],
+)
+def test_a_wrong_number_is_refused_by_the_name_of_its_option(wrong, option):
+    with pytest.raises(ValueError, match=option):
+        planned(**wrong)
