@@ -1,7 +1,8 @@
 """Content hashes of KV blocks, chained over the prefix.
 
-Equal hash means: same model, same cache layout, same tenant salt, same tokens from the first one on. The router hashes
-prompts with this module and workers hash sequences with it, so a hash never has to be translated.
+Equal hash means: same model, same cache layout, same tenant salt, same tokens from the first one on. The
+router hashes prompts with this module and workers hash sequences with it, so a hash never has to be
+translated.
 """
 
 from __future__ import annotations

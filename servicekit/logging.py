@@ -3,8 +3,8 @@
 log = get_logger(__name__)
 log.info("handoff_committed", request_id=request_id, num_blocks=12, elapsed_s=0.031)
 
-Prompts and outputs are never logged. Fields with the name of a secret, and passwords inside URLs, are masked here
-as a second line of defence. Only an exception's traceback spans lines, and only in the console format.
+Prompts and outputs are never logged. Fields with the name of a secret, and passwords inside URLs, are masked
+here as a second line of defence. Only an exception's traceback spans lines, and only in the console format.
 """
 
 from __future__ import annotations

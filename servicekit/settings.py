@@ -1,7 +1,7 @@
 """Settings from the environment: one frozen dataclass per service, one prefix, read once.
 
 A field `max_running: int = 64` of a class loaded with prefix BATON_DECODE is set by BATON_DECODE_MAX_RUNNING.
-A bad value is an error that names variable, value and accepted form; so is an unknown variable with the prefix.
+A bad value is an error that names variable, value and accepted form. So is an unknown variable of the prefix.
 """
 
 from __future__ import annotations

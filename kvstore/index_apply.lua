@@ -1,0 +1,69 @@
+-- Apply one event of one worker and tell the mirrors.
+-- Returns 1 applied (or applied before), 0 start over with a reset, -1 another incarnation has taken over.
+-- Hash lists are concatenated hashes of hash_bytes each. An event without hashes only lengthens the lease.
+local writers, events, blocks = KEYS[1], KEYS[2], KEYS[3]
+local worker_id, incarnation, sequence = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local stored, removed, is_reset = ARGV[4], ARGV[5], ARGV[6] == '1'
+local takes_over, lease_ms = ARGV[7] == '1', tonumber(ARGV[8])
+local hash_bytes, max_events = tonumber(ARGV[9]), ARGV[10]
+local batch = 512 -- arguments of one call inside a script are limited
+
+local time = redis.call('TIME')
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local function writer(id)
+  local state = redis.call('HGET', writers, id)
+  if not state then
+    return nil
+  end
+  local held_by, last, ends_at = string.match(state, '^(%S+) (%d+) (%d+)$')
+  if tonumber(ends_at) <= now_ms then
+    return nil
+  end
+  return held_by, tonumber(last)
+end
+
+local held_by, last = writer(worker_id)
+if held_by and held_by ~= incarnation and not takes_over then
+  return -1
+end
+
+local is_new = is_reset or stored ~= '' or removed ~= ''
+if held_by == incarnation and is_new and last == sequence then
+  is_new = false -- the answer to the first attempt was lost
+elseif not is_reset then
+  local expected = is_new and sequence - 1 or sequence
+  if held_by ~= incarnation or last ~= expected then
+    return 0
+  end
+end
+
+if is_new then
+  if is_reset then
+    redis.call('DEL', blocks)
+  end
+  local function each_batch(command, hashes)
+    local members = {}
+    for start = 1, #hashes, hash_bytes do
+      members[#members + 1] = string.sub(hashes, start, start + hash_bytes - 1)
+      if #members == batch or start + hash_bytes > #hashes then
+        redis.call(command, blocks, unpack(members))
+        members = {}
+      end
+    end
+  end
+  each_batch('SREM', removed)
+  each_batch('SADD', stored)
+  redis.call('XADD', events, 'MAXLEN', '~', max_events, '*', 'w', worker_id, 'i', incarnation, 'n', sequence,
+    'r', is_reset and '1' or '0', 's', stored, 'x', removed)
+end
+
+local ends_at = now_ms + lease_ms
+redis.call('HSET', writers, worker_id, incarnation .. ' ' .. sequence .. ' ' .. ends_at)
+redis.call('PEXPIRE', blocks, lease_ms)
+for _, key in ipairs({ writers, events }) do
+  if redis.call('PTTL', key) < lease_ms then
+    redis.call('PEXPIRE', key, lease_ms)
+  end
+end
+return 1

@@ -1,0 +1,171 @@
+"""The reading side of the prefix index: a router's own copy, in a MemoryIndex.
+
+1. Note where the event stream ends, list the live writers, take a snapshot of each: its set of blocks,
+   scanned piece by piece. Changes made meanwhile come again as events; repeating them in order gives the
+   right set.
+2. Follow the stream. Each writer numbers its events: a number too high, or an incarnation that is not
+   known, means that something was lost, so that writer's snapshot is taken again.
+3. Every audit_s list the writers: one whose number is ahead of what the stream brought gets a snapshot (its
+   last events were lost), one whose lease has ended is dropped.
+4. Redis away: the copy stays as it is. Redis back: from 1, keeping what is still right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, cast
+
+from kvstore import keys
+from kvstore.block_hash import HASH_SIZE_BYTES, BlockHash
+from kvstore.leases import Leased, LeaseView
+from kvstore.prefix_index import MemoryIndex
+from kvstore.store import MAX_BLOCK_S, Backoff, Store, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+_EVENTS_PER_READ = 64
+_HASHES_PER_SCAN = 2000
+
+StreamEvents = list[tuple[bytes, dict[bytes, bytes]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Position:
+    """How far a writer has come."""
+
+    incarnation: str
+    sequence: int
+
+
+class IndexMirror:
+    """The only writer of `index`. Owns no task: the caller runs and cancels run()."""
+
+    def __init__(self, store: Store, model: str, index: MemoryIndex, *, audit_s: float = 2.0) -> None:
+        self._store = store
+        self._model = model
+        self._index = index
+        self._audit_s = audit_s
+        self._events_key = keys.index_events(model)
+        self._last_event_id = b"0-0"
+        self._reached: dict[str, _Position] = {}  # worker id -> what `index` shows
+        self._writers = LeaseView[_Position](time.monotonic)
+        self.is_current = False  # following the stream now
+        self.num_snapshots = 0
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        backoff = Backoff()
+        while True:
+            try:
+                await self._begin()
+                backoff.reset()
+                while True:
+                    await self._follow_until(time.monotonic() + self._audit_s)
+                    await self._audit()
+            except StoreUnavailable as error:
+                self._writers.store_lost()
+                log.warning("prefix_index_unavailable", extra={"fields": {"reason": str(error)}})
+                await asyncio.sleep(backoff.next_s())
+            finally:
+                self.is_current = False
+
+    async def _begin(self) -> None:
+        with self._store.translated_errors():
+            last = cast(StreamEvents, await self._store.redis.xrevrange(self._events_key, count=1))
+        self._last_event_id = last[0][0] if last else b"0-0"
+        await self._audit()
+        self.is_current = True
+
+    async def _follow_until(self, deadline: float) -> None:
+        while (left_s := deadline - time.monotonic()) > 0:
+            await self._read_events(min(left_s, MAX_BLOCK_S))
+
+    async def _read_events(self, block_s: float | None) -> bool:
+        """Apply the next events, waiting up to `block_s` for the first. False: there were none."""
+        block_ms = None if block_s is None else max(1, round(block_s * 1000))
+        with self._store.translated_errors():
+            streams: Any = await self._store.redis.xread(
+                {self._events_key: self._last_event_id}, count=_EVENTS_PER_READ, block=block_ms
+            )
+        if not streams:
+            return False
+        for event_id, fields in cast(StreamEvents, streams[0][1]):
+            self._last_event_id = event_id
+            await self._apply(fields)
+        return True
+
+    async def _audit(self) -> None:
+        known = set(self._reached)
+        listing = await self._list_writers()
+        # Whatever the listing knows was in the stream before it, so that an empty stream proves a loss.
+        while await self._read_events(block_s=None):
+            pass
+        self._writers.update(listing)
+        for worker_id in known - self._writers.values().keys():
+            self._drop(worker_id)
+        for leased in listing:
+            reached = self._reached.get(leased.key)
+            is_same = reached is not None and reached.incarnation == leased.value.incarnation
+            if reached is None or not is_same or reached.sequence < leased.value.sequence:
+                await self._take_snapshot(leased.key)
+
+    async def _apply(self, fields: dict[bytes, bytes]) -> None:
+        worker_id, incarnation = fields[b"w"].decode(), fields[b"i"].decode()
+        reached = self._reached.get(worker_id)
+        is_same = reached is not None and reached.incarnation == incarnation
+        if b"d" in fields:
+            if is_same:
+                self._writers.withdraw(worker_id)
+                self._drop(worker_id)
+            return
+        sequence = int(fields[b"n"])
+        if is_same and reached is not None and sequence <= reached.sequence:
+            return  # part of the snapshot
+        is_reset = fields[b"r"] == b"1"
+        is_next = is_same and reached is not None and sequence == reached.sequence + 1
+        if not is_reset and not is_next:
+            await self._take_snapshot(worker_id)
+            return
+        if is_reset:
+            self._index.drop(worker_id)
+        self._index.evict(worker_id, _split(fields[b"x"]))
+        self._index.publish(worker_id, _split(fields[b"s"]))
+        self._reached[worker_id] = _Position(incarnation, sequence)
+
+    async def _take_snapshot(self, worker_id: str) -> None:
+        listing = {leased.key: leased.value for leased in await self._list_writers()}
+        position = listing.get(worker_id)
+        if position is None or position == self._reached.get(worker_id):
+            return
+        key = keys.worker_blocks(self._model, worker_id, position.incarnation)
+        hashes: set[BlockHash] = set()
+        cursor: Any = 0
+        while True:
+            with self._store.translated_errors():
+                cursor, found = await self._store.redis.sscan(key, cursor, count=_HASHES_PER_SCAN)
+            hashes.update(cast(list[BlockHash], found))
+            if int(cursor) == 0:
+                break
+        self._index.drop(worker_id)
+        self._index.publish(worker_id, hashes)
+        self._reached[worker_id] = position
+        self.num_snapshots += 1
+
+    def _drop(self, worker_id: str) -> None:
+        self._index.drop(worker_id)
+        self._reached.pop(worker_id, None)
+
+    async def _list_writers(self) -> list[Leased[_Position]]:
+        flat = await self._store.run_script("index_writers", [keys.index_writers(self._model)])
+        rows = zip(flat[::4], flat[1::4], flat[2::4], flat[3::4], strict=True)
+        return [
+            Leased(worker_id.decode(), _Position(incarnation.decode(), sequence), remaining_ms / 1000)
+            for worker_id, incarnation, sequence, remaining_ms in rows
+        ]
+
+
+def _split(hashes: bytes) -> list[BlockHash]:
+    return [BlockHash(hashes[i : i + HASH_SIZE_BYTES]) for i in range(0, len(hashes), HASH_SIZE_BYTES)]

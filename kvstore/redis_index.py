@@ -1,0 +1,188 @@
+"""The writing side of the prefix index: one worker tells Redis which blocks it holds.
+
+The life of a change:
+1. publish() / evict() on the event loop: noted in `_held` (the truth) and `_pending` (what Redis lacks). No
+   waiting.
+2. The writer task takes what is pending as one numbered event and applies it in one script: the worker's
+   set of blocks, its sequence number, its lease, and the event stream that mirrors follow. While it waits
+   for the answer the next changes gather.
+3. The answer was lost: the same event is sent again; the script knows its number.
+4. Redis does not know this writer (came back empty, lease ran out) or too much is pending: everything that
+   is held is sent again, beginning with a reset.
+5. Another incarnation of the worker has taken over: this one falls silent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+from kvstore import keys
+from kvstore.block_hash import HASH_SIZE_BYTES, BlockHash
+from kvstore.store import Backoff, Store, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+_START_OVER, _REPLACED = 0, -1
+
+
+@dataclass(frozen=True, slots=True)
+class _Event:
+    sequence: int
+    stored: bytes
+    removed: bytes
+    is_reset: bool = False
+
+
+class RedisIndex:
+    """Owns the blocks of one incarnation of one worker in Redis, from start() to stop()."""
+
+    def __init__(
+        self, store: Store, model: str, worker_id: str, incarnation: str, *, lease_s: float = 10.0
+    ) -> None:
+        """`incarnation`: no white space; the one of the worker's record in the registry."""
+        assert incarnation and not any(map(str.isspace, incarnation))
+        self._store = store
+        self._keys = [
+            keys.index_writers(model),
+            keys.index_events(model),
+            keys.worker_blocks(model, worker_id, incarnation),
+        ]
+        self._worker_id = worker_id
+        self._incarnation = incarnation
+        self._lease_s = lease_s
+        self._held: set[BlockHash] = set()
+        self._pending: dict[BlockHash, bool] = {}  # True: stored, False: removed
+        self._sequence = 0  # of the last event made; never used twice
+        self._unanswered: _Event | None = None
+        self._starts_over = True
+        self._has_started = False
+        self._changed = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.is_replaced = False
+
+    def start(self) -> None:
+        """Write from now on; earlier calls of publish() and evict() count."""
+        self._changed.set()
+        self._task = asyncio.create_task(self._run(), name="prefix-index-writer")
+
+    async def stop(self) -> None:
+        """Take the worker's blocks out of the index. Redis away: they leave with the lease."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._task = None
+        args = [self._worker_id, self._incarnation, keys.MAX_STREAM_EVENTS]
+        try:
+            await self._store.run_script("index_withdraw", self._keys, args)
+        except StoreUnavailable as error:
+            log.warning("prefix_index_unavailable", extra={"fields": {"reason": str(error)}})
+
+    def publish(self, hashes: Iterable[BlockHash]) -> None:
+        """The worker holds these blocks now."""
+        self._note(set(hashes) - self._held, is_stored=True)
+
+    def evict(self, hashes: Iterable[BlockHash]) -> None:
+        """The worker holds these blocks no longer."""
+        self._note(self._held.intersection(hashes), is_stored=False)
+
+    async def flush(self) -> None:
+        """Return once Redis has everything, or never as long as it is away: use a timeout."""
+        await self._idle.wait()
+
+    def _note(self, hashes: set[BlockHash], *, is_stored: bool) -> None:
+        if not hashes:
+            return
+        if is_stored:
+            self._held |= hashes
+        else:
+            self._held -= hashes
+        for block_hash in hashes:
+            # Only the last change of a block counts, so the order within an event does not matter.
+            self._pending[block_hash] = is_stored
+        if len(self._pending) > len(self._held) + keys.MAX_EVENT_HASHES:
+            self._start_over()
+        self._idle.clear()
+        self._changed.set()
+
+    def _start_over(self) -> None:
+        self._starts_over = True
+        self._unanswered = None
+        self._pending.clear()
+        self._idle.clear()
+
+    async def _run(self) -> None:
+        backoff = Backoff()
+        while not self.is_replaced:
+            try:
+                async with asyncio.timeout(self._lease_s / 3):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass  # time to renew the lease
+            self._changed.clear()
+            try:
+                await self._bring_up_to_date()
+                backoff.reset()
+            except StoreUnavailable as error:
+                log.warning("prefix_index_unavailable", extra={"fields": {"reason": str(error)}})
+                self._changed.set()
+                await asyncio.sleep(backoff.next_s())
+        log.error("prefix_index_writer_replaced", extra={"fields": {"worker_id": self._worker_id}})
+
+    async def _bring_up_to_date(self) -> None:
+        while not self.is_replaced:
+            event = self._next_event()
+            await self._apply(event)
+            if not self._pending and not self._starts_over:
+                self._idle.set()
+                return
+
+    def _next_event(self) -> _Event:
+        """The unanswered one again, or a new one; without changes one that only renews the lease."""
+        if self._unanswered is not None:
+            return self._unanswered
+        if self._starts_over:
+            self._starts_over = False
+            self._pending = dict.fromkeys(self._held, True)
+            self._sequence += 1
+            self._unanswered = _Event(self._sequence, b"", b"", is_reset=True)
+            return self._unanswered
+        if self._pending:
+            batch = list(islice(self._pending.items(), keys.MAX_EVENT_HASHES))
+            for block_hash, _ in batch:
+                del self._pending[block_hash]
+            self._sequence += 1
+            stored = b"".join(block_hash for block_hash, is_stored in batch if is_stored)
+            removed = b"".join(block_hash for block_hash, is_stored in batch if not is_stored)
+            self._unanswered = _Event(self._sequence, stored, removed)
+            return self._unanswered
+        return _Event(self._sequence, b"", b"")
+
+    async def _apply(self, event: _Event) -> None:
+        takes_over = event.is_reset and not self._has_started
+        args = [
+            self._worker_id,
+            self._incarnation,
+            event.sequence,
+            event.stored,
+            event.removed,
+            int(event.is_reset),
+            int(takes_over),
+            round(self._lease_s * 1000),
+            HASH_SIZE_BYTES,
+            keys.MAX_STREAM_EVENTS,
+        ]
+        result = await self._store.run_script("index_apply", self._keys, args)
+        if result == _REPLACED:
+            self.is_replaced = True
+        elif result == _START_OVER:
+            self._start_over()
+        else:
+            self._has_started = True
+            if self._unanswered is event:  # not thrown away by _start_over() while the answer was on its way
+                self._unanswered = None
