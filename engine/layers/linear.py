@@ -2,8 +2,8 @@
 
 On CPU in fp32 the hub's [N, K] layout is the slowest of the three that torch offers: a [K, N] copy is faster
 at every number of rows, and oneDNN's packed form is up to twice as fast again for large weights, but costs
-55 us a call on an AVX2 machine (docs/log.md). The choice depends on shape, dtype and processor alone, so that equal
-workers compute equal bits.
+55 us a call on an AVX2 machine (docs/log.md). The choice depends on shape, dtype and processor alone, so that
+equal workers compute equal bits.
 """
 
 from __future__ import annotations
