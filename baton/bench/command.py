@@ -17,13 +17,15 @@ from baton.bench.workload import Workload, poisson_arrivals
 from baton.errors import CommandError
 from baton.http_client import HttpStatusError, NoAnswer
 
+_CONCURRENCY = 8
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="server (default %(default)s)")
     parser.add_argument("--model", help="default: the first one that the server lists")
     load = parser.add_mutually_exclusive_group()
     load.add_argument(
-        "--concurrency", type=int, default=8, help="closed loop: streams at once (default %(default)s)"
+        "--concurrency", type=int, help=f"closed loop: streams at once (default {_CONCURRENCY})"
     )
     load.add_argument("--rate", type=float, help="open loop: requests a second, Poisson arrivals")
     parser.add_argument("--num-requests", type=int, default=32, help="(default %(default)s)")
@@ -45,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.concurrency is None:
+        args.concurrency = _CONCURRENCY
     if args.concurrency < 1:
         raise CommandError(f"--concurrency {args.concurrency}: must be at least 1")
     try:

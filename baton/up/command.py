@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="of the HTTP server (default %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="of the HTTP server (default %(default)s)")
     workers = parser.add_mutually_exclusive_group()
-    workers.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers (default 1)")
+    workers.add_argument("--prefill", type=int, metavar="N", help="prefill workers (default 1)")
     workers.add_argument("--aggregated", action="store_true", help="none: decode workers compute prompts too")
     parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode groups (default 1)")
     parser.add_argument(
@@ -84,7 +84,7 @@ def _options(args: argparse.Namespace, settings: CommandSettings) -> UpOptions:
             run_id=secrets.token_hex(3),
             host=args.host,
             port=args.port,
-            num_prefill=0 if args.aggregated else args.prefill,
+            num_prefill=_num_prefill(args),
             num_decode=args.decode,
             ep_size=args.ep_size,
             threads_per_worker=args.threads,
@@ -94,6 +94,12 @@ def _options(args: argparse.Namespace, settings: CommandSettings) -> UpOptions:
     except ValueError as error:
         raise CommandError(f"baton up: {error}") from error
     return options.with_model(resolve_model(args.model, settings.cache_dir))
+
+
+def _num_prefill(args: argparse.Namespace) -> int:
+    if args.aggregated:
+        return 0
+    return 1 if args.prefill is None else int(args.prefill)
 
 
 def _log_dir(args: argparse.Namespace, settings: CommandSettings) -> Path:
