@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -43,48 +44,72 @@ class _Position:
 class IndexMirror:
     """The only writer of `index`. Owns no task: the caller runs and cancels run()."""
 
-    def __init__(self, store: Store, model: str, index: MemoryIndex, *, audit_s: float = 2.0) -> None:
+    def __init__(
+        self,
+        store: Store,
+        model: str,
+        index: MemoryIndex,
+        *,
+        audit_s: float = 2.0,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._store = store
         self._model = model
         self._index = index
         self._audit_s = audit_s
         self._events_key = keys.index_events(model)
-        self._last_event_id = b"0-0"
+        self._last_event_id: bytes | None = None  # None: not following
         self._reached: dict[str, _Position] = {}  # worker id -> what `index` shows
-        self._writers = LeaseView[_Position](time.monotonic)
-        self.is_current = False  # following the stream now
+        self._writers = LeaseView[_Position](monotonic)
         self.num_snapshots = 0
+
+    @property
+    def is_current(self) -> bool:
+        """Following the stream, so at most audit_s behind."""
+        return self._last_event_id is not None
 
     async def run(self) -> None:
         """Follow until cancelled."""
         backoff = Backoff()
         while True:
             try:
-                await self._begin()
+                await self.catch_up()
                 backoff.reset()
-                while True:
-                    await self._follow_until(time.monotonic() + self._audit_s)
-                    await self._audit()
+                await self._follow_until(time.monotonic() + self._audit_s)
             except StoreUnavailable as error:
-                self._writers.store_lost()
                 log.warning("prefix_index_unavailable", extra={"fields": {"reason": str(error)}})
                 await asyncio.sleep(backoff.next_s())
-            finally:
-                self.is_current = False
 
-    async def _begin(self) -> None:
-        with self._store.translated_errors():
-            last = cast(StreamEvents, await self._store.redis.xrevrange(self._events_key, count=1))
-        self._last_event_id = last[0][0] if last else b"0-0"
-        await self._audit()
-        self.is_current = True
+    async def catch_up(self) -> None:
+        """Make the copy what Redis knows now. Raises StoreUnavailable."""
+        try:
+            if self._last_event_id is None:
+                self._last_event_id = await self._end_of_stream()
+            await self._audit()
+        except StoreUnavailable:
+            self._lose_store()
+            raise
 
     async def _follow_until(self, deadline: float) -> None:
-        while (left_s := deadline - time.monotonic()) > 0:
-            await self._read_events(min(left_s, MAX_BLOCK_S))
+        try:
+            while (left_s := deadline - time.monotonic()) > 0:
+                await self._read_events(min(left_s, MAX_BLOCK_S))
+        except StoreUnavailable:
+            self._lose_store()
+            raise
+
+    def _lose_store(self) -> None:
+        self._last_event_id = None
+        self._writers.store_lost()
+
+    async def _end_of_stream(self) -> bytes:
+        with self._store.translated_errors():
+            last = cast(StreamEvents, await self._store.redis.xrevrange(self._events_key, count=1))
+        return last[0][0] if last else b"0-0"
 
     async def _read_events(self, block_s: float | None) -> bool:
         """Apply the next events, waiting up to `block_s` for the first. False: there were none."""
+        assert self._last_event_id is not None
         block_ms = None if block_s is None else max(1, round(block_s * 1000))
         with self._store.translated_errors():
             streams: Any = await self._store.redis.xread(

@@ -59,7 +59,7 @@ class Store:
                 socket_timeout=SOCKET_TIMEOUT_S,
                 socket_connect_timeout=SOCKET_TIMEOUT_S,
                 # Once more at once: a pooled connection may have died while idle. Our scripts may run twice.
-                retry=Retry(NoBackoff(), 1),
+                retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
             )
         except ValueError as error:
             raise ValueError(f"Redis URL {self.address!r}: {error}") from None
