@@ -1,7 +1,9 @@
-"""Drawing a token a row, by inversion: the first token, in the order of ids, whose cumulated probability exceeds u.
+"""Drawing a token a row, by inversion: the first token, in the order of ids, whose cumulated probability
+exceeds u.
 
-What is drawn depends on the row's logits, its parameters and u; never on the other rows of the batch. So truncation is
-by value (tokens that tie with the last one kept are kept), and the order of a sort among equals does not matter.
+What is drawn depends on the row's logits, its parameters and u; never on the other rows of the batch. So
+truncation is by value (tokens that tie with the last one kept are kept), and the order of a sort among equals
+does not matter.
 
 N rows, V vocabulary, C candidates: the likeliest tokens of a row.
 """

@@ -1,14 +1,14 @@
 """One step after another: schedule, run, judge the new tokens.
 
-Belongs to one thread (engine.engine_thread); every method is quick except step(). The same engine prefills, decodes,
-and takes both ends of a hand-off:
+Belongs to one thread (engine.engine_thread); every method is quick except step(). The same engine prefills,
+decodes, and takes both ends of a hand-off:
 
     sending side     add(keeps_blocks=True, kv_listener) ... output of the first token ... release()
     receiving side   reserve() -> extend() -> [blocks are written] -> commit() ... outputs ...
     either           abort(), at any time
 
-An expected refusal is a return value or a wait; ValueError is the caller's mistake. Any other exception, and every one
-out of step(), ends the engine.
+An expected refusal is a return value or a wait; ValueError is the caller's mistake. Any other exception, and
+every one out of step(), ends the engine.
 """
 
 from __future__ import annotations
@@ -101,19 +101,21 @@ class Engine:
             self.abort(seq_id)
 
     def reserve(self, seq: Sequence) -> int:
-        """Number of leading blocks held in the cache already; never all. ValueError for what can never run."""
+        """Number of leading blocks held in the cache already; never all. ValueError for what can never
+        run."""
         self._take(seq)
         return self._handoffs.reserve(seq)
 
     def extend(self, seq_id: int, on_ready: OnReady) -> None:
-        """on_ready(block ids of the whole prompt) as soon as there is room for it and for the growth of everybody,
-        first come first served: in this call, or in a later one, on the engine thread. Not after abort()."""
+        """on_ready(block ids of the whole prompt) as soon as there is room for it and for the growth of
+        everybody, first come first served: in this call, or in a later one, on the engine thread. Not after
+        abort()."""
         seq = self._expect(seq_id, SequenceStatus.RESERVED)
         self._handoffs.extend(seq, on_ready)
 
     def commit(self, seq_id: int, first_token: TokenLogprobs) -> SequenceOutput | None:
-        """All blocks of the prompt are written and the first token is known. The sequence runs from the next step on,
-        or the returned output says that this token was its last."""
+        """All blocks of the prompt are written and the first token is known. The sequence runs from the next
+        step on, or the returned output says that this token was its last."""
         seq = self._expect(seq_id, SequenceStatus.EXTENDED)
         if not 0 <= first_token.token_id < self.vocab_size:
             raise ValueError(
@@ -136,14 +138,16 @@ class Engine:
         )
 
     def release(self, seq_id: int) -> None:
-        """A finished keeps_blocks sequence gives its blocks to the prefix cache. Idempotent, also after abort()."""
+        """A finished keeps_blocks sequence gives its blocks to the prefix cache. Idempotent, also after
+        abort()."""
         seq = self._seqs.get(seq_id)
         if seq is not None:
             self._expect(seq_id, SequenceStatus.KEPT)
             self.abort(seq_id)
 
     def step(self) -> StepOutput:
-        """One batch, or with expert parallelism one idle step when other ranks have tokens and this one none."""
+        """One batch, or with expert parallelism one idle step when other ranks have tokens and this one
+        none."""
         began = time.monotonic()
         batch = self._scheduler.schedule()
         self._start_sequences(batch, began)
@@ -176,7 +180,8 @@ class Engine:
         return measure_load(self._scheduler)
 
     def cached_hashes(self) -> list[bytes]:
-        """Everything in the prefix cache: what the block events so far add up to, once step() has given them all."""
+        """Everything in the prefix cache: what the block events so far add up to, once step() has given them
+        all."""
         return list(self._pool.registered_hashes())
 
     def check_integrity(self) -> None:
@@ -206,8 +211,8 @@ class Engine:
             raise ValueError("the prompt is empty")
         if seq.num_tokens >= self.max_model_len:
             raise ValueError(
-                f"prompt and output so far are {seq.num_tokens} tokens; with at least one more the model's longest "
-                f"context of {self.max_model_len} tokens is exceeded"
+                f"prompt and output so far are {seq.num_tokens} tokens; the longest context is "
+                f"{self.max_model_len} tokens, at least one of them new"
             )
         if seq.num_output_tokens >= seq.max_output_tokens:
             raise ValueError(f"all {seq.max_output_tokens} output tokens are there already")

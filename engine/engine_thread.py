@@ -1,7 +1,7 @@
 """The thread that steps the engine, and the one way into it.
 
-It sleeps on its command queue while there is nothing to compute. A command, a peer's doorbell and stop() are all
-entries of that queue, so none of them can be missed between looking and sleeping.
+It sleeps on its command queue while there is nothing to compute. A command, a peer's doorbell and stop() are
+all entries of that queue, so none of them can be missed between looking and sleeping.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class EngineThread:
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> bool:
-        """Drop all sequences and end the thread after the step it is in; with expert parallelism, after all ranks of
-        the group have stopped too. False when that took longer than timeout_s. Idempotent."""
+        """Drop all sequences and end the thread after the step it is in; with expert parallelism, after all
+        ranks of the group have stopped too. False when that took longer than timeout_s. Idempotent."""
         self._stop_at = time.monotonic() + timeout_s
         self._wake()
         if self._thread.ident is not None and threading.current_thread() is not self._thread:
@@ -64,8 +64,8 @@ class EngineThread:
         return not self._thread.is_alive()
 
     def call(self, fn: Callable[[Engine], R]) -> Future[R]:
-        """Run `fn` on the engine thread between two steps. Its exception is the future's; EngineStopped when the
-        engine has ended. From the engine thread itself (a callback): runs before the next step."""
+        """Run `fn` on the engine thread between two steps. Its exception is the future's; EngineStopped when
+        the engine has ended. From the engine thread itself (a callback): runs before the next step."""
         future: Future[R] = Future()
         with self._lock:
             if self._has_ended:

@@ -42,7 +42,8 @@ class Handoffs:
         self.grant()
 
     def grant(self) -> None:
-        """Give blocks to those that wait for them, in order of arrival with the sequences that wait to run."""
+        """Give blocks to those that wait for them, in order of arrival with the sequences that wait to
+        run."""
         scheduler = self._scheduler
         while scheduler.extending and scheduler.has_slot:
             seq = scheduler.extending[0]
@@ -52,8 +53,7 @@ class Handoffs:
             if not scheduler.has_room(seq, num_new):
                 return
             del scheduler.extending[0]
-            after = seq.block_table[-1] if seq.block_table else None
-            seq.block_table += scheduler.pool.allocate(num_new, after=after)
+            scheduler.allocate_rest(seq)
             seq.status = SequenceStatus.EXTENDED
             scheduler.num_extended += 1
             self._callbacks.pop(seq.seq_id)(list(seq.block_table))
@@ -74,8 +74,8 @@ class Handoffs:
         self._callbacks.pop(seq.seq_id, None)
 
     def _max_held_blocks(self, seq: Sequence) -> int:
-        """Prefixes held by sequences that still need blocks must leave room for the largest of these, or they could
-        wait for each other for ever."""
+        """Prefixes held by sequences that still need blocks must leave room for the largest of these, or they
+        could wait for each other for ever."""
         scheduler = self._scheduler
         pending = [s for s in scheduler.reserved.values() if s.status is SequenceStatus.RESERVED]
         largest = max(scheduler.num_blocks_of(s.num_tokens) for s in (*pending, seq))

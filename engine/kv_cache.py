@@ -1,8 +1,9 @@
 """The blocks themselves: one tensor for all layers, readable and writable as rectangles of bytes.
 
-A shared cache lives in an anonymous memory file of its owner (memfd_create). Another process of the host opens it
-through the owner's file descriptor, read-only. Nothing has a path, so nothing is left behind however a process ends,
-and the size of /dev/shm (64 MiB in a container) does not matter. The owner's memory lives as long as somebody maps it.
+A shared cache lives in an anonymous memory file of its owner (memfd_create). Another process of the host
+opens it through the owner's file descriptor, read-only. Nothing has a path, so nothing is left behind however
+a process ends, and the size of /dev/shm (64 MiB in a container) does not matter. The owner's memory lives as
+long as somebody maps it.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class KvCache:
             return gather(self._bytes_LBX[layers], block_ids)
         index = torch.tensor(block_ids, device=self.data.device)
         picked = self.data[layers].index_select(1, index).cpu().contiguous()
-        return memoryview(picked.view(-1).view(torch.uint8).numpy())
+        return picked.view(-1).view(torch.uint8).numpy().data
 
     def write_blocks(
         self, first_layer: int, num_layers: int, block_ids: list[int], payload: memoryview | bytes
@@ -193,7 +194,7 @@ def gather(source: np.ndarray[Any, np.dtype[np.uint8]], block_ids: list[int]) ->
     picked = np.empty((source.shape[0], len(block_ids), source.shape[2]), dtype=np.uint8)
     for start, first_id, length in runs(block_ids):
         picked[:, start : start + length] = source[:, first_id : first_id + length]
-    return memoryview(picked.reshape(-1).data)
+    return picked.reshape(-1).data
 
 
 def close_map(mapping: mmap.mmap | None) -> None:

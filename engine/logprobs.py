@@ -10,7 +10,8 @@ from engine.outputs import TokenLogprobs
 def token_logprobs(
     logprobs_NV: torch.Tensor, token_ids: list[int], num_top: list[int]
 ) -> list[TokenLogprobs]:
-    """Row n: of token_ids[n], and of its num_top[n] likeliest tokens. logprobs are log_softmax of raw logits."""
+    """Row n: of token_ids[n], and of its num_top[n] likeliest tokens. logprobs are log_softmax of raw
+    logits."""
     chosen_N1 = torch.tensor(token_ids, device=logprobs_NV.device).unsqueeze(1)
     chosen = logprobs_NV.gather(1, chosen_N1).squeeze(1).tolist()
     most = min(max(num_top), logprobs_NV.shape[1])

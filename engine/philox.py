@@ -1,8 +1,8 @@
 """Philox4x32-10, a counter-based random generator: the n-th number of a key without the ones before it.
 
-J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC11. Constants and
-test vectors are those of its Random123 library. On the host, because keys and counters are host values and a batch
-draws one number a sequence.
+J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC11.
+Constants and test vectors are those of its Random123 library. On the host, because keys and counters are host
+values and a batch draws one number a sequence.
 """
 
 from __future__ import annotations

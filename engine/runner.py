@@ -51,8 +51,8 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch, layer_done: Callable[[int], None] | None = None) -> StepResult:
-        """Computes the batch; a sequence whose last token is computed gets the next one, which is not appended.
-        Prompt logprobs are appended to their sequences. An empty batch is an idle step."""
+        """Computes the batch; a sequence whose last token is computed gets the next one, which is not
+        appended. Prompt logprobs are appended to their sequences. An empty batch is an idle step."""
         last_rows, prompt_rows = _wanted_rows(batch)
         rows = [row for _, row in last_rows]
         for part in prompt_rows:

@@ -21,8 +21,8 @@ class Sampler:
     def sample(
         self, logits_NV: torch.Tensor, seqs: list[Sequence]
     ) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """Row n is the next token of seqs[n]; the logits are float32 and may be changed. A draw is keyed by (seed,
-        position of the new token): the same wherever and whenever this sequence runs."""
+        """Row n is the next token of seqs[n]; the logits are float32 and may be changed. A draw is keyed by
+        (seed, position of the new token): the same wherever and whenever this sequence runs."""
         logprob_rows = [row for row, seq in enumerate(seqs) if seq.sampling.num_logprobs is not None]
         logprobs_MV = logits_NV[logprob_rows].log_softmax(1) if logprob_rows else None
         if any(map(needs_edits, seqs)):

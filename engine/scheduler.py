@@ -1,11 +1,14 @@
-"""Decides what each step computes, and who holds which blocks. Plain Python: it knows tokens and blocks, no tensors.
+"""Decides what each step computes, and who holds which blocks. Plain Python: it knows tokens and blocks, no
+tensors.
 
 Life of a sequence:
 1. add(): WAITING, no blocks.
-2. schedule() admits it, first come first served: it takes what the prefix cache has of it, gets the rest of the blocks
-   of all its tokens, and is RUNNING.
-3. Each step computes a chunk of it under the token budget, until only sampling is left; then one token a step.
-4. Out of blocks: the youngest running sequence is preempted, WAITING again in its old place, and recomputed later.
+2. schedule() admits it, first come first served: it takes what the prefix cache has of it, gets the rest of
+   the blocks of all its tokens, and is RUNNING.
+3. Each step computes a chunk of it under the token budget, until only sampling is left; then one token a
+   step.
+4. Out of blocks: the youngest running sequence is preempted, WAITING again in its old place, and recomputed
+   later.
 5. finish(): its blocks go to the prefix cache; a keeps_blocks sequence is KEPT with them until release().
 
 The receiving side of a hand-off comes in by engine.handoffs instead of 1 to 3. remove() ends any state.
@@ -34,8 +37,8 @@ class SchedulerConfig:
         least = self.max_running + block_size
         if self.token_budget < least:
             raise ValueError(
-                f"token_budget must be at least max_running + block_size = {least}, so that a full decode batch "
-                f"leaves room for one block of prefill; got {self.token_budget}"
+                f"token_budget must be at least max_running + block_size = {least}, so that a full batch "
+                f"of decodes leaves room for one block of prefill; got {self.token_budget}"
             )
 
 
@@ -87,8 +90,8 @@ class Scheduler:
         insort(self.running, seq, key=_arrival)
 
     def schedule(self) -> ScheduledBatch:
-        """Decodes first, then chunks of running prompts, then new sequences. Empty: nothing can be computed until
-        blocks come back or a hand-off is committed."""
+        """Decodes first, then chunks of running prompts, then new sequences. Empty: nothing can be computed
+        until blocks come back or a hand-off is committed."""
         batch = ScheduledBatch()
         budget = self.config.token_budget - self._schedule_decodes(batch)
         chunks: list[tuple[Sequence, int]] = []
@@ -147,7 +150,8 @@ class Scheduler:
         seq.block_table = []
 
     def cached_prefix(self, seq: Sequence) -> list[int]:
-        """Leading blocks that the prefix cache has; never all tokens, because the last one's logits are needed."""
+        """Leading blocks that the prefix cache has; never all tokens, because the last one's logits are
+        needed."""
         if seq.wants_prompt_logprobs:
             return []
         assert seq.prefix is not None
@@ -160,12 +164,19 @@ class Scheduler:
         seq.num_computed_tokens = len(hits) * self.block_size
         seq.num_registered_blocks = len(hits)
 
+    def allocate_rest(self, seq: Sequence) -> None:
+        """The blocks of all its tokens that it does not hold yet."""
+        table = seq.block_table
+        num_new = self.num_blocks_of(seq.num_tokens) - len(table)
+        after = table[-1] if table else None
+        table += self.pool.allocate(num_new, after=after, room=self._growth_blocks(seq))
+
     def num_blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
     def has_room(self, seq: Sequence, num_blocks: int) -> bool:
-        """Whether num_blocks more may go to `seq` with everybody's expected growth left over. When nobody else could
-        be hurt, what is there may be used up."""
+        """Whether num_blocks more may go to `seq` with everybody's expected growth left over. When nobody
+        else could be hurt, what is there may be used up."""
         spare = self.pool.num_available - num_blocks
         if spare < 0:
             return False
@@ -182,7 +193,8 @@ class Scheduler:
         return len(self.running) + self.num_extended < self.config.max_running
 
     def _growth_blocks(self, seq: Sequence) -> int:
-        """Blocks that the sequence is expected to take in addition; the KV of a last token is never computed."""
+        """Blocks that the sequence is expected to take in addition; the KV of a last token is never
+        computed."""
         remaining = seq.max_output_tokens - seq.num_output_tokens
         expected = seq.num_tokens + min(remaining, self.config.growth_tokens) - 1
         return max(0, self.num_blocks_of(expected) - self.num_blocks_of(seq.num_tokens))
@@ -242,7 +254,7 @@ class Scheduler:
                 return
             del self.waiting[0]
             self.take_prefix(seq, hits)
-            seq.block_table += self.pool.allocate(num_new, after=hits[-1] if hits else None)
+            self.allocate_rest(seq)
             self.join(seq)
             if seq.times.scheduled is None:
                 seq.num_hit_tokens = num_computed

@@ -14,16 +14,17 @@ from kvstore.block_hash import BlockHash, HashChain
 
 
 class KvListener(Protocol):
-    """Hears when KV of one sequence is final. Called on the engine thread, between or during forward passes; it must
-    return at once and must not raise (what it raises is a failed step)."""
+    """Hears when KV of one sequence is final. Called on the engine thread, between or during forward passes;
+    it must return at once and must not raise (what it raises is a failed step)."""
 
     def started(self, num_blocks: int, num_hit_tokens: int, queue_s: float) -> None:
         """First scheduled; a keeps_blocks sequence now has all its blocks and is never preempted."""
         ...
 
     def kv_ready(self, first_layer: int, num_layers: int, first_block: int, block_ids: list[int]) -> None:
-        """These bytes are in the cache and do not change until release() or abort(). Each block is announced once
-        for each layer: the cached prefix right after started(), the partial last block with the last chunk."""
+        """These bytes are in the cache and do not change until release() or abort(). Each block is announced
+        once for each layer: the cached prefix right after started(), the partial last block with the last
+        chunk."""
         ...
 
 
@@ -101,8 +102,8 @@ class Sequence:
         keeps_blocks: bool = False,
         kv_listener: KvListener | None = None,
     ) -> None:
-        """output_ids were generated elsewhere and count against max_tokens. A keeps_blocks sequence ends with its
-        next token, whatever max_tokens says, and holds its blocks until release() or abort()."""
+        """output_ids were generated elsewhere and count against max_tokens. A keeps_blocks sequence ends with
+        its next token, whatever max_tokens says, and holds its blocks until release() or abort()."""
         self.seq_id = seq_id
         self.status = SequenceStatus.NEW
         self.sampling = sampling

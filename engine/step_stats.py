@@ -9,7 +9,6 @@ from engine.outputs import StepStats
 from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import Sequence
 
-
 ExpertLoad = tuple[tuple[int, ...], ...]  # [moe layer][logical expert]
 
 

@@ -1,7 +1,7 @@
 """A real Engine around a model of a few lines: instant, deterministic, and honest about the KV cache.
 
-The next token depends on everything that the cache holds of the sequence, in every layer: a block that was not
-computed, not handed over, or handed over to the wrong place changes the tokens.
+The next token depends on everything that the cache holds of the sequence, in every layer: a block that was
+not computed, not handed over, or handed over to the wrong place changes the tokens.
 """
 
 from __future__ import annotations

@@ -1,0 +1,83 @@
+"""From a checkpoint directory to an engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from engine.checkpoint.hub_tensors import hub_tensors
+from engine.checkpoint.model_config import ModelConfig, load_model_config
+from engine.checkpoint.weights import model_fingerprint, open_weights
+from engine.engine import Engine, EngineLimits
+from engine.engine_config import EngineConfig, EngineConfigError, check_weights_fit, resolve_cache_size
+from engine.ep.ep_group import EpGroup
+from engine.kv_cache import KvCache
+from engine.kv_layout import KvLayout
+from engine.models import CausalLM, build_model
+from engine.runner import Runner
+from engine.sampler import Sampler
+
+Progress = Callable[[int, int], None]
+
+
+def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Progress | None = None) -> Engine:
+    """Loads the weights: seconds to minutes. progress(done_bytes, total_bytes).
+
+    Raises CheckpointError for the checkpoint and EngineConfigError for the configuration; both are
+    ValueErrors of one line. With a group of more than one rank each loads its share of the experts.
+    """
+    scheduler_config = config.resolve_scheduler()
+    dtype = config.resolve_dtype()
+    model_config = load_model_config(config.model_dir)
+    layout = KvLayout(
+        model_fingerprint=model_fingerprint(config.model_dir, config.load_format, dtype),
+        num_layers=model_config.num_layers,
+        token_shape=model_config.kv_token_shape,
+        dtype=str(dtype).removeprefix("torch."),
+        block_size=config.block_size,
+    )
+    ep_size = 1 if ep is None else ep.size
+    check_weights_fit(num_parameters(model_config, ep_size) * dtype.itemsize, config.device)
+    model = _load_model(config, model_config, dtype, ep, progress)
+    size = resolve_cache_size(config, model_config, layout, scheduler_config.max_running)
+    kv_cache = KvCache(layout, size.num_blocks, device=config.device, is_shared=config.shares_kv_cache)
+    limits = EngineLimits(
+        max_model_len=size.max_model_len,
+        vocab_size=model_config.vocab_size,
+        eos_token_ids=model_config.eos_token_ids,
+    )
+    sampler = Sampler(model_config.eos_token_ids)
+    runner = Runner(model, kv_cache, sampler, scheduler_config.token_budget, config.device)
+    return Engine(runner, kv_cache, limits, scheduler_config, ep)
+
+
+def num_parameters(config: ModelConfig, ep_size: int = 1) -> int:
+    """Held by one rank; routed experts are shared out over the group."""
+    routed, others = 0, 0
+    for name, shape in hub_tensors(config).items():
+        if ".mlp.experts." in name:
+            routed += math.prod(shape)
+        else:
+            others += math.prod(shape)
+    return others + -(-routed // ep_size)
+
+
+def _load_model(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    ep: EpGroup | None,
+    progress: Progress | None,
+) -> CausalLM:
+    dispatcher = None
+    if ep is not None and ep.size > 1:
+        if model_config.moe is None:
+            raise EngineConfigError(
+                f"a {model_config.model_type} model without experts cannot be sharded over {ep.size} ranks"
+            )
+        dispatcher = ep.dispatcher(model_config.moe.num_routed_experts)
+    with open_weights(config.model_dir, config.load_format, dtype, model_config, progress) as weights:
+        dispatcher_for = None if dispatcher is None else lambda _layer: dispatcher
+        return build_model(model_config, weights, dispatcher_for, dtype, torch.device(config.device))

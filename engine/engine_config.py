@@ -1,0 +1,121 @@
+"""What was asked for, and what that comes to with this model on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.dtypes import resolve_dtype
+from engine.checkpoint.model_config import ModelConfig
+from engine.checkpoint.weights import LoadFormat
+from engine.kv_layout import KvLayout
+from engine.memory import available_memory_bytes
+from engine.scheduler import SchedulerConfig
+
+DEFAULT_MAX_RUNNING = 64
+# One step of a 135 M model prefills this many tokens in about a second on two slow cores: no decode waits
+# longer.
+DEFAULT_TOKEN_BUDGET = 512
+MAX_DEFAULT_KV_BYTES = 4 << 30
+DEFAULT_KV_SHARE = {"cpu": 0.25, "cuda": 0.9}  # of the memory that is free once the weights are loaded
+
+
+class EngineConfigError(ValueError):
+    """The configuration cannot work with this model or machine. One line: what was asked, what is
+    possible."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """As requested. None: chosen for the model and the machine."""
+
+    model_dir: Path
+    load_format: LoadFormat = "safetensors"
+    dtype: str = "auto"  # bfloat16 where the device computes it natively, else float32
+    device: str = "cpu"
+    block_size: int = 16  # tokens
+    kv_cache_bytes: int | None = None
+    num_blocks: int | None = None  # wins over kv_cache_bytes
+    max_model_len: int | None = None  # tokens of prompt and output
+    token_budget: int | None = None  # tokens of one step
+    max_running: int | None = None  # sequences of one step
+    shares_kv_cache: bool = False  # with other processes of this host
+
+    def resolve_dtype(self) -> torch.dtype:
+        try:
+            return resolve_dtype(self.dtype, self.device)
+        except ValueError as error:
+            raise EngineConfigError(str(error)) from error
+
+    def resolve_scheduler(self) -> SchedulerConfig:
+        """EngineConfigError for a budget that starves somebody."""
+        if self.block_size < 1:
+            raise EngineConfigError(f"block_size must be 1 or more, got {self.block_size}")
+        max_running = self.max_running or DEFAULT_MAX_RUNNING
+        least = max_running + self.block_size
+        config = SchedulerConfig(
+            token_budget=self.token_budget or max(DEFAULT_TOKEN_BUDGET, least), max_running=max_running
+        )
+        try:
+            config.check(self.block_size)
+        except ValueError as error:
+            raise EngineConfigError(str(error)) from error
+        return config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSize:
+    num_blocks: int
+    max_model_len: int  # tokens; one sequence of that length fits
+
+
+def resolve_cache_size(
+    config: EngineConfig, model: ModelConfig, layout: KvLayout, max_running: int
+) -> CacheSize:
+    """Call with the weights loaded: what is free then may be shared out. EngineConfigError when a sequence of
+    the asked length does not fit; a length that nobody asked for is cut to what fits."""
+    longest = _longest(config, model)
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        num_bytes = config.kv_cache_bytes
+        if num_bytes is None:
+            num_bytes = _default_kv_bytes(config.device)
+            num_bytes = min(num_bytes, max_running * -(-longest // layout.block_size) * layout.block_bytes)
+        num_blocks = num_bytes // layout.block_bytes
+    if num_blocks < 1:
+        raise EngineConfigError(f"no room for a KV cache: one block takes {layout.block_bytes} bytes")
+    num_tokens = num_blocks * layout.block_size
+    if config.max_model_len is not None and num_tokens < longest:
+        raise EngineConfigError(
+            f"max_model_len {longest} needs {-(-longest // layout.block_size)} KV blocks "
+            f"({longest * layout.block_bytes // layout.block_size / 2**20:.0f} MiB), there are {num_blocks}"
+        )
+    return CacheSize(num_blocks=num_blocks, max_model_len=min(longest, num_tokens))
+
+
+def check_weights_fit(weight_bytes: int, device: str) -> None:
+    """Before loading: better one line now than the kernel's answer later."""
+    available = available_memory_bytes(device)
+    if weight_bytes > available:
+        raise EngineConfigError(
+            f"the weights take {weight_bytes / 2**30:.1f} GiB, {available / 2**30:.1f} GiB of memory are free"
+        )
+
+
+def _longest(config: EngineConfig, model: ModelConfig) -> int:
+    if config.max_model_len is None:
+        return model.max_position_embeddings
+    if not 2 <= config.max_model_len <= model.max_position_embeddings:
+        raise EngineConfigError(
+            f"max_model_len must be between 2 and the model's {model.max_position_embeddings}, "
+            f"got {config.max_model_len}"
+        )
+    return config.max_model_len
+
+
+def _default_kv_bytes(device: str) -> int:
+    kind = torch.device(device).type
+    share = int(available_memory_bytes(device) * DEFAULT_KV_SHARE.get(kind, 0.5))
+    return min(share, MAX_DEFAULT_KV_BYTES) if kind == "cpu" else share

@@ -1,0 +1,253 @@
+"""Prefill and decode workers in this process: real services, real gRPC on 127.0.0.1, a real Engine on FakeModel."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc.aio
+from prometheus_client import CollectorRegistry
+
+from decode_svc.handoff import HandoffEnvironment
+from decode_svc.link_service import LINK_METHOD, LINK_SERVICE, LinkService
+from decode_svc.metrics import DecodeMetrics
+from decode_svc.prefill_channels import PrefillChannels
+from decode_svc.request import RequestEnvironment
+from decode_svc.shared_caches import SharedCaches
+from engine.engine import Engine
+from engine.forward_batch import ForwardBatch
+from engine.kv_cache import KvCache
+from prefill_svc.metrics import PrefillMetrics
+from prefill_svc.prefill_service import PrefillService
+from proto.common_pb2 import SamplingParams, SequenceSpec
+from proto.link_pb2 import Cancel, LinkRequest, LinkResponse, SequenceUpdate, Submit
+from servicekit.rpc import build_channel, build_server
+from tests.fakes.fake_model import FakeModel
+from worker.admission import Admission
+from worker.async_engine import AsyncEngine
+from worker.load import LoadMeter
+
+_GATE_S = 30.0  # no test holds a gate longer
+
+
+class GatedModel(FakeModel):
+    """Stops inside a forward pass, after the layer `holds_after`, until opened; -1 is before the first layer."""
+
+    def __init__(self, holds_after: int = -1) -> None:
+        super().__init__()
+        self.holds_after = holds_after
+        self.is_held = threading.Event()
+        self._is_open = threading.Event()
+        self._is_open.set()
+
+    def hold(self) -> None:
+        self._is_open.clear()
+
+    def open(self) -> None:
+        self._is_open.set()
+
+    def forward(
+        self, batch: ForwardBatch, kv_cache: KvCache, layer_done: Callable[[int], None] | None = None
+    ) -> Any:
+        def gated(layer: int) -> None:
+            if layer_done is not None:
+                layer_done(layer)
+            self._pass(layer)
+
+        self._pass(-1)
+        return super().forward(batch, kv_cache, gated)
+
+    def _pass(self, layer: int) -> None:
+        if layer == self.holds_after and not self._is_open.is_set():
+            self.is_held.set()
+            assert self._is_open.wait(_GATE_S), "a test left the gate closed"
+            self.is_held.clear()
+
+
+@dataclass
+class FakeWorker:
+    engine: AsyncEngine
+    admission: Admission
+    metrics: CollectorRegistry
+    address: str
+    server: grpc.aio.Server
+    service: Any
+
+    async def used_blocks(self) -> int:
+        """Blocks owned by sequences or reservations, after checking that the books are in order."""
+
+        def count(engine: Engine) -> int:
+            engine.check_integrity()
+            return engine.load().num_used_blocks
+
+        return await self.engine.call(count)
+
+    async def until_idle(self) -> None:
+        """Until every request is gone and has given back its blocks; the test's time limit is the limit."""
+        while self.admission.num_requests or await self.used_blocks():
+            await asyncio.sleep(0.005)
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.metrics.get_sample_value(name, labels) or 0.0
+
+
+@asynccontextmanager
+async def prefill_worker(
+    engine: Engine, *, worker_id: str = "prefill-a", host_id: str = "this", max_requests: int = 64, port: int = 0
+) -> AsyncIterator[FakeWorker]:
+    def build(engine: AsyncEngine, admission: Admission, metrics: CollectorRegistry) -> PrefillService:
+        return PrefillService(
+            engine, admission, PrefillMetrics(metrics), worker_id=worker_id, host_id=host_id
+        )
+
+    async with _worker(engine, build, max_requests, port) as worker:
+        yield worker
+
+
+@asynccontextmanager
+async def decode_worker(
+    engine: Engine, *, host_id: str = "that", accepts_shared_memory: bool = False, max_requests: int = 64
+) -> AsyncIterator[FakeWorker]:
+    def build(engine: AsyncEngine, admission: Admission, metrics: CollectorRegistry) -> LinkService:
+        handoffs = HandoffEnvironment(
+            engine=engine,
+            channels=PrefillChannels(),
+            shared_caches=SharedCaches(engine.engine.kv_layout),
+            host_id=host_id,
+            accepts_shared_memory=accepts_shared_memory,
+        )
+        environment = RequestEnvironment(
+            handoffs=handoffs, admission=admission, metrics=DecodeMetrics(metrics)
+        )
+        load = LoadMeter(admission, engine.engine.num_blocks)
+        engine.subscribe(load.observe)
+        return LinkService(environment, load)
+
+    async with _worker(engine, build, max_requests, 0) as worker:
+        yield worker
+
+
+@asynccontextmanager
+async def _worker(
+    engine: Engine,
+    build: Callable[[AsyncEngine, Admission, CollectorRegistry], Any],
+    max_requests: int,
+    port: int,
+) -> AsyncIterator[FakeWorker]:
+    async_engine = AsyncEngine(engine)
+    admission = Admission(max_requests)
+    metrics = CollectorRegistry()
+    service = build(async_engine, admission, metrics)
+    server, bound_port = build_server([service.handler()], host="127.0.0.1", port=port)
+    async_engine.start()
+    await server.start()
+    worker = FakeWorker(async_engine, admission, metrics, f"127.0.0.1:{bound_port}", server, service)
+    try:
+        yield worker
+    finally:
+        await server.stop(0)
+        await service.close()
+        assert await async_engine.stop(10.0)
+        engine.kv_cache.close()
+
+
+@dataclass
+class Reply:
+    """Everything that came for one key."""
+
+    updates: list[SequenceUpdate] = field(default_factory=list)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    has_tokens: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token_id for update in self.updates for token_id in update.token_ids]
+
+    @property
+    def last(self) -> SequenceUpdate:
+        return self.updates[-1]
+
+    @property
+    def timings(self) -> Any:
+        return next(update.timings for update in self.updates if update.HasField("timings"))
+
+
+class FakeRouter:
+    """One link, as a router has it."""
+
+    def __init__(self, call: Any) -> None:
+        self.responses: list[LinkResponse] = []
+        self._call = call
+        self._keys = itertools.count(1)
+        self._replies: dict[int, Reply] = {}
+
+    async def submit(self, spec: SequenceSpec, prefill: FakeWorker | str = "") -> tuple[int, Reply]:
+        key = next(self._keys)
+        reply = self._replies[key] = Reply()
+        address = prefill if isinstance(prefill, str) else prefill.address
+        submit = Submit(key=key, sequence=spec, prefill_address=address)
+        await self._call.write(LinkRequest(submit=submit))
+        return key, reply
+
+    async def finish(self, spec: SequenceSpec, prefill: FakeWorker | str = "") -> Reply:
+        _, reply = await self.submit(spec, prefill)
+        await reply.ended.wait()
+        return reply
+
+    async def cancel(self, key: int) -> None:
+        await self._call.write(LinkRequest(cancel=Cancel(key=key)))
+
+    def cut(self) -> None:
+        self._call.cancel()
+
+    async def read(self) -> None:
+        try:
+            async for response in self._call:
+                self.responses.append(response)
+                for update in response.updates:
+                    self._take(update)
+        except asyncio.CancelledError:
+            if not self._call.cancelled():
+                raise
+
+    def _take(self, update: SequenceUpdate) -> None:
+        reply = self._replies[update.key]
+        assert not reply.ended.is_set(), "an update after the last"
+        reply.updates.append(update)
+        if update.token_ids:
+            reply.has_tokens.set()
+        if update.finish_reason or update.HasField("error"):
+            reply.ended.set()
+
+
+@asynccontextmanager
+async def router_link(decode: FakeWorker) -> AsyncIterator[FakeRouter]:
+    async with build_channel(decode.address) as channel:
+        method: Any = channel.stream_stream(
+            f"/{LINK_SERVICE}/{LINK_METHOD}", LinkRequest.SerializeToString, LinkResponse.FromString
+        )
+        call = method()
+        router = FakeRouter(call)
+        reader = asyncio.create_task(router.read())
+        try:
+            yield router
+        finally:
+            call.cancel()
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+
+def greedy_spec(prompt_ids: list[int], max_tokens: int = 8, **fields: Any) -> SequenceSpec:
+    sampling = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0, "ignore_eos": True}
+    sampling |= fields.pop("sampling", {})
+    return SequenceSpec(
+        request_id="test",
+        prompt_ids=prompt_ids,
+        sampling=SamplingParams(max_tokens=max_tokens, **sampling),
+        **fields,
+    )
