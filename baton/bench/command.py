@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shared-prefix-len", type=int, default=0, help="leading tokens common to all prompts"
     )
     parser.add_argument(
-        "--vocab-size", type=int, default=10_000, help="random ids below it (default %(default)s)"
+        "--vocab-size", type=int, default=4_000, help="random ids below it (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of prompts and arrivals (default %(default)s)")
     parser.add_argument("--slo-ttft-ms", type=float, help="limit for goodput")

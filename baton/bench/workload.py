@@ -14,7 +14,7 @@ class Workload:
     prompt_len: int  # tokens
     output_len: int  # tokens; the server is asked to ignore the end-of-sequence token
     shared_prefix_len: int = 0  # leading tokens that all prompts have in common
-    vocab_size: int = 10_000  # random ids stay below it
+    vocab_size: int = 4_000  # random ids stay below it
     seed: int = 0
 
     def __post_init__(self) -> None:

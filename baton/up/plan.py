@@ -104,7 +104,8 @@ class _Planner:
     def router(self) -> GroupSpec:
         o = self._options
         address = f"{o.host}:{o.port}"
-        environment = self._environment("ROUTER", {"HOST": o.host, "PORT": o.port, **o.router_settings})
+        own = {"HOST": o.host, "PORT": o.port, "DRAIN_GRACE_S": DRAIN_S}
+        environment = self._environment("ROUTER", {**own, **o.router_settings})
         spec = ProcessSpec(
             name="router",
             role="router",
