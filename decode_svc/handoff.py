@@ -150,9 +150,11 @@ class Handoff:
             self.state = HandoffState.TRANSFERRING
             with self._carrier(started_pb) as carrier:
                 finished_pb = await self._transfer(call, started_pb, carrier)
-            self.transfer_s = self._clock() - started_at
-            first = self._first_token(started_pb, finished_pb)
-            await self._commit(first, started_at + finished_pb.prefill_s, on_commit)
+            finished_at = self._clock()
+            self.transfer_s = finished_at - started_at
+            # STARTED took a while to get here, so this is early; but never before the token arrived.
+            sampled_at = min(finished_at, started_at + finished_pb.prefill_s)
+            await self._commit(self._first_token(started_pb, finished_pb), sampled_at, on_commit)
             await _tell_committed(call)
         finally:
             call.cancel()
@@ -209,18 +211,19 @@ class Handoff:
         return await blocks
 
     async def _commit(self, first: FirstToken, sampled_at: float, on_commit: OnCommit) -> None:
-        first.timings_pb.handoff_s = max(0.0, self._clock() - sampled_at)
-        if self.needs_no_kv:
+        def committed(ended: SequenceOutput | None) -> None:
             self.state = HandoffState.COMMITTED
-            on_commit(first, None)
-            return
+            first.timings_pb.handoff_s = self._clock() - sampled_at
+            on_commit(first, ended)
 
         def commit(engine: Engine) -> None:
             ended = engine.commit(self._seq.seq_id, first.logprobs)
-            self._engine.in_loop(on_commit, first, ended)
+            self._engine.in_loop(committed, ended)
 
-        await self._engine.call(commit)
-        self.state = HandoffState.COMMITTED
+        if self.needs_no_kv:
+            committed(None)
+        else:
+            await self._engine.call(commit)
         log.info(
             "handoff_committed",
             request_id=self._spec_pb.request_id,

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from engine.engine import Engine
 from engine.engine_thread import EngineStopped, EngineThread
-from engine.outputs import SequenceOutput, StepOutput, StepStats
+from engine.outputs import SequenceOutput, StepOutput
+from engine.step_stats import EngineLoad
 from servicekit.errors import WorkerLost
 from servicekit.logging import get_logger
 
@@ -29,12 +30,12 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine  # for its immutable facts only; state is touched through call() and post()
-        self.last_stats: StepStats | None = None
         self.failure: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
         self._thread = EngineThread(engine, on_step=self._on_step, on_failure=self._on_failure)
         self._sinks: dict[int, OutputSink] = {}
         self._step_listeners: list[Callable[[StepOutput], None]] = []
+        self._load_listeners: list[Callable[[EngineLoad], None]] = []
         self._seq_ids = itertools.count(1)
 
     def start(self) -> None:
@@ -50,6 +51,10 @@ class AsyncEngine:
     def subscribe(self, listener: Callable[[StepOutput], None]) -> None:
         """Called in the loop after each step, after the sinks."""
         self._step_listeners.append(listener)
+
+    def subscribe_load(self, listener: Callable[[EngineLoad], None]) -> None:
+        """Called in the loop when something but a step changed the load."""
+        self._load_listeners.append(listener)
 
     def attach(self, seq_id: int, sink: OutputSink) -> None:
         """Send the outputs of one sequence to `sink`, in the loop, until detach."""
@@ -69,7 +74,13 @@ class AsyncEngine:
 
     def post(self, function: Callable[[Engine], object]) -> None:
         """Run between two steps without waiting, for clean-up that must not be cancelled."""
-        self._thread.call(function).add_done_callback(_log_failure)
+
+        def run(engine: Engine) -> None:
+            function(engine)
+            # Perhaps no step follows that would tell.
+            self.in_loop(self._deliver_load, engine.load())
+
+        self._thread.call(run).add_done_callback(_log_failure)
 
     def in_loop(self, function: Callable[..., object], *args: object) -> None:
         """From the engine thread: run in the event loop, after everything sent earlier."""
@@ -86,13 +97,16 @@ class AsyncEngine:
         self.in_loop(self._fail, error)
 
     def _deliver(self, step: StepOutput) -> None:
-        self.last_stats = step.stats
         for output in step.outputs:
             sink = self._sinks.get(output.seq_id)
             if sink is not None:
                 sink(output)
         for listener in self._step_listeners:
             listener(step)
+
+    def _deliver_load(self, load: EngineLoad) -> None:
+        for listener in self._load_listeners:
+            listener(load)
 
     def _fail(self, error: BaseException) -> None:
         if not self.failure.done():

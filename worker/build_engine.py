@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.build import build_engine
-from engine.engine_config import EngineConfig
-
 from engine.engine import Engine
+from engine.engine_config import EngineConfig
 from engine.ep.ep_group import EpGroup
 from servicekit.logging import get_logger
 from worker.settings import WorkerSettings

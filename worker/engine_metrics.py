@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from engine.outputs import StepOutput, StepStats
+from engine.step_stats import EngineLoad
 from servicekit.metrics import SECONDS_BUCKETS
 
 _EXPERT_WINDOW_S = 2.0  # of steps, added up before expert load is judged
@@ -41,11 +42,7 @@ class EngineMetrics:
 
     def observe(self, step: StepOutput) -> None:
         stats = step.stats
-        self._free_blocks.set(stats.num_free_blocks)
-        self._cached_blocks.set(stats.num_cached_blocks)
-        self._used_blocks.set(stats.num_used_blocks)
-        self._running.set(stats.num_running)
-        self._waiting.set(stats.num_waiting)
+        self.observe_load(stats)
         self._batch_tokens.set(stats.num_prefill_tokens + stats.num_decode_tokens)
         self._prefill_tokens.inc(stats.num_prefill_tokens)
         self._decode_tokens.inc(stats.num_decode_tokens)
@@ -55,6 +52,13 @@ class EngineMetrics:
         self._idle_steps.inc(stats.is_idle_step)
         self._step_seconds.observe(stats.step_s)
         self._experts.observe(stats)
+
+    def observe_load(self, load: EngineLoad | StepStats) -> None:
+        self._free_blocks.set(load.num_free_blocks)
+        self._cached_blocks.set(load.num_cached_blocks)
+        self._used_blocks.set(load.num_used_blocks)
+        self._running.set(load.num_running)
+        self._waiting.set(load.num_waiting)
 
 
 class ExpertLoadMetrics:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from engine.outputs import StepOutput
+from engine.outputs import StepOutput, StepStats
+from engine.step_stats import EngineLoad
 from kvstore.registry import WorkerLoad
 from worker.admission import Admission
 
@@ -11,7 +12,7 @@ _ASSUMED_TOKENS_PER_S = 1000.0  # before anything was prefilled
 
 
 class LoadMeter:
-    """Adds the steps up. A worker that holds no request is idle, whatever its last step saw."""
+    """What the engine last said, and how fast it prefills."""
 
     def __init__(self, admission: Admission, num_blocks: int) -> None:
         self._admission = admission
@@ -24,12 +25,15 @@ class LoadMeter:
 
     def observe(self, step: StepOutput) -> None:
         stats = step.stats
-        self._num_running = stats.num_running
-        self._num_waiting_tokens = stats.num_waiting_tokens
-        self._num_free_blocks = stats.num_free_blocks + stats.num_cached_blocks
+        self.observe_load(stats)
         if stats.num_prefill_tokens:
             self._prefill_tokens = self._prefill_tokens * _DECAY + stats.num_prefill_tokens
             self._prefill_s = self._prefill_s * _DECAY + stats.step_s
+
+    def observe_load(self, load: EngineLoad | StepStats) -> None:
+        self._num_running = load.num_running
+        self._num_waiting_tokens = load.num_waiting_tokens
+        self._num_free_blocks = load.num_free_blocks + load.num_cached_blocks
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -42,12 +46,11 @@ class LoadMeter:
         return min(60.0, max(0.1, self._num_waiting_tokens / tokens_per_s))
 
     def load(self) -> WorkerLoad:
-        num_requests = self._admission.num_requests
-        num_running = min(self._num_running, num_requests)
         return WorkerLoad(
-            num_running=num_running,
-            num_waiting=num_requests - num_running,
-            num_waiting_tokens=self._num_waiting_tokens if num_requests else 0,
-            num_free_blocks=self._num_free_blocks if num_requests else self.num_blocks,
+            num_running=self._num_running,
+            # Also those that the engine does not know yet.
+            num_waiting=max(0, self._admission.num_requests - self._num_running),
+            num_waiting_tokens=self._num_waiting_tokens,
+            num_free_blocks=self._num_free_blocks,
             prefill_tokens_per_s=self.prefill_tokens_per_s,
         )

@@ -1,13 +1,14 @@
 """The life of a worker process.
 
-1. Build: the engine loads its weights; a mistake in settings or checkpoint ends the process with EXIT_MISTAKE.
+1. Build: the engine loads its weights; a mistake in settings or checkpoint ends the process with
+   EXIT_MISTAKE.
 2. Serve: gRPC and metrics listen, then the worker announces itself; from here on routers find it.
-3. Drain, on SIGTERM or when another rank of the group drains: routers are told, new requests are refused, running
-   ones finish or are cut off at the end of the grace period and go on elsewhere.
+3. Drain, on SIGTERM or when another rank of the group drains: routers are told, new requests are refused,
+   running ones finish or are cut off at the end of the grace period and go on elsewhere.
 4. End: the entry in the registry goes, the engine stops.
 
-A failed engine ends the process with EXIT_FAILED: with collectives in flight nothing is safe to continue, and closed
-connections tell everybody.
+A failed engine ends the process with EXIT_FAILED: with collectives in flight nothing is safe to continue,
+and closed connections tell everybody.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from worker.settings import WorkerSettings
 __all__ = ["EpMembership", "Service", "WorkerParts", "WorkerProcess"]
 
 EXIT_FAILED = 1
-_STOP_S = 10.0  # for the step in which the engine is, or for the other ranks of its group
+_STOP_S = 10.0  # for the step in which the engine is
 
 log = get_logger(__name__)
 
@@ -113,8 +114,10 @@ class WorkerProcess:
             server, port = build_server(
                 [service.handler()], host=self._settings.host, port=self._settings.port
             )
+            if engine.ep is not None:
+                stack.callback(engine.ep.close)
             parts.engine.start()
-            stack.push_async_callback(parts.engine.stop, _STOP_S)
+            stack.push_async_callback(parts.engine.stop, self._stop_s)
             await server.start()
             stack.push_async_callback(server.stop, 0)
             store = Store(self._settings.redis_url)
@@ -122,14 +125,21 @@ class WorkerProcess:
             record = self._record(parts, port, metrics_port)
             return await self._until_end(parts, store, record, drain)
 
+    @property
+    def _stop_s(self) -> float:
+        """The other ranks of a group may drain for all of their time and need this one's collectives."""
+        return _STOP_S + (self._settings.drain_s if self._membership.size > 1 else 0.0)
+
     def _build_parts(self, engine: Engine) -> WorkerParts:
         admission = Admission(self._settings.max_requests)
         load = LoadMeter(admission, engine.num_blocks)
         admission.retry_after_s = load.retry_after_s
         metrics = build_metrics_registry()
         async_engine = AsyncEngine(engine)
-        async_engine.subscribe(load.observe)
-        async_engine.subscribe(EngineMetrics(metrics, engine.num_blocks).observe)
+        engine_metrics = EngineMetrics(metrics, engine.num_blocks)
+        for observer in (load, engine_metrics):
+            async_engine.subscribe(observer.observe)
+            async_engine.subscribe_load(observer.observe_load)
         return WorkerParts(
             settings=self._settings,
             worker_id=self._worker_id,

@@ -98,7 +98,12 @@ class FakeWorker:
 
 @asynccontextmanager
 async def prefill_worker(
-    engine: Engine, *, worker_id: str = "prefill-a", host_id: str = "this", max_requests: int = 64, port: int = 0
+    engine: Engine,
+    *,
+    worker_id: str = "prefill-a",
+    host_id: str = "this",
+    max_requests: int = 64,
+    port: int = 0,
 ) -> AsyncIterator[FakeWorker]:
     def build(engine: AsyncEngine, admission: Admission, metrics: CollectorRegistry) -> PrefillService:
         return PrefillService(
@@ -126,6 +131,7 @@ async def decode_worker(
         )
         load = LoadMeter(admission, engine.engine.num_blocks)
         engine.subscribe(load.observe)
+        engine.subscribe_load(load.observe_load)
         return LinkService(environment, load)
 
     async with _worker(engine, build, max_requests, 0) as worker:
