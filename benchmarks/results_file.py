@@ -55,11 +55,13 @@ def _cell(value: Any) -> str:
 
 def _facts() -> dict[str, str]:
     flags = cpu_flags()
+    arguments = [f".../{Path(a).name}" if Path(a).is_absolute() else a for a in sys.argv[1:]]
+    found = " ".join(flag for flag in _NAMED_FLAGS if flag in flags)
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments]),
         "commit": _commit(),
-        "processor": f"{_processor()}, {_num_cores()} cores, {' '.join(f for f in _NAMED_FLAGS if f in flags)}",
+        "processor": f"{_processor()}, {_num_cores()} cores, {found}",
         "python": platform.python_version(),
     }
 
