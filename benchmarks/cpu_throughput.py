@@ -2,9 +2,9 @@
 
     python -m benchmarks.cpu_throughput [--vllm-venv DIR] [--llama-server FILE --llama-gguf FILE]
 
-A closed wave of N streams sends random token prompts and asks for 64 tokens, greedy, end of sequence ignored;
-clients and server share the machine. Two waves are sent before the measured ones. `transformers` has no server:
-it gets such prompts as one batch, and its numbers hold no HTTP.
+A closed wave of N streams sends random token prompts and asks for 64 tokens, greedy, end of sequence
+ignored; clients and server share the machine. Two waves are sent before the measured ones.
+`transformers` has no server: it gets such prompts as one batch, and its numbers hold no HTTP.
 
 Each point is repeated; the table shows the repeat with the median output tokens a second.
 """

@@ -2,10 +2,10 @@
 
     python -m benchmarks.equivalence [--arch deepseek_v3] [--num-prompts 100]
 
-Random prompts of 1 to 1,500 tokens on a random float32 checkpoint; every third prompt starts like an earlier one
-(prefix hits), many run at once in few blocks (preemption, waiting), the token budget is small (chunking).
-Deployments: one worker; prefill and decode; the same with the experts over two processes. The counters of the
-workers say whether each of these things happened.
+Random prompts of 1 to 1,500 tokens on a random float32 checkpoint; every third prompt starts like an
+earlier one (prefix hits), many run at once in few blocks (preemption, waiting), the token budget is
+small (chunking). Deployments: one worker; prefill and decode; the same with the experts over two
+processes. The counters of the workers say whether each of these things happened.
 """
 
 from __future__ import annotations

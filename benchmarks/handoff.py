@@ -2,10 +2,11 @@
 
     python -m benchmarks.handoff [--prompt-lens 512 4096] [--repeats 5]
 
-One request at a time, random prompts on small576, one prefill and two decode workers used in turn. Each prompt is
-sent twice. The first time the prefill worker computes it and the transfer hides behind the compute; the second time
-the prefill worker has it cached, the other decode worker does not, and the transfer is all there is: MB/s is from
-there. Hand-off time is first token sampled -> committed, the part that nothing hides; TTFT is the client's.
+One request at a time, random prompts on small576, one prefill and two decode workers used in turn. Each
+prompt is sent twice. The first time the prefill worker computes it and the transfer hides behind the
+compute; the second time the prefill worker has it cached, the other decode worker does not, and the
+transfer is all there is: MB/s is from there. Hand-off time is first token sampled -> committed, the part
+that nothing hides; TTFT is the client's.
 """
 
 from __future__ import annotations
