@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-_MAX_QUERY_ROWS = 128
+_MAX_QUERY_ROWS = 64
 
 
 def attend_causal(q_KGnQ: torch.Tensor, k_KLQ: torch.Tensor, v_KLV: torch.Tensor) -> torch.Tensor:

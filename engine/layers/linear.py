@@ -1,53 +1,60 @@
-"""A matrix product with a weight laid out for this processor.
+"""A matrix product with its weight laid out for this processor.
 
-On CPU in fp32 the hub's [N, K] layout is the slowest of the three that torch offers: a [K, N] copy is faster
-at every number of rows, and oneDNN's packed form is up to twice as fast again for large weights, but costs
-55 us a call on an AVX2 machine (docs/log.md). The choice depends on shape, dtype and processor alone, so that
-equal workers compute equal bits.
+On CPU the hub's [N, K] layout is the slowest of three (docs/log.md): for one or two rows a [K, N] copy reads
+memory fastest, for more rows oneDNN's packed form multiplies up to 1.7 times as fast, but one call of it costs
+55 us. So small weights are kept as [K, N], large ones packed, and middle ones both ways: twice their memory for
+the speed of a single stream. The choice depends on shape, dtype and processor alone, so that equal workers
+compute equal bits.
 """
 
 from __future__ import annotations
 
 import torch
 
-_MIN_PACKED_ELEMENTS = {"AVX2": 1 << 21, "AVX512": 1 << 16}
+_MIN_PACKED_ELEMENTS = (1 << 18) + 1
+_MAX_DOUBLE_ELEMENTS = 1 << 22
+_MAX_FEW_ROWS = 2
 
 
 class Linear:
-    """y = x @ weight.T + bias. Keeps its own copy of the weight, in the fastest layout."""
+    """y = x @ weight.T + bias. Keeps its own copy of the weight."""
 
     def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> None:
+        self._num_outputs = weight_NK.shape[0]
         self._bias_N = bias_N
-        self._is_packed = _is_packing_faster(weight_NK)
-        self._weight = _pack(weight_NK) if self._is_packed else weight_NK.t().contiguous()
+        self._packed: torch.Tensor | None = None
+        self._weight_KN: torch.Tensor | None = None
+        if _is_packing_faster(weight_NK):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), None)
+        if self._packed is None or _is_worth_doubling(weight_NK):
+            self._weight_KN = weight_NK.t().contiguous()
 
     def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
-        if self._is_packed and x_TK.shape[0] > 0:
-            return torch.ops.mkldnn._linear_pointwise(x_TK, self._weight, self._bias_N, "none", [], "")
-        if self._is_packed:
-            return x_TK.new_empty(0, self._weight.shape[0])
-        if self._bias_N is not None:
-            return torch.addmm(self._bias_N, x_TK, self._weight)
-        return torch.mm(x_TK, self._weight)
+        num_rows = x_TK.shape[0]
+        if self._weight_KN is not None and (num_rows <= _MAX_FEW_ROWS or self._packed is None):
+            if self._bias_N is None:
+                return torch.mm(x_TK, self._weight_KN)
+            return torch.addmm(self._bias_N, x_TK, self._weight_KN)
+        if num_rows == 0:
+            return x_TK.new_empty(0, self._num_outputs)
+        return torch.ops.mkldnn._linear_pointwise(x_TK, self._packed, self._bias_N, "none", [], "")
 
     def into(self, out_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
         """Write the product to out_TN, which may be a slice of a larger tensor's rows."""
-        if self._is_packed or self._bias_N is not None:
-            out_TN.copy_(self(x_TK))
+        if self._packed is None and self._bias_N is None and self._weight_KN is not None:
+            torch.mm(x_TK, self._weight_KN, out=out_TN)
         else:
-            torch.mm(x_TK, self._weight, out=out_TN)
+            out_TN.copy_(self(x_TK))
 
 
 def _is_packing_faster(weight_NK: torch.Tensor) -> bool:
-    if weight_NK.device.type != "cpu" or weight_NK.dtype not in (torch.float32, torch.bfloat16):
+    if weight_NK.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    if weight_NK.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    min_elements = _MIN_PACKED_ELEMENTS.get(torch.backends.cpu.get_cpu_capability())
-    return min_elements is not None and weight_NK.numel() >= min_elements
+    if weight_NK.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight_NK.dtype == torch.float32 and weight_NK.numel() >= _MIN_PACKED_ELEMENTS
 
 
-def _pack(weight_NK: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), None)
+def _is_worth_doubling(weight_NK: torch.Tensor) -> bool:
+    """bf16 has a fast packed form for few rows too."""
+    return weight_NK.dtype == torch.float32 and weight_NK.numel() <= _MAX_DOUBLE_ELEMENTS

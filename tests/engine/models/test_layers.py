@@ -9,11 +9,12 @@ from engine.layers.mlp import gated_silu
 from engine.layers.rms_norm import RmsNorm
 from engine.layers.rotary import interleave_rows, rotate_
 
-LARGE = (4096, 512)  # packed on every CPU that has a packed form
+LARGE = (16384, 512)  # packed only, where there is a packed form
+MIDDLE = (1024, 512)  # both layouts
 SMALL = (24, 16)
 
 
-@pytest.mark.parametrize("shape", [SMALL, LARGE])
+@pytest.mark.parametrize("shape", [SMALL, MIDDLE, LARGE])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("num_rows", [0, 1, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
