@@ -1,0 +1,105 @@
+"""Keeps the tables of settings and metrics in docs/operations.md equal to the code.
+
+python docs/operations_tables.py            rewrite the tables
+python docs/operations_tables.py --check    exit 1 if they differ
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "operations.md"
+_BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def rendered(text: str) -> str:
+    """The page with every `<!-- table: NAME -->` block filled in anew."""
+    tables = build_tables()
+    return _BLOCK.sub(lambda match: match[1] + tables[match[2]] + match[3], text)
+
+
+def build_tables() -> dict[str, str]:
+    from decode_svc import settings as decode
+    from prefill_svc import settings as prefill
+    from router import settings as router
+    from worker.settings import WorkerSettings
+
+    shared = {field.name for field in dataclasses.fields(WorkerSettings)}
+    return {
+        "router-settings": _settings(router.RouterSettings, router.PREFIX, set()),
+        "worker-settings": _settings(WorkerSettings, f"{prefill.PREFIX}|{decode.PREFIX}", set()),
+        "decode-settings": _settings(decode.DecodeSettings, decode.PREFIX, shared),
+        "router-metrics": _metrics(_router_families()),
+        "worker-metrics": _metrics(_worker_families()),
+    }
+
+
+def _settings(cls: type, prefix: str, without: set[str]) -> str:
+    lines = ["| variable | default | meaning |", "| --- | --- | --- |"]
+    for field in dataclasses.fields(cls):
+        if field.name in without:
+            continue
+        default = "required" if field.default is dataclasses.MISSING else _shown(field.default)
+        names = " ".join(f"`{p}_{field.name.upper()}`" for p in prefix.split("|"))
+        lines.append(f"| {names} | {default} | {field.metadata['doc']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(default: Any) -> str:
+    if default is None or default == "":
+        return "unset"
+    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+
+
+def _router_families() -> Iterable[Any]:
+    from prometheus_client import CollectorRegistry
+
+    from router.metrics import RouterMetrics
+
+    registry = CollectorRegistry()
+    RouterMetrics(registry)
+    return registry.collect()
+
+
+def _worker_families() -> Iterable[Any]:
+    from prometheus_client import CollectorRegistry
+
+    from decode_svc.metrics import DecodeMetrics
+    from prefill_svc.metrics import PrefillMetrics
+    from worker.engine_metrics import EngineMetrics
+
+    registry = CollectorRegistry()
+    EngineMetrics(registry, 1)
+    PrefillMetrics(registry)
+    DecodeMetrics(registry)
+    return registry.collect()
+
+
+def _metrics(families: Iterable[Any]) -> str:
+    lines = ["| metric | type | meaning |", "| --- | --- | --- |"]
+    for family in sorted(families, key=lambda f: f.name):
+        name = family.name + ("_total" if family.type == "counter" else "")
+        lines.append(f"| `{name}` | {family.type} | {family.documentation} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    sys.path.insert(0, str(ROOT))
+    current = PAGE.read_text()
+    wanted = rendered(current)
+    if "--check" in sys.argv:
+        if current != wanted:
+            sys.stderr.write("docs/operations.md: run python docs/operations_tables.py\n")
+        return int(current != wanted)
+    PAGE.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
