@@ -256,7 +256,8 @@ class Scheduler:
             self.take_prefix(seq, hits)
             self.allocate_rest(seq)
             self.join(seq)
-            if seq.times.scheduled is None:
+            if not seq.has_started:
+                seq.has_started = True
                 seq.num_hit_tokens = num_computed
                 batch.started.append(seq)
             num_tokens = self._chunk_tokens(seq, budget)

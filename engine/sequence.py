@@ -75,6 +75,7 @@ class Sequence:
         "block_table",
         "cache_salt",
         "has_emitted",
+        "has_started",
         "keeps_blocks",
         "kv_listener",
         "max_output_tokens",
@@ -120,6 +121,7 @@ class Sequence:
         self.num_registered_blocks = 0  # leading blocks that the prefix cache knows, or was offered
         self.prefix: PrefixHashes | None = None  # set when the engine takes the sequence
         self.arrival = 0  # order of joining the engine; the largest is the youngest
+        self.has_started = False  # was scheduled at least once
         self.has_emitted = False  # a token was sampled or committed here
         self.prompt_logprobs: list[TokenLogprobs] = []  # of prompt tokens 1, 2, ... as far as computed
         self.times = SequenceTimes()
