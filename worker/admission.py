@@ -37,12 +37,15 @@ class Admission:
             if self.num_requests == 0:
                 self._is_empty.set()
 
+    async def until_empty(self) -> None:
+        await self._is_empty.wait()
+
     async def drain(self, grace_s: float) -> bool:
         """Take nothing new and wait for what runs. False when grace_s was not enough."""
         self.is_draining = True
         try:
             async with asyncio.timeout(grace_s):
-                await self._is_empty.wait()
+                await self.until_empty()
         except TimeoutError:
             return False
         return True

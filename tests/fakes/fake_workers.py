@@ -1,4 +1,4 @@
-"""Prefill and decode workers in this process: real services, real gRPC on 127.0.0.1, a real Engine on FakeModel."""
+"""Prefill and decode workers in this process: real services, gRPC and Engine, on FakeModel."""
 
 from __future__ import annotations
 
@@ -36,17 +36,21 @@ _GATE_S = 30.0  # no test holds a gate longer
 
 
 class GatedModel(FakeModel):
-    """Stops inside a forward pass, after the layer `holds_after`, until opened; -1 is before the first layer."""
+    """Stops at the beginning of a forward pass, once held, until opened."""
 
-    def __init__(self, holds_after: int = -1) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.holds_after = holds_after
-        self.is_held = threading.Event()
+        self._is_held = threading.Event()
         self._is_open = threading.Event()
         self._is_open.set()
+        self._num_passes_before = 0
 
-    def hold(self) -> None:
+    def hold(self, num_passes_before: int = 0) -> None:
+        self._num_passes_before = num_passes_before
         self._is_open.clear()
+
+    async def until_held(self) -> None:
+        assert await asyncio.to_thread(self._is_held.wait, _GATE_S)
 
     def open(self) -> None:
         self._is_open.set()
@@ -54,19 +58,13 @@ class GatedModel(FakeModel):
     def forward(
         self, batch: ForwardBatch, kv_cache: KvCache, layer_done: Callable[[int], None] | None = None
     ) -> Any:
-        def gated(layer: int) -> None:
-            if layer_done is not None:
-                layer_done(layer)
-            self._pass(layer)
-
-        self._pass(-1)
-        return super().forward(batch, kv_cache, gated)
-
-    def _pass(self, layer: int) -> None:
-        if layer == self.holds_after and not self._is_open.is_set():
-            self.is_held.set()
-            assert self._is_open.wait(_GATE_S), "a test left the gate closed"
-            self.is_held.clear()
+        if not self._is_open.is_set():
+            if self._num_passes_before == 0:
+                self._is_held.set()
+                assert self._is_open.wait(_GATE_S), "a test left the gate closed"
+                self._is_held.clear()
+            self._num_passes_before -= 1
+        return super().forward(batch, kv_cache, layer_done)
 
 
 @dataclass
@@ -88,9 +86,9 @@ class FakeWorker:
         return await self.engine.call(count)
 
     async def until_idle(self) -> None:
-        """Until every request is gone and has given back its blocks; the test's time limit is the limit."""
-        while self.admission.num_requests or await self.used_blocks():
-            await asyncio.sleep(0.005)
+        """Until every request is gone; then none may have left a block behind."""
+        await self.admission.until_empty()
+        assert await self.used_blocks() == 0
 
     def metric(self, name: str, **labels: str) -> float:
         return self.metrics.get_sample_value(name, labels) or 0.0
