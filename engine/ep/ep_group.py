@@ -91,7 +91,7 @@ class EpGroup:
             ) from error
 
     def wait_for_peers(self, timeout_s: float) -> None:
-        """Block until all ranks have called this. EpGroupLost if a rank dies or timeout_s passes."""
+        """Once, with the weights loaded: block until all ranks have. EpGroupLost after timeout_s."""
         if self.size == 1:
             return
         self._doorbell.announce_ready()

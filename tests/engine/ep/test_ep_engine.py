@@ -1,0 +1,117 @@
+"""Whole engines on random checkpoints: neither the number of ranks nor who has which request matters."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+
+import pytest
+from ep_ranks import run_ranks
+
+from engine.build import build_engine
+from engine.checkpoint.random_checkpoint import make_random_checkpoint
+from engine.engine_config import EngineConfig
+from engine.engine_thread import EngineThread
+from engine.ep.ep_group import EpGroup
+from engine.outputs import StepOutput
+from engine.sampling_params import SamplingParams
+from engine.sequence import Sequence
+
+MAX_TOKENS = 24
+PROMPT_LENGTHS = [70, 3, 1, 40, 17, 90]
+ARCHITECTURES = ["deepseek_v3", "deepseek_v2"]
+
+
+def prompts() -> list[list[int]]:
+    chance = random.Random(7)
+    return [[chance.randrange(1, 1000) for _ in range(length)] for length in PROMPT_LENGTHS]
+
+
+class Answers:
+    """What one rank's engine thread reports."""
+
+    def __init__(self, num_expected: int) -> None:
+        self.token_ids: dict[int, list[int]] = {}
+        self.expert_load: list[list[int]] = []
+        self.num_idle_steps = 0
+        self.failures: list[BaseException] = []
+        self.done = threading.Event()
+        self._num_left = num_expected
+
+    def take(self, step: StepOutput) -> None:
+        self.num_idle_steps += step.stats.is_idle_step
+        for layer, load in enumerate(step.stats.expert_load):
+            if layer == len(self.expert_load):
+                self.expert_load.append([0] * len(load))
+            self.expert_load[layer] = [a + b for a, b in zip(self.expert_load[layer], load, strict=True)]
+        for output in step.outputs:
+            self.token_ids.setdefault(output.seq_id, []).extend(output.token_ids)
+            self._num_left -= output.finish_reason is not None
+        if self._num_left == 0:
+            self.done.set()
+
+    def fail(self, error: BaseException) -> None:
+        self.failures.append(error)
+        self.done.set()
+
+
+def serve(
+    group: EpGroup, model_dir: Path, ranks: list[int]
+) -> tuple[dict[int, list[int]], list[list[int]], int]:
+    """ranks[i] serves prompt i. Returns token ids by prompt, expert load and the number of idle steps."""
+    config = EngineConfig(
+        model_dir=model_dir, dtype="float32", num_blocks=64, max_model_len=256, token_budget=64, max_running=8
+    )
+    engine = build_engine(config, group)
+    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    own = [seq_id for seq_id, rank in enumerate(ranks) if rank == group.rank]
+    answers = Answers(len(own))
+    thread = EngineThread(engine, answers.take, answers.fail)
+    thread.start()
+    for seq_id in own:
+        thread.call(lambda e, i=seq_id: e.add(Sequence(i, prompts()[i], sampling))).result(20.0)
+    assert not own or answers.done.wait(30.0)
+    assert not answers.failures, answers.failures
+    assert thread.stop(30.0)
+    engine.check_integrity()
+    engine.kv_cache.close()
+    return answers.token_ids, answers.expert_load, answers.num_idle_steps
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def single(request, tmp_path_factory):
+    """The checkpoint, and what one rank with all experts answers."""
+    model_dir = tmp_path_factory.mktemp("ep") / request.param
+    make_random_checkpoint(model_dir, request.param)
+    token_ids, expert_load, _ = run_ranks(1, serve, model_dir, [0] * len(PROMPT_LENGTHS))[0]
+    assert [len(token_ids[i]) for i in range(len(PROMPT_LENGTHS))] == [MAX_TOKENS] * len(PROMPT_LENGTHS)
+    return model_dir, token_ids, expert_load
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks"),
+    [
+        pytest.param(2, [0, 0, 1, 0, 1, 0], id="ep2"),
+        pytest.param(2, [1, 1, 1, 1, 1, 1], id="ep2-first-rank-idle"),
+        pytest.param(3, [0, 1, 1, 0, 0, 1], id="ep3-last-rank-idle"),
+        pytest.param(4, [1, 0, 0, 2, 0, 2], id="ep4-last-rank-idle"),
+    ],
+)
+def test_tokens_do_not_depend_on_the_number_of_ranks(single, size, ranks):
+    model_dir, expected, _ = single
+
+    results = run_ranks(size, serve, model_dir, ranks)
+
+    assert {seq_id: ids for token_ids, _, _ in results for seq_id, ids in token_ids.items()} == expected
+    assert all(results[rank][2] >= MAX_TOKENS for rank in range(size) if rank not in ranks)
+
+
+def test_expert_loads_of_all_ranks_add_up_to_that_of_one(single):
+    model_dir, _, expected = single
+
+    loads = [load for _, load, _ in run_ranks(2, serve, model_dir, [0, 1, 0, 1, 0, 1])]
+
+    assert [
+        [sum(pair) for pair in zip(*layers, strict=True)] for layers in zip(*loads, strict=True)
+    ] == expected
