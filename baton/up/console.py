@@ -14,17 +14,22 @@ from rich.text import Text
 from baton.up.log_line import parse_log_line
 from baton.up.process_status import ProcessStatus
 
+_FILE_WIDTH = 160
+_DETAIL_EVERY_S = 2.0
 _STYLES = {"ready": "green", "starting": "yellow", "restarting": "red", "failed": "red", "stopping": "yellow"}
 
 
 class Console:
     def __init__(self, statuses: Mapping[str, ProcessStatus], model: str) -> None:
         self._rich = RichConsole(file=sys.stdout, highlight=False)
+        if not self._rich.is_terminal:
+            self._rich.width = _FILE_WIDTH  # nothing to fit into: cut nothing
         self._statuses = statuses
         self._model = model
         self._started_at = time.monotonic()
         self._live: Live | None = None
         self._shown: dict[str, tuple[str, str]] = {}
+        self._next_detail_at: dict[str, float] = {}
 
     def start(self) -> None:
         if self._rich.is_terminal:
@@ -42,13 +47,20 @@ class Console:
     def line(self, text: str) -> None:
         self._rich.print(Text(text), soft_wrap=True)
 
+    def _show_detail(self, status: ProcessStatus) -> None:
+        """In lines not at every step, only now and then."""
+        now = time.monotonic()
+        if now >= self._next_detail_at.get(status.spec.name, 0.0):
+            self._next_detail_at[status.spec.name] = now + _DETAIL_EVERY_S
+            self.changed(status)
+
     def changed(self, status: ProcessStatus) -> None:
         shown = (status.state, status.detail)
         if self._live is not None or self._shown.get(status.spec.name) == shown:
             return
         self._shown[status.spec.name] = shown
         elapsed_s = time.monotonic() - self._started_at
-        pid = f"  pid {status.pid}" if status.state == "starting" and status.pid else ""
+        pid = f"  pid {status.pid}" if status.state == "starting" and not status.detail else ""
         detail = f"  {status.detail}" if status.detail else ""
         self.line(f"{elapsed_s:7.1f} s  {status.spec.name:<12} {status.state}{pid}{detail}")
 
@@ -58,19 +70,20 @@ class Console:
         if parsed.is_warning:
             self.line(f"{status.spec.name} | {parsed.level}: {parsed.text}")
         elif parsed.event and status.state == "starting":
-            status.detail = parsed.text
-            self.changed(status)
+            status.detail = parsed.progress
+            self._show_detail(status)
 
     def show_ready(self) -> None:
         """The table of what runs where."""
         self.stop()
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in ("process", "role", "pid", "address", "metrics", "threads", "state", "model"):
-            table.add_column(column)
+        for column in ("process", "role", "pid", "address", "metrics", "threads", "state"):
+            table.add_column(column, no_wrap=True)
         for s in self._statuses.values():
             row = [s.spec.name, s.spec.role, str(s.pid or "-"), s.spec.address, s.spec.metrics_address]
-            table.add_row(*row, str(s.spec.num_threads), _styled(s.state), self._model)
-        self._rich.print(table, soft_wrap=True)
+            table.add_row(*row, str(s.spec.num_threads), _styled(s.state))
+        self.line(f"\n{self._model} is ready after {time.monotonic() - self._started_at:.1f} s\n")
+        self._rich.print(table)
 
     def _starting_table(self) -> Table:
         elapsed_s = time.monotonic() - self._started_at

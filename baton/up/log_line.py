@@ -15,6 +15,7 @@ class LogLine:
     level: str  # lower case; empty when the line is not structured
     event: str
     text: str  # for a person, one line
+    progress: str = ""  # shorter, for what a process does while it starts
 
     @property
     def is_warning(self) -> bool:
@@ -31,7 +32,9 @@ def parse_log_line(line: str) -> LogLine:
     level = str(record.get("level", "")).lower()
     event = str(record.get("event") or record.get("message") or "")
     fields = [f"{name}={_short(value)}" for name, value in record.items() if name not in _NOT_SHOWN]
-    return LogLine(level, event, " ".join([event, *fields]))
+    percent = record.get("percent")
+    progress = event.replace("_", " ") + (f" {percent} %" if percent is not None else "")
+    return LogLine(level, event, " ".join([event, *fields]), progress)
 
 
 def _short(value: object) -> str:
