@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 
 from engine.checkpoint.dtypes import DTYPES, resolve_dtype
 from engine.checkpoint.errors import CheckpointError
+from engine.checkpoint.fingerprint import content_samples
 from engine.checkpoint.gguf_file import GgufFile
 from engine.checkpoint.gguf_llama import hub_config, mapped_tensors, read_mapped
 from engine.checkpoint.gguf_tokenizer import tokenizer_spec
@@ -43,11 +45,8 @@ def find_smollm2() -> Path:
 
 def convert(source: Path, target: Path, dtype: torch.dtype) -> bool:
     """Make `target`. False when it was already made from this file in this dtype. Raises CheckpointError."""
-    try:
-        num_bytes = source.stat().st_size
-    except OSError as error:
-        raise CheckpointError(f"{source}: {error.strerror}") from error
-    origin = {"format": _FORMAT, "source": source.name, "num_bytes": num_bytes, "dtype": str(dtype)}
+    samples = blake2b(content_samples(source), digest_size=8).hexdigest()
+    origin = {"format": _FORMAT, "source": source.name, "samples": samples, "dtype": str(dtype)}
     return make_directory(target, origin, partial(_fill, source, dtype))
 
 
@@ -119,6 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (CheckpointError, OSError) as error:
         _logger.error("error: %s", error)
         return 2
+    except KeyboardInterrupt:
+        return 130
     _logger.info("%s %s", "wrote" if is_new else "already there:", options.directory)
     return 0
 

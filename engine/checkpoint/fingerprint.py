@@ -10,7 +10,7 @@ import torch
 
 from engine.checkpoint.errors import CheckpointError
 from engine.checkpoint.model_config import load_model_config
-from engine.checkpoint.safetensors_file import SafetensorsFile, checkpoint_files, read_header
+from engine.checkpoint.safetensors_file import checkpoint_files, read_header
 
 _SAMPLE_BYTES = 4096
 _NUM_SAMPLES = 16  # per file, evenly spread
@@ -26,19 +26,21 @@ def model_fingerprint(model_dir: Path, load_format: str, dtype: torch.dtype) -> 
     digest = blake2b(f"{config}|{load_format}|{dtype}".encode(), digest_size=8)
     if load_format != "dummy":
         for path in sorted(checkpoint_files(model_dir)):
-            _update(digest, read_header(path))
+            file = read_header(path)
+            digest.update(f"|{path.name}|{file.num_bytes}|".encode() + file.header)
+            digest.update(content_samples(path, 8 + len(file.header)))
     return digest.hexdigest()
 
 
-def _update(digest: blake2b, file: SafetensorsFile) -> None:
-    digest.update(f"|{file.path.name}|{file.num_bytes}|".encode())
-    digest.update(file.header)
-    first = 8 + len(file.header)
-    last = max(first, file.num_bytes - _SAMPLE_BYTES)
+def content_samples(path: Path, first: int = 0) -> bytes:
+    """64 KiB from byte `first` to the end, evenly spread. Raises CheckpointError."""
     try:
-        with file.path.open("rb") as stream:
+        with path.open("rb") as stream:
+            last = max(first, stream.seek(0, 2) - _SAMPLE_BYTES)
+            samples = []
             for i in range(_NUM_SAMPLES):
                 stream.seek(first + (last - first) * i // (_NUM_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE_BYTES))
+                samples.append(stream.read(_SAMPLE_BYTES))
     except OSError as error:
-        raise CheckpointError(f"{file.path}: {error.strerror}") from error
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    return b"".join(samples)

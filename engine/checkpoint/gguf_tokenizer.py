@@ -28,13 +28,15 @@ def tokenizer_spec(gguf: GgufFile) -> TokenizerSpec:
     if not tokens or len(set(tokens)) != len(tokens):
         raise CheckpointError(f"{gguf.path}: tokenizer.ggml.tokens must be a list of distinct tokens")
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    pre_tokenizer: PreTokenizer = "sentencepiece" if is_sentencepiece else _pre_tokenizer(gguf)
     return TokenizerSpec(
         tokens=tokens,
         merges=_merges_by_score(gguf, tokens) if is_sentencepiece else _merges(gguf, tokens),
         special_ids=[i for i, kind in enumerate(types) if kind == _CONTROL],
         user_defined_ids=[i for i, kind in enumerate(types) if kind == _USER_DEFINED],
-        pre_tokenizer="sentencepiece" if is_sentencepiece else _pre_tokenizer(gguf),
-        add_bos=metadata.get("tokenizer.ggml.add_bos_token", is_sentencepiece),
+        pre_tokenizer=pre_tokenizer,
+        # Files that do not say: llama.cpp's defaults.
+        add_bos=metadata.get("tokenizer.ggml.add_bos_token", pre_tokenizer in ("sentencepiece", "llama-bpe")),
         add_space_prefix=metadata.get("tokenizer.ggml.add_space_prefix", is_sentencepiece),
         bos_id=_token_id(gguf, "bos", len(tokens)),
         eos_id=_token_id(gguf, "eos", len(tokens)),

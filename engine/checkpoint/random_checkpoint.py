@@ -172,6 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (CheckpointError, OSError) as error:
         _logger.error("error: %s", error)
         return 2
+    except KeyboardInterrupt:
+        return 130
     _logger.info("%s %s", "wrote" if is_new else "already there:", options.directory)
     return 0
 
