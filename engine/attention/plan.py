@@ -96,6 +96,8 @@ def _context(batch: ForwardBatch, s: int, cache: torch.Tensor) -> Context:
     table = batch.block_tables[s][: _num_blocks(num_tokens, cache)]
     if table == list(range(table[0], table[0] + len(table))):
         return Context(num_tokens, table[0], None)
+    if s < batch.num_decodes and batch.block_tables_SB is not None:
+        return Context(num_tokens, table[0], batch.block_tables_SB[s, : len(table)])
     return Context(num_tokens, table[0], torch.tensor(table, device=cache.device))
 
 

@@ -37,14 +37,14 @@ def _attend(
     block_size = keys.shape[1]
     out = torch.empty(*q_THQ.shape[:2], values.shape[-1], dtype=torch.float64)
     for s in range(batch.num_seqs):
-        slots = [
-            (batch.block_tables[s][i // block_size], i % block_size) for i in range(batch.context_len[s])
-        ]
+        context = range(batch.context_len[s])
+        blocks = [batch.block_tables[s][i // block_size] for i in context]
+        offsets = [i % block_size for i in context]
+        keys_LHQ, values_LHV = keys[blocks, offsets], values[blocks, offsets]
         first, end = batch.query_start[s], batch.query_start[s + 1]
         for row in range(first, end):
-            visible = slots[: len(slots) - (end - 1 - row)]
-            keys_LHQ = torch.stack([keys[block, offset] for block, offset in visible])
-            values_LHV = torch.stack([values[block, offset] for block, offset in visible])
-            scores_HL = torch.einsum("hq,lhq->hl", q_THQ[row].double(), keys_LHQ)
-            out[row] = torch.einsum("hl,lhv->hv", torch.softmax(scores_HL, dim=-1), values_LHV)
+            num_visible = len(context) - (end - 1 - row)
+            scores_HL = torch.einsum("hq,lhq->hl", q_THQ[row].double(), keys_LHQ[:num_visible])
+            probs_HL = torch.softmax(scores_HL, dim=-1)
+            out[row] = torch.einsum("hl,lhv->hv", probs_HL, values_LHV[:num_visible])
     return out

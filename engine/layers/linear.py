@@ -1,9 +1,9 @@
 """A matrix product with its weight laid out for this processor.
 
-On CPU the hub's [N, K] layout is the slowest of three (docs/log.md): for one or two rows a [K, N] copy reads
-memory fastest, for more rows oneDNN's packed form multiplies up to 1.7 times as fast, but one call of it costs
-55 us. So small weights are kept as [K, N], large ones packed, and middle ones both ways: twice their memory for
-the speed of a single stream. The choice depends on shape, dtype and processor alone, so that equal workers
+On CPU the hub's [N, K] layout is the slowest of three (docs/log.md). For one or two rows a [K, N] copy reads
+memory fastest. For more rows oneDNN's packed form multiplies up to 1.7 times as fast, but a call costs 55 us.
+So small weights are kept as [K, N], large ones packed, and middle ones both ways: twice their memory for the
+speed of a single stream. The choice depends on shape, dtype and processor alone, so that equal workers
 compute equal bits.
 """
 

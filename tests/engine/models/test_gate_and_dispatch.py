@@ -107,3 +107,7 @@ def test_moe_layer_equals_the_sum_over_chosen_experts(num_tokens: int) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(layer.take_load(), torch.bincount(ids.flatten(), minlength=4))
     assert layer.take_load().tolist() == [0, 0, 0, 0]
+
+
+def test_rank_without_experts_computes_nothing() -> None:
+    assert Experts([], [], 3)(torch.empty(0, 6), []).shape == (0, 6)

@@ -9,7 +9,7 @@ from engine.layers.mlp import gated_silu
 from engine.layers.rms_norm import RmsNorm
 from engine.layers.rotary import interleave_rows, rotate_
 
-LARGE = (16384, 512)  # packed only, where there is a packed form
+LARGE = (8448, 512)  # packed only, where there is a packed form
 MIDDLE = (1024, 512)  # both layouts
 SMALL = (24, 16)
 
