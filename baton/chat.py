@@ -20,6 +20,7 @@ from baton.http_client import HttpClient, HttpStatusError, NoAnswer
 Message = dict[str, str]  # role, content: OpenAI's form
 
 _TIMEOUT_S = 600.0
+_SHORT = 64  # tokens
 _HELP = "/exit ends, /clear forgets the conversation, Ctrl-C stops an answer"
 
 
@@ -72,7 +73,11 @@ class _Stream:
 
 
 async def stream_answer(
-    client: HttpClient, model: str, messages: list[Message], on_text: Callable[[str], None]
+    client: HttpClient,
+    model: str,
+    messages: list[Message],
+    on_text: Callable[[str], None],
+    **sampling: float,
 ) -> Answer:
     """Raises HttpStatusError, NoAnswer. Cancelling it cancels the request."""
     payload = {
@@ -80,6 +85,7 @@ async def stream_answer(
         "messages": messages,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **sampling,
     }
     stream = _Stream(on_text)
     await client.post_stream("/v1/chat/completions", orjson.dumps(payload), stream.on_event, _TIMEOUT_S)
@@ -92,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="server (default %(default)s)")
     parser.add_argument("--model", help="default: the first one that the server lists")
     parser.add_argument("--system", help="system message")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0: greedy (default %(default)s)")
     parser.add_argument("-m", "--message", help="ask this, print the answer, end")
 
 
@@ -100,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         with asyncio.Runner() as runner:
             model = args.model or runner.run(served_model(args.url))
             history: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
-            conversation = _Conversation(runner, args.url, model, history)
+            conversation = _Conversation(runner, args, model, history)
             if args.message is not None:
                 return 0 if conversation.ask(args.message) else 1
             return conversation.loop()
@@ -111,9 +118,12 @@ def run(args: argparse.Namespace) -> int:
 class _Conversation:
     """The history; each answer runs on the loop, so that Ctrl-C can cancel it and nothing else."""
 
-    def __init__(self, runner: asyncio.Runner, url: str, model: str, history: list[Message]) -> None:
+    def __init__(
+        self, runner: asyncio.Runner, args: argparse.Namespace, model: str, history: list[Message]
+    ) -> None:
         self._runner = runner
-        self._url = url
+        self._url = args.url
+        self._temperature = args.temperature
         self._model = model
         self._num_first = len(history)
         self._history = history
@@ -159,7 +169,9 @@ class _Conversation:
 
         loop = asyncio.get_running_loop()
         async with HttpClient(self._url) as client:
-            task = asyncio.create_task(stream_answer(client, self._model, messages, show))
+            task = asyncio.create_task(
+                stream_answer(client, self._model, messages, show, temperature=self._temperature)
+            )
             loop.add_signal_handler(signal.SIGINT, task.cancel)
             try:
                 return await task
@@ -170,7 +182,9 @@ class _Conversation:
 
 
 async def ask_once(url: str, text: str, on_text: Callable[[str], None]) -> Answer:
-    """One question to the first model of a server."""
+    """One question to the first model of a server; a short, greedy answer."""
     model = await served_model(url)
     async with HttpClient(url) as client:
-        return await stream_answer(client, model, [{"role": "user", "content": text}], on_text)
+        return await stream_answer(
+            client, model, [{"role": "user", "content": text}], on_text, temperature=0, max_tokens=_SHORT
+        )
