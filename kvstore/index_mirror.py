@@ -103,7 +103,7 @@ class IndexMirror:
         self._writers.store_lost()
 
     async def _end_of_stream(self) -> bytes:
-        with self._store.translated_errors():
+        async with self._store.exchange():
             last = cast(StreamEvents, await self._store.redis.xrevrange(self._events_key, count=1))
         return last[0][0] if last else b"0-0"
 
@@ -111,7 +111,7 @@ class IndexMirror:
         """Apply the next events, waiting up to `block_s` for the first. False: there were none."""
         assert self._last_event_id is not None
         block_ms = None if block_s is None else max(1, round(block_s * 1000))
-        with self._store.translated_errors():
+        async with self._store.exchange():
             streams: Any = await self._store.redis.xread(
                 {self._events_key: self._last_event_id}, count=_EVENTS_PER_READ, block=block_ms
             )
@@ -169,7 +169,7 @@ class IndexMirror:
         hashes: set[BlockHash] = set()
         cursor: Any = 0
         while True:
-            with self._store.translated_errors():
+            async with self._store.exchange():
                 cursor, found = await self._store.redis.sscan(key, cursor, count=_HASHES_PER_SCAN)
             hashes.update(cast(list[BlockHash], found))
             if int(cursor) == 0:

@@ -61,22 +61,27 @@ class RedisIndex:
         self._starts_over = True
         self._has_started = False
         self._changed = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-        self.is_replaced = False
+        self._flushes: list[asyncio.Future[None]] = []  # each asked for before the next round
+        self.task: asyncio.Task[None] | None = None  # ends by itself only when replaced
+        self.replaced = asyncio.Event()  # another incarnation of this worker has taken over
+
+    @property
+    def num_pending(self) -> int:
+        """Changes that Redis lacks."""
+        return len(self._pending)
 
     def start(self) -> None:
         """Write from now on; earlier calls of publish() and evict() count."""
         self._changed.set()
-        self._task = asyncio.create_task(self._run(), name="prefix-index-writer")
+        self.task = asyncio.create_task(self._run(), name="prefix-index-writer")
 
     async def stop(self) -> None:
         """Take the worker's blocks out of the index. Redis away: they leave with the lease."""
-        if self._task is None:
+        if self.task is None:
             return
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        self._task = None
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+        self.task = None
         args = [self._worker_id, self._incarnation, keys.MAX_STREAM_EVENTS]
         try:
             await self._store.run_script("index_withdraw", self._keys, args)
@@ -92,8 +97,14 @@ class RedisIndex:
         self._note(self._held.intersection(hashes), is_stored=False)
 
     async def flush(self) -> None:
-        """Return once Redis has everything, or never as long as it is away: use a timeout."""
-        await self._idle.wait()
+        """Return once Redis has confirmed everything noted so far.
+
+        Waits as long as Redis is away, and for ever when replaced: use a timeout.
+        """
+        confirmed = asyncio.get_running_loop().create_future()
+        self._flushes.append(confirmed)
+        self._changed.set()
+        await confirmed
 
     def _note(self, hashes: set[BlockHash], *, is_stored: bool) -> None:
         if not hashes:
@@ -107,27 +118,28 @@ class RedisIndex:
             self._pending[block_hash] = is_stored
         if len(self._pending) > len(self._held) + keys.MAX_EVENT_HASHES:
             self._start_over()
-        self._idle.clear()
         self._changed.set()
 
     def _start_over(self) -> None:
         self._starts_over = True
         self._unanswered = None
         self._pending.clear()
-        self._idle.clear()
 
     async def _run(self) -> None:
         backoff = Backoff()
-        while not self.is_replaced:
+        while not self.replaced.is_set():
             try:
                 async with asyncio.timeout(self._lease_s / 3):
                     await self._changed.wait()
             except TimeoutError:
                 pass  # time to renew the lease
             self._changed.clear()
+            num_flushes = len(self._flushes)
             try:
                 await self._bring_up_to_date()
                 backoff.reset()
+                if not self.replaced.is_set():
+                    self._confirm(num_flushes)
             except StoreUnavailable as error:
                 log.warning("prefix_index_unavailable", extra={"fields": {"reason": str(error)}})
                 self._changed.set()
@@ -135,12 +147,17 @@ class RedisIndex:
         log.error("prefix_index_writer_replaced", extra={"fields": {"worker_id": self._worker_id}})
 
     async def _bring_up_to_date(self) -> None:
-        while not self.is_replaced:
+        while not self.replaced.is_set():
             event = self._next_event()
             await self._apply(event)
             if not self._pending and not self._starts_over:
-                self._idle.set()
                 return
+
+    def _confirm(self, num_flushes: int) -> None:
+        for confirmed in self._flushes[:num_flushes]:
+            if not confirmed.done():
+                confirmed.set_result(None)
+        del self._flushes[:num_flushes]
 
     def _next_event(self) -> _Event:
         """The unanswered one again, or a new one; without changes one that only renews the lease."""
@@ -179,7 +196,7 @@ class RedisIndex:
         ]
         result = await self._store.run_script("index_apply", self._keys, args)
         if result == _REPLACED:
-            self.is_replaced = True
+            self.replaced.set()
         elif result == _START_OVER:
             self._start_over()
         else:

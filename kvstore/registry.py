@@ -22,7 +22,7 @@ from redis.asyncio.client import PubSub
 
 from kvstore import keys
 from kvstore.leases import Leased, LeaseView
-from kvstore.store import Backoff, Store, StoreUnavailable
+from kvstore.store import MAX_BLOCK_S, Backoff, Store, StoreUnavailable
 from kvstore.worker_record import WorkerLoad, WorkerRecord, WorkerRole
 
 __all__ = ["RedisRegistry", "Registry", "WorkerLoad", "WorkerRecord", "WorkerRole"]
@@ -112,7 +112,7 @@ class RedisRegistry:
         """Brings `view` up to date and yields, until Redis is lost."""
         pubsub = self._store.pubsub()
         try:
-            with self._store.translated_errors():
+            async with self._store.exchange():
                 await pubsub.subscribe(self._keys[2])
             while True:
                 view.update(await self._listing())
@@ -123,16 +123,18 @@ class RedisRegistry:
 
     async def _wait_for_change(self, pubsub: PubSub, view: LeaseView[WorkerRecord]) -> None:
         """Return on a change, when a lease may have ended, or after relist_s."""
+        timeout_s = min(self._relist_s, MAX_BLOCK_S)
         next_end_s = view.next_end_s()
-        timeout_s = self._relist_s if next_end_s is None else min(self._relist_s, next_end_s + 0.001)
-        with self._store.translated_errors():
+        if next_end_s is not None:
+            timeout_s = min(timeout_s, next_end_s + 0.001)
+        async with self._store.exchange():
             # The confirmation of the subscription is not a change: it reads as None and means list again.
             message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=timeout_s)
         while message is not None:
             verb, _, worker_id = message["data"].decode().partition(" ")
             if verb == "withdrawn":
                 view.withdraw(worker_id)
-            with self._store.translated_errors():
+            async with self._store.exchange():
                 message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=0)
 
     async def _write(

@@ -5,9 +5,10 @@ Redis away is not an outage: callers catch StoreUnavailable and go on with what 
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -25,8 +26,8 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-# A blocking read must end before the socket is taken for dead.
-SOCKET_TIMEOUT_S = 5.0
+# A blocking read must end before the server is taken for dead.
+ANSWER_TIMEOUT_S = 5.0
 MAX_BLOCK_S = 2.0
 
 _UNAVAILABLE = (
@@ -56,8 +57,10 @@ class Store:
         try:
             self._redis = Redis.from_url(
                 url,
-                socket_timeout=SOCKET_TIMEOUT_S,
-                socket_connect_timeout=SOCKET_TIMEOUT_S,
+                # The client's own time limit uses wait_for(), which in Python 3.11 forgets a cancellation
+                # that arrives together with the result: exchange() limits the time instead.
+                socket_timeout=None,
+                socket_connect_timeout=ANSWER_TIMEOUT_S,
                 # Once more at once: a pooled connection may have died while idle. Our scripts may run twice.
                 retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
             )
@@ -67,14 +70,14 @@ class Store:
 
     @property
     def redis(self) -> Redis:
-        """For single commands, inside `with store.translated_errors()`."""
+        """For single commands, inside `async with store.exchange()`."""
         return self._redis
 
     def pubsub(self) -> PubSub:
         return self._redis.pubsub()
 
     async def ping(self) -> None:
-        with self.translated_errors():
+        async with self.exchange():
             await cast(Any, self._redis.ping())
 
     async def run_script(self, name: str, keys: Sequence[str], args: Sequence[Any] = ()) -> Any:
@@ -83,16 +86,18 @@ class Store:
         if script is None:
             source = files("kvstore").joinpath(f"{name}.lua").read_text()
             script = self._scripts[name] = self._redis.register_script(source)
-        with self.translated_errors():
+        async with self.exchange():
             return await script(keys=keys, args=args)
 
     async def close(self) -> None:
         await self._redis.aclose()
 
-    @contextmanager
-    def translated_errors(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def exchange(self) -> AsyncIterator[None]:
+        """Around every call of the client: StoreUnavailable when it fails or has no answer in time."""
         try:
-            yield
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                yield
         except _UNAVAILABLE as error:
             raise StoreUnavailable(f"Redis at {self.address}: {type(error).__name__}: {error}") from error
 
