@@ -16,6 +16,7 @@ from baton.up.process_status import ProcessStatus
 
 _FILE_WIDTH = 160
 _DETAIL_EVERY_S = 2.0
+_REPEAT_EVERY_S = 10.0  # of one warning of one process
 _STYLES = {"ready": "green", "starting": "yellow", "restarting": "red", "failed": "red", "stopping": "yellow"}
 
 
@@ -30,6 +31,7 @@ class Console:
         self._live: Live | None = None
         self._shown: dict[str, tuple[str, str]] = {}
         self._next_detail_at: dict[str, float] = {}
+        self._quiet_until: dict[tuple[str, str], float] = {}  # process, event
 
     def start(self) -> None:
         if self._rich.is_terminal:
@@ -65,9 +67,14 @@ class Console:
         self.line(f"{elapsed_s:7.1f} s  {status.spec.name:<12} {status.state}{pid}{detail}")
 
     def log_line(self, status: ProcessStatus, line: str) -> None:
-        """Warnings of every process come to one place; everything is in the log files."""
+        """Warnings of every process come to one place, a repeated one now and then; all is in the log files."""
         parsed = parse_log_line(line)
         if parsed.is_warning:
+            now = time.monotonic()
+            key = (status.spec.name, parsed.event)
+            if now < self._quiet_until.get(key, 0.0):
+                return
+            self._quiet_until[key] = now + _REPEAT_EVERY_S
             self.line(f"{status.spec.name} | {parsed.level}: {parsed.text}")
         elif parsed.event and status.state == "starting":
             status.detail = parsed.progress

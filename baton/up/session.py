@@ -29,6 +29,7 @@ from baton.up.state_file import StateFile
 from baton.up.store import RunStore, open_store
 from baton.up.supervisor import Supervisor
 from servicekit.lifecycle import drain_on_signals
+from servicekit.logging import configure_logging
 from servicekit.process_env import num_usable_cpus
 
 
@@ -45,6 +46,7 @@ class Session:
     question: str | None
 
     async def run(self) -> int:
+        configure_logging(level="ERROR")  # what our own registry client says, the services say too
         async with open_store(self.settings.redis_url, self.options.served_model_name) as store:
             groups = plan_groups(self.options, store.url, num_usable_cpus(), free_port)
             supervisor = Supervisor(groups, self.settings.environment, self.log_dir)

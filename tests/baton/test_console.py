@@ -71,3 +71,14 @@ def test_the_table_shows_whole_addresses(capsys, status):
     shown = capsys.readouterr().out
     assert "127.0.0.1:41001" in shown
     assert "127.0.0.1:41002" in shown
+
+
+def test_a_warning_that_repeats_is_shown_once(capsys, status):
+    console = Console({"decode-0": status}, "m")
+    for attempt in range(5):
+        console.log_line(status, event("warning", "link_lost", attempt=attempt))
+    console.log_line(status, event("warning", "registry_unavailable"))
+    assert capsys.readouterr().out.splitlines() == [
+        "decode-0 | warning: link_lost attempt=0",
+        "decode-0 | warning: registry_unavailable",
+    ]
