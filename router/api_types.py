@@ -1,0 +1,100 @@
+"""The requests of OpenAI's API, with the extensions that vLLM and SGLang share.
+
+Types are strict and null means "not set". What depends on the model is checked in router/generation.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+MAX_LOGPROBS = 20
+MAX_CHOICES = 8
+MAX_STOPS = 16
+MAX_TEMPERATURE = 2.0
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Penalty = Annotated[Finite, Field(ge=-2, le=2)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+PromptText = Annotated[str, StringConstraints(min_length=1)]
+
+
+class _ApiModel(BaseModel):
+    # Fields that we do not know are kept, to be logged at debug level, and have no effect.
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class StreamOptions(_ApiModel):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationFields(_ApiModel):
+    """What both endpoints take."""
+
+    model: str
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[Finite, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
+    top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # -1 and 0: off
+    min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Finite, Field(gt=0, le=100)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = None
+    stop: Annotated[list[StopText], Field(max_length=MAX_STOPS), BeforeValidator(_one_or_many)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=256)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    cache_salt: Annotated[str, StringConstraints(max_length=256)] | None = None
+    return_token_ids: bool | None = None
+    # Known, and refused when they ask for something: ignoring them would give a wrong answer.
+    response_format: dict[str, Any] | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+    prompt_embeds: Any = None
+
+
+class TextPart(_ApiModel):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_ApiModel):
+    """Other fields (name, tool_calls, reasoning_content ...) go to the chat template as they are."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[TextPart] | None = None
+
+
+class ChatRequest(GenerationFields):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    functions: list[dict[str, Any]] | None = None
+
+
+class CompletionRequest(GenerationFields):
+    prompt: PromptText | TokenIds | Annotated[list[PromptText | TokenIds], Field(min_length=1)]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_special_tokens: bool | None = None

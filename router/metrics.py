@@ -1,0 +1,66 @@
+"""baton_router_*: what users of this router see, and how well the policy guesses.
+
+TTFT: accepted -> first token written. TPOT: mean gap after it, one value a sequence. ITL: gaps between
+tokens; an update of k tokens is one gap and k - 1 zeros. E2E: accepted -> last token.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from router.policy import Decision
+from servicekit.metrics import SECONDS_BUCKETS, TOKENS_BUCKETS
+
+_PREFIX = "baton_router"
+
+
+class RouterMetrics:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, doc: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(f"{_PREFIX}_{name}", doc, labels, registry=registry)
+
+        def histogram(name: str, doc: str, buckets: tuple[float, ...] = SECONDS_BUCKETS) -> Histogram:
+            return Histogram(f"{_PREFIX}_{name}", doc, buckets=buckets, registry=registry)
+
+        self._requests = counter("requests_total", "HTTP requests ended", ("endpoint", "outcome"))
+        self.in_flight = Gauge(f"{_PREFIX}_requests_in_flight", "Sequences being served", registry=registry)
+        self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of served sequences")
+        self._generated_tokens = counter("generated_tokens_total", "Tokens generated")
+        self._hit_tokens = counter("hit_tokens_total", "Prompt tokens found in a worker's prefix cache")
+        self._predicted_hit_tokens = counter(
+            "predicted_hit_tokens_total", "Hit tokens that the policy expected"
+        )
+        self._migrations = counter("migrations_total", "Sequences submitted again after a failure")
+        self._decisions = counter("decisions_total", "Routes chosen", ("decode_reason", "prefill_reason"))
+        self._ttft = histogram("ttft_seconds", "Accepted to first token")
+        self._tpot = histogram("tpot_seconds", "Mean time per output token after the first, by sequence")
+        self._itl = histogram("itl_seconds", "Gaps between updates of a sequence")
+        self._e2e = histogram("e2e_seconds", "Accepted to last token")
+        self._prompt_length = histogram("prompt_length_tokens", "Prompt length", TOKENS_BUCKETS)
+
+    def routed(self, decision: Decision) -> None:
+        self._decisions.labels(decision.decode_reason, decision.prefill_reason).inc()
+        self._predicted_hit_tokens.inc(decision.num_hit_tokens)
+
+    def migrated(self) -> None:
+        self._migrations.inc()
+
+    def first_token(self, *, ttft_s: float, num_prompt_tokens: int, num_hit_tokens: int) -> None:
+        self._ttft.observe(ttft_s)
+        self._prompt_tokens.inc(num_prompt_tokens)
+        self._prompt_length.observe(num_prompt_tokens)
+        self._hit_tokens.inc(num_hit_tokens)
+
+    def gap(self, gap_s: float) -> None:
+        self._itl.observe(gap_s)
+
+    def sequence_ended(self, *, e2e_s: float, decode_s: float, num_tokens: int) -> None:
+        """`decode_s`: first to last token."""
+        self._e2e.observe(e2e_s)
+        self._generated_tokens.inc(num_tokens)
+        if num_tokens >= 2:
+            self._tpot.observe(decode_s / (num_tokens - 1))
+
+    def request_ended(self, endpoint: str, outcome: str) -> None:
+        """`outcome`: ok, disconnected or the HTTP status of the error."""
+        self._requests.labels(endpoint, outcome).inc()

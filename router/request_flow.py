@@ -1,0 +1,265 @@
+"""The life of one sequence as the router sees it. Nothing else submits, migrates or cancels.
+
+1. A route is chosen; without a decode worker it waits for one, within limits.
+2. Submitted: tokens come up the link and are kept.
+3. A worker lost: the sequence is submitted elsewhere with the tokens it has and goes on at the next position;
+   sampling is keyed by (seed, position), so the reader sees one sequence.
+4. It finishes, or fails with a ServingError. close() cancels it in any state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from proto import common_pb2, link_pb2
+from router.fleet import Fleet
+from router.link import Link, LinkStream
+from router.metrics import RouterMetrics
+from router.route_planner import PromptHashes, Route, RoutePlanner
+from servicekit.errors import HandoffFailed, InvalidRequest, Overloaded, ServingError, WorkerLost
+from servicekit.logging import get_logger
+
+log = get_logger(__name__)
+
+_FINISH_REASONS = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowLimits:
+    max_retries: int
+    worker_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowRequest:
+    request_id: str
+    prompt: PromptHashes
+    sampling: common_pb2.SamplingParams
+    accepted_at: float  # time.monotonic(), as the deadline
+    deadline: float | None = None
+    traceparent: str = ""
+
+
+@dataclass(slots=True)
+class FlowUpdate:
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: Sequence[common_pb2.TokenLogprobs] = ()
+    finish_reason: str | None = None  # "stop": token_ids ends with the token that stopped it; or "length"
+
+
+class RequestFlow:
+    def __init__(
+        self,
+        request: FlowRequest,
+        fleet: Fleet,
+        planner: RoutePlanner,
+        metrics: RouterMetrics,
+        limits: FlowLimits,
+    ) -> None:
+        self._request = request
+        self._fleet = fleet
+        self._planner = planner
+        self._metrics = metrics
+        self._limits = limits
+        self.output_ids: list[int] = []
+        self.first_route: Route | None = None
+        self.timings: link_pb2.RequestTimings | None = None
+        self._route: Route | None = None
+        self._stream: LinkStream | None = None
+        self._excluded: set[Link] = set()
+        self._allows_prefill = True
+        self._num_retries = 0
+        self._first_token_at = 0.0
+        self._last_token_at = 0.0
+        self._expiry: asyncio.TimerHandle | None = None
+        self._is_closed = False
+
+    async def submit(self) -> None:
+        """Choose workers and send the sequence to them. Overloaded when no decode worker shows up in time."""
+        route = await self._wait_for_route()
+        self._stream = route.link.submit(self._submission(route))
+        self._route = route
+        route.begin()
+        if self.first_route is None:
+            self.first_route = route
+            self._arm_deadline()
+        self._metrics.routed(route.decision)
+
+    async def next_update(self) -> FlowUpdate:
+        """New tokens, or the end. Raises ServingError when the sequence cannot be completed."""
+        while True:
+            if self._stream is None:
+                if len(self.output_ids) >= self._request.sampling.max_tokens:
+                    return FlowUpdate(finish_reason="length")  # only its end was lost with the worker
+                await self.submit()
+            assert self._stream is not None
+            try:
+                update = self._absorb(await self._stream.next())
+            except ServingError as error:
+                self._prepare_retry(error)
+                continue
+            if update.token_ids:
+                self._stamp_tokens()
+            if update.token_ids or update.finish_reason:
+                return update
+
+    def close(self) -> None:
+        """Idempotent; cancels what has not ended."""
+        self._detach()
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if self._first_token_at and not self._is_closed:
+            self._metrics.sequence_ended(
+                e2e_s=self._last_token_at - self._request.accepted_at,
+                decode_s=self._last_token_at - self._first_token_at,
+                num_tokens=len(self.output_ids),
+            )
+        self._is_closed = True
+
+    def _stamp_tokens(self) -> None:
+        now = time.monotonic()
+        if self._first_token_at:
+            self._metrics.gap(now - self._last_token_at)
+        else:
+            self._first_token_at = now
+            self._metrics.first_token(
+                ttft_s=now - self._request.accepted_at,
+                num_prompt_tokens=len(self._request.prompt.token_ids),
+                num_hit_tokens=self.timings.num_hit_tokens if self.timings else 0,
+            )
+        self._last_token_at = now
+
+    async def _wait_for_route(self) -> Route:
+        give_up_at = time.monotonic() + self._limits.worker_timeout_s
+        if self._request.deadline is not None:
+            give_up_at = min(give_up_at, self._request.deadline)
+        prompt = self._request.prompt
+        if self.output_ids:
+            prompt = PromptHashes([*prompt.token_ids, *self.output_ids], prompt.cache_salt)
+        while True:
+            route = self._planner.plan(prompt, excluded=self._excluded, allows_prefill=self._allows_prefill)
+            if route is not None:
+                return route
+            if not await self._fleet.wait_for_change(give_up_at - time.monotonic()):
+                raise Overloaded("no decode worker is available")
+
+    def _submission(self, route: Route) -> link_pb2.Submit:
+        request = self._request
+        sequence = common_pb2.SequenceSpec(
+            request_id=request.request_id,
+            prompt_ids=request.prompt.token_ids,
+            output_ids=self.output_ids,
+            sampling=request.sampling,
+            cache_salt=request.prompt.cache_salt,
+            time_left_s=self._time_left_s(),
+            traceparent=request.traceparent,
+        )
+        if self.timings is not None:
+            sequence.sampling.ClearField("num_prompt_logprobs")  # they were delivered
+        submit = link_pb2.Submit(sequence=sequence)
+        if route.prefill is not None:
+            submit.prefill_worker_id = route.prefill.worker_id
+            submit.prefill_address = route.prefill.address
+        return submit
+
+    def _time_left_s(self) -> float:
+        if self._request.deadline is None:
+            return 0.0
+        left_s = self._request.deadline - time.monotonic()
+        if left_s <= 0:
+            raise self._expired()
+        return left_s
+
+    def _absorb(self, updates: list[link_pb2.SequenceUpdate]) -> FlowUpdate:
+        """One update out of all that came. What failed is prepared for another try, or raised."""
+        merged = FlowUpdate()
+        for update in updates:
+            if update.HasField("timings") and self.timings is None:
+                self._note_timings(update.timings)
+            merged.token_ids.extend(update.token_ids)
+            merged.logprobs.extend(update.logprobs)
+            merged.prompt_logprobs = merged.prompt_logprobs or update.prompt_logprobs
+        if merged.token_ids and self._route is not None:
+            self._route.prefill_ended()
+            self.output_ids += merged.token_ids
+        last = updates[-1]
+        if last.HasField("error"):
+            self._prepare_retry(_error_from_pb(last.error))
+        elif last.finish_reason == common_pb2.FINISH_REASON_ABORTED:
+            self._prepare_retry(WorkerLost("the worker aborted the sequence"))
+        elif last.finish_reason:
+            merged.finish_reason = _FINISH_REASONS[last.finish_reason]
+        return merged
+
+    def _note_timings(self, timings: link_pb2.RequestTimings) -> None:
+        self.timings = timings
+        route = self._route
+        if timings.prefill_fell_back and route is not None and route.prefill is not None:
+            self._fleet.suspect(route.prefill.worker_id)
+
+    def _prepare_retry(self, error: ServingError) -> None:
+        """Leave the worker and note what to avoid; raises `error` when there is no point in another try."""
+        route = self._route
+        self._detach()
+        deadline = self._request.deadline
+        if deadline is not None and time.monotonic() >= deadline:
+            raise self._expired() from error
+        if route is None or self._num_retries >= self._limits.max_retries:
+            raise error
+        if isinstance(error, HandoffFailed):
+            self._allows_prefill = False
+            if route.prefill is not None:
+                self._fleet.suspect(route.prefill.worker_id)
+        elif isinstance(error, Overloaded):
+            self._excluded.add(route.link)
+            if self._planner.plan(self._request.prompt, excluded=self._excluded) is None:
+                raise error
+        elif not isinstance(error, WorkerLost):
+            raise error
+        elif route.link.is_up:  # the worker itself said so, for example because it drains
+            self._excluded.add(route.link)
+        self._num_retries += 1
+        self._metrics.migrated()
+        log.warning(
+            "request_migrated",
+            request_id=self._request.request_id,
+            left=route.decision.decode_id,
+            num_output_tokens=len(self.output_ids),
+            reason=str(error),
+        )
+
+    def _detach(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        if self._route is not None:
+            self._route.prefill_ended()
+            self._route = None
+
+    def _arm_deadline(self) -> None:
+        if self._request.deadline is not None:
+            left_s = self._request.deadline - time.monotonic()
+            self._expiry = asyncio.get_running_loop().call_later(left_s, self._expire)
+
+    def _expire(self) -> None:
+        if self._stream is not None:
+            self._stream.fail(self._expired())
+
+    def _expired(self) -> Overloaded:
+        return Overloaded("the request took longer than this server allows")
+
+
+def _error_from_pb(error: common_pb2.Error) -> ServingError:
+    if error.kind == common_pb2.ERROR_KIND_INVALID_REQUEST:
+        return InvalidRequest(error.message)
+    if error.kind == common_pb2.ERROR_KIND_OVERLOADED:
+        return Overloaded(error.message, retry_after_s=error.retry_after_s or 1.0)
+    if error.kind == common_pb2.ERROR_KIND_WORKER_LOST:
+        return WorkerLost(error.message)
+    if error.kind == common_pb2.ERROR_KIND_HANDOFF_FAILED:
+        return HandoffFailed(error.message, state="TRANSFERRING")
+    return ServingError(error.message)

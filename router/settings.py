@@ -1,0 +1,57 @@
+"""What the router takes from the environment, as BATON_ROUTER_<FIELD>."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from router.policy import PolicyName
+from servicekit.logging import LogFormat
+from servicekit.settings import load_settings, setting
+
+PREFIX = "BATON_ROUTER"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSettings:
+    model: Path = setting(doc="model directory: tokenizer, chat template, config.json")
+    served_model_name: str | None = setting(
+        None, doc="name in the API and the registry; the directory's name"
+    )
+    host: str = setting("127.0.0.1", doc="address to listen on")
+    port: int = setting(8000, doc="TCP port to listen on; 0: any free one")
+    redis_url: str = setting("redis://127.0.0.1:6379", doc="worker registry and block index", secret=True)
+    policy: PolicyName = setting("prefix", doc="how workers are chosen: prefix, round_robin or least_loaded")
+    local_prefill_max_tokens: int = setting(128, doc="uncached tokens that decode prefills itself, at most")
+    max_retries: int = setting(3, doc="submissions of one sequence to another worker after a failure")
+    request_timeout_s: float = setting(600.0, doc="seconds a request may take in all; 0: no limit")
+    worker_timeout_s: float = setting(10.0, doc="seconds a request waits for a decode worker to appear")
+    max_body_bytes: int = setting(16 << 20, doc="largest accepted request body")
+    max_sequences: int = setting(128, doc="prompts times n of one HTTP request, at most")
+    drain_grace_s: float = setting(30.0, doc="seconds that open requests get to finish after SIGTERM")
+    log_format: LogFormat = setting("console", doc="console or json")
+    log_level: str = setting("INFO", doc="DEBUG, INFO, WARNING or ERROR")
+
+    def __post_init__(self) -> None:
+        for name, is_valid, accepted in (
+            ("port", 0 <= self.port < 65536, "in [0, 65535]"),
+            ("local_prefill_max_tokens", self.local_prefill_max_tokens >= 0, "0 or more"),
+            ("max_retries", self.max_retries >= 0, "0 or more"),
+            ("request_timeout_s", self.request_timeout_s >= 0, "0 or more"),
+            ("worker_timeout_s", self.worker_timeout_s >= 0, "0 or more"),
+            ("max_body_bytes", self.max_body_bytes > 0, "above 0"),
+            ("max_sequences", self.max_sequences > 0, "above 0"),
+            ("drain_grace_s", self.drain_grace_s >= 0, "0 or more"),
+            ("log_level", self.log_level in ("DEBUG", "INFO", "WARNING", "ERROR"), "a logging level"),
+        ):
+            if not is_valid:
+                raise ValueError(f"{name} must be {accepted}, got {getattr(self, name)!r}")
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model.resolve().name
+
+
+def load_router_settings(environment: Mapping[str, str] | None = None) -> RouterSettings:
+    return load_settings(RouterSettings, PREFIX, environment)
