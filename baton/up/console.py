@@ -67,7 +67,7 @@ class Console:
         self.line(f"{elapsed_s:7.1f} s  {status.spec.name:<12} {status.state}{pid}{detail}")
 
     def log_line(self, status: ProcessStatus, line: str) -> None:
-        """Warnings of every process come to one place, a repeated one now and then; all is in the log files."""
+        """Warnings of every process come to one place, a repeated one now and then; the files have all."""
         parsed = parse_log_line(line)
         if parsed.is_warning:
             now = time.monotonic()
