@@ -124,7 +124,7 @@ class GroupRunner:
             self._set(status, "stopping", "")
         await self._children[name].stop(grace_s)
         status.pid = None
-        self._set(status, state, status.detail)
+        self._set(status, state, status.detail or ("with its group" if state == "restarting" else ""))
 
     def _failed(self, exited: _Exit) -> GroupFailed:
         for spec in self._group.members:
