@@ -212,9 +212,9 @@ async def test_key_used_twice_at_once_breaks_the_link() -> None:
     async with decode_worker(build_fake_engine()) as decode, router_link(decode) as router:
         spec = greedy_spec(PROMPT, 150)
         for _ in range(2):
-            await router._call.write(LinkRequest(submit=Submit(key=5, sequence=spec)))
+            await router.write(LinkRequest(submit=Submit(key=5, sequence=spec)))
 
-        assert await router._call.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert await router.code() == grpc.StatusCode.INVALID_ARGUMENT
         await decode.until_idle()
 
 

@@ -189,13 +189,14 @@ class FakeRouter:
         self._call = call
         self._keys = itertools.count(1)
         self._replies: dict[int, Reply] = {}
+        self._writing = asyncio.Lock()  # a call takes one write at a time
 
     async def submit(self, spec: SequenceSpec, prefill: FakeWorker | str = "") -> tuple[int, Reply]:
         key = next(self._keys)
         reply = self._replies[key] = Reply()
         address = prefill if isinstance(prefill, str) else prefill.address
         submit = Submit(key=key, sequence=spec, prefill_address=address)
-        await self._call.write(LinkRequest(submit=submit))
+        await self.write(LinkRequest(submit=submit))
         return key, reply
 
     async def finish(self, spec: SequenceSpec, prefill: FakeWorker | str = "") -> Reply:
@@ -204,7 +205,14 @@ class FakeRouter:
         return reply
 
     async def cancel(self, key: int) -> None:
-        await self._call.write(LinkRequest(cancel=Cancel(key=key)))
+        await self.write(LinkRequest(cancel=Cancel(key=key)))
+
+    async def write(self, request: LinkRequest) -> None:
+        async with self._writing:
+            await self._call.write(request)
+
+    async def code(self) -> grpc.StatusCode:
+        return await self._call.code()
 
     def cut(self) -> None:
         self._call.cancel()
