@@ -30,10 +30,12 @@ def run_ranks(size: int, body: Callable[..., Any], *args: Any) -> list[Any]:
     return collect(ranks, timeout_s=40.0)
 
 
-def run_doomed_ranks(size: int, body: Callable[..., Any], group_timeout_s: float = 20.0) -> list[Any]:
+def run_doomed_ranks(
+    size: int, body: Callable[..., Any], *args: Any, group_timeout_s: float = 20.0
+) -> list[Any]:
     """As run_ranks, without the proper end. None for a rank that was killed."""
     address = free_address()
-    ranks = [_start(_run_rank, rank, size, address, group_timeout_s, body, ()) for rank in range(size)]
+    ranks = [_start(_run_rank, rank, size, address, group_timeout_s, body, args) for rank in range(size)]
     return collect(ranks, timeout_s=40.0)
 
 

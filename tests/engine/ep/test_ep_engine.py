@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 from pathlib import Path
 
 import pytest
-from ep_ranks import run_ranks
+from ep_ranks import run_doomed_ranks, run_ranks
 
 from engine.build import build_engine
 from engine.checkpoint.random_checkpoint import make_random_checkpoint
@@ -107,6 +109,7 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(single, size, ranks):
     assert all(results[rank][2] >= MAX_TOKENS for rank in range(size) if rank not in ranks)
 
 
+@pytest.mark.parametrize("single", ["deepseek_v2"], indirect=True)
 def test_expert_loads_of_all_ranks_add_up_to_that_of_one(single):
     model_dir, _, expected = single
 
@@ -115,3 +118,35 @@ def test_expert_loads_of_all_ranks_add_up_to_that_of_one(single):
     assert [
         [sum(pair) for pair in zip(*layers, strict=True)] for layers in zip(*loads, strict=True)
     ] == expected
+
+
+def serve_until_rank_1_dies(group: EpGroup, model_dir: Path) -> list[str]:
+    config = EngineConfig(
+        model_dir=model_dir,
+        dtype="float32",
+        num_blocks=64,
+        max_model_len=1024,
+        token_budget=64,
+        max_running=8,
+    )
+    answers = Answers(num_expected=1)
+    thread = EngineThread(build_engine(config, group), answers.take, answers.fail)
+    thread.start()
+    if group.rank == 0:
+        endless = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)
+        thread.call(lambda engine: engine.add(Sequence(0, [1, 2, 3], endless)))
+    if group.rank == 1:
+        threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    assert answers.done.wait(20.0)
+    return [f"{type(failure).__name__}: {failure}" for failure in answers.failures]
+
+
+@pytest.mark.parametrize("single", ["deepseek_v3"], indirect=True)
+def test_a_killed_rank_fails_the_engine_threads_of_the_others(single):
+    results = run_doomed_ranks(3, serve_until_rank_1_dies, single[0])
+
+    assert results == [
+        ["EpGroupLost: EP rank 0: lost rank 1"],
+        None,
+        ["EpGroupLost: EP rank 2: lost rank 1"],
+    ]
