@@ -53,11 +53,11 @@ class EngineConfig:
         """EngineConfigError for a budget that starves somebody."""
         if self.block_size < 1:
             raise EngineConfigError(f"block_size must be 1 or more, got {self.block_size}")
-        max_running = self.max_running or DEFAULT_MAX_RUNNING
-        least = max_running + self.block_size
-        config = SchedulerConfig(
-            token_budget=self.token_budget or max(DEFAULT_TOKEN_BUDGET, least), max_running=max_running
-        )
+        max_running = DEFAULT_MAX_RUNNING if self.max_running is None else self.max_running
+        token_budget = self.token_budget
+        if token_budget is None:
+            token_budget = max(DEFAULT_TOKEN_BUDGET, max_running + self.block_size)
+        config = SchedulerConfig(token_budget=token_budget, max_running=max_running)
         try:
             config.check(self.block_size)
         except ValueError as error:

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import engine_config, memory
+from engine.build import build_engine, num_parameters
+from engine.checkpoint.model_config import load_model_config
+from engine.checkpoint.random_checkpoint import make_random_checkpoint
+from engine.engine_config import EngineConfig, EngineConfigError, check_weights_fit
+from tests.engine.core.engine_driver import generate
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("llama") / "model"
+    make_random_checkpoint(target, "llama")
+    return target
+
+
+@pytest.fixture
+def with_memory(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def set_available(num_bytes: int) -> None:
+        monkeypatch.setattr(engine_config, "available_memory_bytes", lambda device: num_bytes)
+
+    return set_available
+
+
+def test_the_cache_takes_no_more_than_max_running_full_sequences_need(
+    model_dir: Path, with_memory: Any
+) -> None:
+    with_memory(1 << 40)
+    engine = build_engine(EngineConfig(model_dir=model_dir, max_running=2, max_model_len=100))
+    assert engine.num_blocks == 2 * 7
+    assert engine.max_model_len == 100
+
+
+def test_the_cache_takes_a_quarter_of_the_free_memory_at_most(model_dir: Path, with_memory: Any) -> None:
+    with_memory(80 * MIB)
+    engine = build_engine(EngineConfig(model_dir=model_dir, dtype="float32"))
+    assert engine.kv_cache.size_bytes <= 20 * MIB < engine.kv_cache.size_bytes + engine.kv_layout.block_bytes
+    assert engine.max_model_len == min(4096, engine.num_blocks * 16)
+
+
+def test_a_context_that_nobody_asked_for_is_cut_to_what_fits(model_dir: Path) -> None:
+    engine = build_engine(EngineConfig(model_dir=model_dir, num_blocks=10))
+    assert engine.max_model_len == 160
+    assert len(generate(engine, [[5, 6]], 3)[0]) == 3
+
+
+def test_num_blocks_wins_over_bytes(model_dir: Path) -> None:
+    config = EngineConfig(model_dir=model_dir, num_blocks=3, kv_cache_bytes=1 << 30, max_model_len=40)
+    assert build_engine(config).num_blocks == 3
+
+
+def test_the_cache_is_shared_when_asked_for(model_dir: Path) -> None:
+    engine = build_engine(EngineConfig(model_dir=model_dir, num_blocks=4, shares_kv_cache=True))
+    assert engine.kv_cache.shared_name is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"num_blocks": 10, "max_model_len": 161}, "max_model_len 161 needs 11 KV blocks .* there are 10"),
+        ({"kv_cache_bytes": 1000}, "no room for a KV cache"),
+        ({"num_blocks": 0}, "no room for a KV cache"),
+        ({"max_model_len": 4097}, "between 2 and the model's 4096"),
+        ({"max_model_len": 1}, "between 2 and"),
+        ({"block_size": 0}, "block_size"),
+        ({"token_budget": 20, "max_running": 8}, "token_budget must be at least .* = 24"),
+        ({"max_running": -1}, "max_running"),
+        ({"dtype": "int4"}, "dtype must be"),
+    ],
+)
+def test_a_configuration_that_cannot_work_gets_one_clear_line(
+    model_dir: Path, options: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(EngineConfigError, match=complaint) as caught:
+        build_engine(EngineConfig(model_dir=model_dir, **options))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(
+    model_dir: Path, with_memory: Any
+) -> None:
+    with_memory(MIB)
+    with pytest.raises(EngineConfigError, match=r"the weights take 0\.\d GiB, 0\.0 GiB of memory are free"):
+        build_engine(EngineConfig(model_dir=model_dir))
+
+
+def test_weights_that_fit_pass(with_memory: Any) -> None:
+    with_memory(MIB)
+    check_weights_fit(MIB, "cpu")
+
+
+def test_the_number_of_parameters_is_that_of_the_loaded_model(tmp_path: Path) -> None:
+    make_random_checkpoint(tmp_path / "v3", "deepseek_v3")
+    config = load_model_config(tmp_path / "v3")
+    file_bytes = (tmp_path / "v3" / "model.safetensors").stat().st_size
+    assert num_parameters(config) * 4 == pytest.approx(file_bytes, rel=0.01)
+    half = num_parameters(config, ep_size=2)
+    routed = 3 * 16 * 3 * 256 * 128
+    assert num_parameters(config) - half == routed // 2
+
+
+def test_default_budget_grows_with_max_running(model_dir: Path) -> None:
+    config = EngineConfig(model_dir=model_dir, max_running=1000, block_size=16)
+    assert config.resolve_scheduler().token_budget == 1016
+    assert EngineConfig(model_dir=model_dir).resolve_scheduler().token_budget == 512
+
+
+def test_a_container_limit_counts_with_page_cache_as_free(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 150000\n")
+    assert memory.available_memory_bytes("cpu", tmp_path) == 450_000
+
+
+def test_without_a_container_limit_the_machine_counts(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_memory_bytes("cpu", tmp_path) > MIB
+    assert memory.available_memory_bytes("cpu", tmp_path / "absent") > MIB
+
+
+def test_auto_dtype_is_one_that_the_processor_multiplies(model_dir: Path) -> None:
+    assert EngineConfig(model_dir=model_dir).resolve_dtype() in (torch.float32, torch.bfloat16)
