@@ -42,7 +42,14 @@ class ChatTemplate:
             text = self._template.render(
                 **{**values, "messages": messages, "add_generation_prompt": add_generation_prompt}
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise InvalidRequest(
                 f"the chat template refused the messages: {error}", param="messages"
             ) from error

@@ -66,6 +66,7 @@ class FakeDecodeWorker(link_pb2_grpc.LinkServiceServicer):
     errors: list[common_pb2.Error] = field(default_factory=list)  # answered instead, one a submission
     submits: list[link_pb2.Submit] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)  # keys
+    num_emitted: int = 0  # tokens
     num_links_broken: int = 0
     active: set[int] = field(default_factory=set)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -157,6 +158,8 @@ class FakeDecodeWorker(link_pb2_grpc.LinkServiceServicer):
                 self._describe_first(update, submit)
                 is_first = False
             updates.put_nowait(update)
+            self.num_emitted += len(new)
+            await self._notify()
             await asyncio.sleep(self.step_s)
 
     def _describe_first(self, update: link_pb2.SequenceUpdate, submit: link_pb2.Submit) -> None:

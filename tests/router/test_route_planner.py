@@ -1,0 +1,132 @@
+"""Fleet, index and planner together, seen through the requests that workers get."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+from kvstore.block_hash import HashChain
+from kvstore.worker_record import WorkerLoad
+from tests.fakes.fake_decode_worker import decode_record
+from tests.router.conftest import Router, RouterFactory
+
+CHAIN = HashChain(model_fingerprint="weights", block_size=4)
+LONG = [5 + index % 40 for index in range(200)]
+
+
+async def add_prefill(router: Router, worker_id: str, **fields: Any) -> None:
+    await router.registry.announce(decode_record(worker_id, "127.0.0.1:1", role="prefill", **fields), 60.0)
+    await router.until(lambda: worker_id in {record.worker_id for record in router.fleet.prefill_workers()})
+
+
+async def route_of(router: Router, prompt: list[int] = LONG, **fields: Any) -> str:
+    response = await router.complete(prompt=prompt, max_tokens=1, **fields)
+    assert response.status_code == 200, response.text
+    return str(response.headers["x-baton-route"])
+
+
+async def test_the_index_s_hits_choose_the_workers(make_router: RouterFactory) -> None:
+    router = await make_router(local_prefill_max_tokens=16)
+    for worker_id in ("decode-0", "decode-1"):
+        await router.add_worker(worker_id)
+    for worker_id in ("prefill-0", "prefill-1"):
+        await add_prefill(router, worker_id)
+    hashes = CHAIN.hashes(LONG)
+    router.index.publish("decode-1", hashes[:10])
+    router.index.publish("prefill-1", hashes[:20])
+    route = await route_of(router)
+    assert route == "decode=decode-1; prefill=prefill-1; predicted_hit_tokens=80"
+    submit = router.workers["decode-1"].submits[0]
+    assert (submit.prefill_worker_id, submit.prefill_address) == ("prefill-1", "127.0.0.1:1")
+    router.index.publish("decode-1", hashes)
+    assert await route_of(router) == "decode=decode-1; prefill=local; predicted_hit_tokens=199"
+
+
+async def test_another_salt_hits_nothing(make_router: RouterFactory) -> None:
+    router = await make_router()
+    await router.add_worker("decode-0")
+    router.index.publish("decode-0", CHAIN.hashes(LONG, "tenant"))
+    assert (await route_of(router, cache_salt="tenant")).endswith("=199")
+    assert (await route_of(router)).endswith("=0")
+
+
+async def test_a_burst_spreads_over_equal_workers_before_any_has_told_its_load(
+    make_router: RouterFactory,
+) -> None:
+    router = await make_router()
+    workers = [await router.add_worker(f"decode-{i}", is_held=True) for i in range(2)]
+    for worker_id in ("prefill-0", "prefill-1"):
+        await add_prefill(router, worker_id)
+    answers = [asyncio.create_task(router.complete(prompt=[*LONG, i], max_tokens=1)) for i in range(8)]
+    for worker in workers:
+        await worker.until(lambda worker=worker: len(worker.submits) == 4)
+    prefill_ids = [submit.prefill_worker_id for worker in workers for submit in worker.submits]
+    assert sorted(prefill_ids) == ["prefill-0"] * 4 + ["prefill-1"] * 4
+    for worker in workers:
+        await worker.release()
+    assert {response.status_code for response in await asyncio.gather(*answers)} == {200}
+
+
+async def test_a_loaded_prefill_worker_is_avoided(make_router: RouterFactory) -> None:
+    router = await make_router()
+    await router.add_worker("decode-0")
+    await add_prefill(router, "prefill-0", load=WorkerLoad(num_waiting_tokens=5000))
+    await add_prefill(router, "prefill-1")
+    assert {(await route_of(router)).split("; ")[1] for _ in range(3)} == {"prefill=prefill-1"}
+
+
+async def test_workers_that_drain_or_leave_get_nothing_new(make_router: RouterFactory) -> None:
+    router = await make_router()
+    await router.add_worker("decode-0")
+    await router.add_worker("decode-1")
+    await add_prefill(router, "prefill-0")
+    record = next(r for r in await router.registry.list() if r.worker_id == "decode-0")
+    await router.registry.announce(replace(record, is_draining=True), 60.0)
+    await router.until(lambda: router.linked() == ["decode-1"])
+    await router.registry.withdraw("prefill-0")
+    await router.until(lambda: router.fleet.prefill_workers() == [])
+    assert await route_of(router) == "decode=decode-1; prefill=local; predicted_hit_tokens=0"
+
+
+async def test_a_worker_that_left_the_registry_still_finishes_what_it_has(make_router: RouterFactory) -> None:
+    router = await make_router()
+    worker = await router.add_worker("decode-0", hold_after=2)
+    answer = asyncio.create_task(router.complete(ignore_eos=True))
+    await worker.until(lambda: worker.num_emitted == 2)
+    await router.registry.withdraw("decode-0")
+    await router.until(lambda: router.linked() == [])
+    await worker.release()
+    assert (await answer).json()["usage"]["completion_tokens"] == 8
+    await worker.until(lambda: worker.num_links_broken == 1)
+
+
+async def test_ready_follows_the_fleet(make_router: RouterFactory) -> None:
+    router = await make_router()
+    assert (await router.client.get("/ready")).status_code == 503
+    await router.add_worker("decode-0")
+    assert (await router.client.get("/ready")).status_code == 200
+    await router.registry.withdraw("decode-0")
+    await router.until(lambda: router.linked() == [])
+    assert (await router.client.get("/ready")).status_code == 503
+
+
+async def test_the_shortest_context_of_the_workers_counts(make_router: RouterFactory) -> None:
+    router = await make_router()
+    await router.add_worker("decode-0")
+    record = (await router.registry.list())[0]
+    await router.registry.announce(replace(record, max_model_len=100), 60.0)
+    await router.until(lambda: router.fleet.max_model_len() == 100)
+    response = await router.complete(prompt=LONG)
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+async def test_decisions_and_predictions_are_counted(make_router: RouterFactory) -> None:
+    router = await make_router()
+    await router.add_worker("decode-0", num_hit_tokens=8)
+    router.index.publish("decode-0", CHAIN.hashes(LONG[:12]))
+    await route_of(router)
+    name = 'baton_router_decisions_total{decode_reason="least_cost",prefill_reason="no_prefill_worker"}'
+    assert await router.metric(name) == 1
+    assert await router.metric("baton_router_predicted_hit_tokens_total") == 12
+    assert await router.metric("baton_router_hit_tokens_total") == 8
