@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 from dataclasses import dataclass, field
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from kvstore import keys
@@ -19,16 +20,25 @@ from servicekit.clock import FakeClock
 from tests.fakes.redis_server import flush_all
 
 LEASE_S = 60.0
-WORKERS = st.sampled_from(["a", "b", "c"])
-BLOCKS = st.sets(st.integers(0, 40), max_size=12)
-ACTIONS = st.one_of(
-    st.tuples(st.just("publish"), WORKERS, BLOCKS),
-    st.tuples(st.just("evict"), WORKERS, BLOCKS),
-    st.tuples(st.sampled_from(["restart", "stop", "kill"]), WORKERS, st.just(set())),
-    st.tuples(
-        st.sampled_from(["lose events", "lose everything", "catch up", "settle"]), st.just(""), st.just(set())
-    ),
-)
+WORKERS = ["a", "b", "c"]
+CHANGES = ["publish", "evict"]
+LOSSES = ["catch up", "lose events"]
+RARITIES = ["restart", "stop", "kill", "forget writer", "lose everything", "settle"]
+NUM_ACTIONS = 50
+
+Action = tuple[str, str, set[int]]
+
+
+def actions_of(seed: int) -> list[Action]:
+    """Mostly changes between a mirror's visits and losses: in those sequences a mirror can go astray.
+
+    Drawn from a seed because hypothesis, left to draw the list, repeats a few short ones.
+    """
+    draw = random.Random(seed)
+    verbs = [
+        draw.choice(draw.choice([CHANGES, CHANGES, LOSSES, LOSSES, RARITIES])) for _ in range(NUM_ACTIONS)
+    ]
+    return [(verb, draw.choice(WORKERS), set(draw.sample(range(40), draw.randint(0, 12)))) for verb in verbs]
 
 
 @dataclass
@@ -38,6 +48,7 @@ class Cluster:
     clock: FakeClock = field(default_factory=FakeClock)
     writers: dict[str, RedisIndex] = field(default_factory=dict)
     held: dict[str, set[BlockHash]] = field(default_factory=dict)
+    started: dict[str, str] = field(default_factory=dict)  # worker id -> its incarnation
     incarnations: itertools.count[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
@@ -69,22 +80,28 @@ class Cluster:
             case "settle":
                 await self.settle()
             case _:
-                await self.disturb(verb)
+                await self.disturb(verb, worker_id)
 
-    async def disturb(self, verb: str) -> None:
+    async def disturb(self, verb: str, worker_id: str) -> None:
         match verb:
+            case "forget writer":
+                await self.end_lease(worker_id)
             case "lose events":
+                await self.settle()
                 await self.store.redis.xtrim(keys.index_events(self.model), maxlen=0, approximate=False)
             case "lose everything":
                 await self.store.redis.flushall()
             case "catch up":
+                await self.settle()
                 await self.mirrors[0].catch_up()
+                assert {worker_id: self.shown[0].blocks(worker_id) for worker_id in self.held} == self.held
 
     def start(self, worker_id: str) -> None:
         incarnation = str(next(self.incarnations))
         writer = RedisIndex(self.store, self.model, worker_id, incarnation, lease_s=LEASE_S)
         writer.start()
         self.writers[worker_id], self.held[worker_id] = writer, set()
+        self.started[worker_id] = incarnation
 
     async def kill(self, worker_id: str) -> None:
         """As SIGKILL would: nothing is said to Redis."""
@@ -102,13 +119,16 @@ class Cluster:
         for writer in self.writers.values():
             async with asyncio.timeout(10):
                 await writer.flush()
+        for worker_id, held in self.held.items():
+            key = keys.worker_blocks(self.model, worker_id, self.started[worker_id])
+            assert await self.store.redis.smembers(key) == held
 
     async def close(self) -> None:
         for worker_id in list(self.writers):
             await self.kill(worker_id)
 
 
-async def play(url: str, actions: list[tuple[str, str, set[int]]]) -> None:
+async def play(url: str, actions: list[Action]) -> None:
     flush_all(url)
     store = Store(url)
     cluster = Cluster(store, "tiny")
@@ -116,7 +136,7 @@ async def play(url: str, actions: list[tuple[str, str, set[int]]]) -> None:
         for action in actions:
             await cluster.act(*action)
         await cluster.settle()
-        for worker_id in {"a", "b", "c"} - cluster.writers.keys():
+        for worker_id in set(WORKERS) - cluster.writers.keys():
             await cluster.end_lease(worker_id)  # again: the last words of a killed writer may have come after
         for mirror in cluster.mirrors:
             await mirror.catch_up()
@@ -130,13 +150,7 @@ async def play(url: str, actions: list[tuple[str, str, set[int]]]) -> None:
         await store.close()
 
 
-@settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(actions=st.lists(ACTIONS, max_size=25))
-def test_mirrors_equal_the_blocks_of_live_workers_whatever_was_lost(
-    shared_redis_url: str, actions: list[tuple[str, str, set[int]]]
-) -> None:
-    asyncio.run(play(shared_redis_url, actions))
+@settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(seed=st.integers(0, 2**32))
+def test_mirrors_equal_the_blocks_of_live_workers_whatever_was_lost(shared_redis_url: str, seed: int) -> None:
+    asyncio.run(play(shared_redis_url, actions_of(seed)))
