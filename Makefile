@@ -8,7 +8,7 @@ SERVE_ARGS ?=
 BENCH_ARGS ?= --help
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 TORCH_STAMP := $(VENV)/.torch-installed
 SERVE_STAMP := $(VENV)/.serve-installed
 DEV_STAMP := $(VENV)/.dev-installed
