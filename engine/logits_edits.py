@@ -1,16 +1,19 @@
 """Penalties, bias and masks, in place on the logits of the rows that ask for them.
 
-N rows, V vocabulary, P rows with penalties.
+N rows, V vocabulary, P rows with penalties, M places of tokens that occur in them.
 """
 
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import numpy as np
 import torch
 
 from engine.sequence import Sequence
+
+Places = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def edit_logits(logits_NV: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int]) -> None:
@@ -37,35 +40,43 @@ def has_penalties(seq: Sequence) -> bool:
 
 
 def _apply_penalties(logits_NV: torch.Tensor, rows: list[int], seqs: list[Sequence]) -> None:
+    """Touches only the tokens that occur: a few hundred a row, of a vocabulary of a hundred thousand."""
     vocab_size, device = logits_NV.shape[1], logits_NV.device
-    output_counts_PV = _counts([seq.token_ids[seq.num_prompt_tokens :] for seq in seqs], vocab_size).to(
-        device
+    # M places (row * vocab_size + token), each once
+    places_M, all_counts_M = _count([seq.token_ids for seq in seqs], rows, vocab_size)
+    _, prompt_counts_M = _count(
+        [seq.token_ids[: seq.num_prompt_tokens] for seq in seqs], rows, vocab_size, places_M
     )
-    rows_P = torch.tensor(rows, device=device)
-    params_P3 = torch.tensor(
+    output_counts_M = torch.from_numpy((all_counts_M - prompt_counts_M).astype(np.float32)).to(device)
+    params_P3 = np.array(
         [
             (s.sampling.repetition_penalty, s.sampling.presence_penalty, s.sampling.frequency_penalty)
             for s in seqs
         ],
-        device=device,
+        dtype=np.float32,
     )
-    repetition, presence, frequency = (column.unsqueeze(1) for column in params_P3.unbind(1))
-    logits_PV = logits_NV[rows_P]
-    if any(seq.sampling.repetition_penalty != 1.0 for seq in seqs):
-        is_present_PV = _counts([seq.token_ids for seq in seqs], vocab_size).to(device) > 0
-        penalised_PV = torch.where(logits_PV > 0, logits_PV / repetition, logits_PV * repetition)
-        logits_PV = torch.where(is_present_PV, penalised_PV, logits_PV)
-    logits_PV -= frequency * output_counts_PV
-    logits_PV -= presence * (output_counts_PV > 0)
-    logits_NV[rows_P] = logits_PV
+    params_M3 = params_P3[np.searchsorted(rows, places_M // vocab_size)]
+    repetition_M, presence_M, frequency_M = torch.from_numpy(params_M3).to(device).unbind(1)
+    index_M = torch.from_numpy(places_M).to(device)
+    flat = logits_NV.view(-1)
+    values_M = flat[index_M]
+    values_M = torch.where(values_M > 0, values_M / repetition_M, values_M * repetition_M)
+    values_M -= frequency_M * output_counts_M + presence_M * (output_counts_M > 0)
+    flat[index_M] = values_M
 
 
-def _counts(tokens_of: list[array[int]], vocab_size: int) -> torch.Tensor:
-    """float32 [P, V]: how often each row's tokens occur."""
-    rows = np.repeat(np.arange(len(tokens_of)), [len(tokens) for tokens in tokens_of])
+def _count(
+    tokens_of: list[array[int]], rows: list[int], vocab_size: int, places_M: Places | None = None
+) -> tuple[Places, Places]:
+    """Places where tokens occur, ascending, and how often; or how often at given places."""
+    row_of = np.repeat(np.array(rows, dtype=np.int64), [len(tokens) for tokens in tokens_of])
     tokens = np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in tokens_of])
-    counts = np.bincount(rows * vocab_size + tokens, minlength=len(tokens_of) * vocab_size)
-    return torch.from_numpy(counts.astype(np.float32).reshape(-1, vocab_size))
+    found, counts = np.unique(row_of * vocab_size + tokens, return_counts=True)
+    if places_M is None:
+        return found, counts
+    counts_M = np.zeros_like(places_M)
+    counts_M[np.searchsorted(places_M, found)] = counts
+    return places_M, counts_M
 
 
 def _add_bias(logits_NV: torch.Tensor, seqs: list[Sequence]) -> None:

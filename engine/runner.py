@@ -74,9 +74,9 @@ class Runner:
         num_top = part.seq.sampling.num_prompt_logprobs or 0
         for begin in range(part.begin, part.end, LOGITS_ROWS_AT_ONCE):
             end = min(begin + LOGITS_ROWS_AT_ONCE, part.end)
-            logprobs = self._model.logits(hidden_TD[begin:end]).log_softmax(1)
+            logits = self._model.logits(hidden_TD[begin:end])
             token_ids = part.next_token_ids[begin - part.begin : end - part.begin]
-            part.seq.prompt_logprobs += token_logprobs(logprobs, token_ids, [num_top] * len(token_ids))
+            part.seq.prompt_logprobs += token_logprobs(logits, token_ids, [num_top] * len(token_ids))
 
     def _take_expert_load(self) -> tuple[tuple[int, ...], ...]:
         load_LE = self._model.take_expert_load()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.draw import Truncation, draw, draw_truncated
+from engine.draw import Truncation, argmax, draw, draw_truncated
 from engine.logits_edits import edit_logits, needs_edits
 from engine.logprobs import token_logprobs
 from engine.outputs import TokenLogprobs
@@ -24,33 +24,28 @@ class Sampler:
         """Row n is the next token of seqs[n]; the logits are float32 and may be changed. A draw is keyed by
         (seed, position of the new token): the same wherever and whenever this sequence runs."""
         logprob_rows = [row for row, seq in enumerate(seqs) if seq.sampling.num_logprobs is not None]
-        logprobs_MV = logits_NV[logprob_rows].log_softmax(1) if logprob_rows else None
+        raw_MV = logits_NV[logprob_rows] if logprob_rows else None  # a copy
         if any(map(needs_edits, seqs)):
             edit_logits(logits_NV, seqs, self._eos_token_ids)
         token_ids = self._draw(logits_NV, seqs)
         logprobs: list[TokenLogprobs | None] = [None] * len(seqs)
-        if logprobs_MV is not None:
+        if raw_MV is not None:
             drawn = [token_ids[row] for row in logprob_rows]
             num_top = [seqs[row].sampling.num_logprobs or 0 for row in logprob_rows]
-            for row, entry in zip(logprob_rows, token_logprobs(logprobs_MV, drawn, num_top), strict=True):
+            for row, entry in zip(logprob_rows, token_logprobs(raw_MV, drawn, num_top), strict=True):
                 logprobs[row] = entry
         return token_ids, logprobs
 
     def _draw(self, logits_NV: torch.Tensor, seqs: list[Sequence]) -> list[int]:
         random_rows = [row for row, seq in enumerate(seqs) if seq.sampling.temperature >= GREEDY_BELOW]
-        if not random_rows:
-            greedy: list[int] = logits_NV.argmax(1).tolist()
-            return greedy
-        tokens_N = logits_NV.argmax(1) if len(random_rows) < len(seqs) else None
+        token_ids = argmax(logits_NV) if len(random_rows) < len(seqs) else [0] * len(seqs)
         truncated = [row for row in random_rows if _is_truncated(seqs[row])]
         plain = [row for row in random_rows if not _is_truncated(seqs[row])]
-        drawn: dict[int, int] = {}
         for rows, is_truncated in ((plain, False), (truncated, True)):
             if rows:
-                drawn |= zip(rows, _draw_rows(logits_NV, seqs, rows, is_truncated), strict=True)
-        token_ids: list[int] = tokens_N.tolist() if tokens_N is not None else [0] * len(seqs)
-        for row, token_id in drawn.items():
-            token_ids[row] = token_id
+                drawn = _draw_rows(logits_NV, seqs, rows, is_truncated)
+                for row, token_id in zip(rows, drawn, strict=True):
+                    token_ids[row] = token_id
         return token_ids
 
 

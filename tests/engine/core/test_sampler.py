@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.draw import draw
 from engine.sampler import Sampler
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -205,3 +206,31 @@ def test_infinitely_unlikely_tokens_are_never_drawn() -> None:
     logits = torch.full((1, 300), -torch.inf)
     logits[0, 299] = -1e4
     assert extreme(lambda: logits) == 299
+
+
+def test_a_whole_vocabulary_is_searched_like_a_short_one() -> None:
+    few = torch.tensor([0.3, 0.2, 0.4, 0.1])
+    places = [0, 127, 128, 5119]
+    logits = torch.full((5120,), -torch.inf)
+    logits[places] = few.log()
+    counts = frequencies(logits, 3000)
+    assert sorted(counts.nonzero()[0].tolist()) == places
+    chi_square = ((counts[places] - 3000 * few.numpy()) ** 2 / (3000 * few.numpy())).sum()
+    assert chi_square < QUANTILES[3]
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, 1.0 - 2.0**-53])
+@pytest.mark.parametrize("vocab_size", [7, 5120])
+def test_the_ends_of_the_unit_interval_draw_tokens_with_weight(u: float, vocab_size: int) -> None:
+    scaled = torch.full((1, vocab_size), -torch.inf)
+    scaled[0, 3], scaled[0, 5] = 0.0, -1.0
+    (token,) = draw(scaled, torch.tensor([u], dtype=torch.float64)).tolist()
+    assert token == (5 if u > 0.9 else 3)
+
+
+def test_ties_beyond_the_candidates_do_not_let_the_batch_into_a_draw() -> None:
+    logits = torch.zeros(2, 1000)
+    seqs = [seq_with({"seed": 5, "top_k": 300, "top_p": 0.5}), seq_with({"seed": 6, "top_k": 800})]
+    sampler = Sampler(frozenset())
+    alone = sampler.sample(logits[:1].clone(), seqs[:1])[0]
+    assert sampler.sample(logits.clone(), seqs)[0][0] == alone[0]
