@@ -1,7 +1,7 @@
 """The tensors of one forward pass.
 
-Shape letters here and in the models: T tokens of the batch, S sequences of the batch, D hidden, H heads, V vocabulary,
-E logical experts, K experts per token, B blocks, N rows that need logits.
+Shape letters here and in the models: T tokens of the batch, S sequences of the batch, D hidden, H heads,
+V vocabulary, E logical experts, K experts per token, B blocks, N rows that need logits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(slots=True)
 class ForwardBatch:
-    """Rows of all sequences packed without padding: first one row of each decoding sequence, then the chunks.
+    """Rows of all sequences packed without padding: one row of each decoding sequence, then the chunks.
 
     Sequence s owns rows query_start[s] .. query_start[s + 1]. Its context is everything in the cache up to and with
     those rows: context_len[s] = num_computed_tokens + scheduled tokens.

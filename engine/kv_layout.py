@@ -38,5 +38,7 @@ class KvLayout:
     def difference(self, other: KvLayout) -> str | None:
         """None when equal, else the fields that differ, for an error message."""
         mine, theirs = asdict(self), asdict(other)
-        differing = [f"{name}: {mine[name]!r} != {theirs[name]!r}" for name in mine if mine[name] != theirs[name]]
+        differing = [
+            f"{name}: {mine[name]!r} != {theirs[name]!r}" for name in mine if mine[name] != theirs[name]
+        ]
         return "; ".join(differing) or None

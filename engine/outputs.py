@@ -26,8 +26,11 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceOutput:
-    """New tokens, or the end, of one sequence. After a finish_reason the engine has forgotten seq_id, unless the
-    sequence was added with keeps_blocks: then its blocks stay until release()."""
+    """New tokens, or the end, of one sequence.
+
+    After a finish_reason the engine has forgotten seq_id, unless the sequence was added with keeps_blocks:
+    then its blocks stay until release().
+    """
 
     seq_id: int
     token_ids: tuple[int, ...]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from kvstore.registry import Registry
-
 from baton.http_client import HttpClient, NoAnswer
 from baton.up.supervisor import Supervisor
+from kvstore.registry import Registry
 
 _ROUTER_RETRY_S = 0.2  # an HTTP server cannot tell us that it listens; it is asked
 
