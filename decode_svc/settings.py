@@ -23,5 +23,6 @@ class DecodeSettings(WorkerSettings):
         WorkerSettings.__post_init__(self)  # super() does not work in a class that slots=True remakes
         if not 0 <= self.ep_rank < self.ep_size:
             raise ValueError(f"ep_rank must be in [0, ep_size={self.ep_size}), got {self.ep_rank}")
-        if self.ep_size > 1 and not (self.ep_address and self.group_id):
-            raise ValueError("ep_address and group_id must be set when ep_size is above 1")
+        for name in ("ep_address", "group_id"):
+            if self.ep_size > 1 and not getattr(self, name):
+                raise ValueError(f"{name} must be set when ep_size is above 1")

@@ -20,7 +20,7 @@ class WorkerSettings:
     advertised_host: str = setting("", doc="address for the others; empty: the one to listen on")
     port: int = setting(0, doc="gRPC port; 0: any free one")
     metrics_port: int = setting(0, doc="HTTP port of /metrics; 0: any free one")
-    redis_url: str = setting("redis://127.0.0.1:6379/0", doc="registry and prefix index")
+    redis_url: str = setting("redis://127.0.0.1:6379/0", doc="registry and prefix index", secret=True)
     load_format: Literal["safetensors", "dummy"] = setting("safetensors", doc="dummy: made-up weights")
     dtype: str = setting("auto", doc="auto, float32, bfloat16 or float16")
     device: str = setting("cpu", doc="cpu or cuda")

@@ -89,6 +89,7 @@ class WorkerProcess:
     def run(self) -> int:
         """The exit code."""
         try:
+            store = Store(self._settings.redis_url)
             engine = build_worker_engine(self._settings, self._membership)
         except (ValueError, OSError) as error:
             log.error("cannot_start", reason=str(error))
@@ -97,12 +98,12 @@ class WorkerProcess:
             log.error("group_lost", reason=str(error))
             return EXIT_FAILED
         try:
-            return asyncio.run(self._serve(engine))
+            return asyncio.run(self._serve(engine, store))
         except OSError as error:
             log.error("cannot_start", reason=str(error))
             return EXIT_MISTAKE
 
-    async def _serve(self, engine: Engine) -> int:
+    async def _serve(self, engine: Engine, store: Store) -> int:
         parts = self._build_parts(engine)
         async with AsyncExitStack() as stack:
             drain = stack.enter_context(drain_on_signals())
@@ -120,7 +121,6 @@ class WorkerProcess:
             stack.push_async_callback(parts.engine.stop, self._stop_s)
             await server.start()
             stack.push_async_callback(server.stop, 0)
-            store = Store(self._settings.redis_url)
             stack.push_async_callback(store.close)
             record = self._record(parts, port, metrics_port)
             return await self._until_end(parts, store, record, drain)

@@ -241,3 +241,15 @@ async def test_two_links_do_not_see_each_other() -> None:
 
         assert mine.token_ids == expected_tokens(PROMPT, 30)
         assert theirs.token_ids == expected_tokens(PROMPT[:9], 30)
+
+
+async def test_load_is_right_although_no_step_follows_a_cancel() -> None:
+    async with decode_worker(build_fake_engine()) as decode, router_link(decode) as router:
+        key, reply = await router.submit(greedy_spec(PROMPT, 190))
+        await reply.has_tokens.wait()
+        await router.cancel(key)
+        await reply.ended.wait()
+        await decode.until_idle()
+
+        load = decode.load.load()
+        assert (load.num_running, load.num_waiting, load.num_free_blocks) == (0, 0, 64)

@@ -1,4 +1,4 @@
-"""A prefill worker that refuses, lies or dies: the decode worker prefills by itself, nothing is left behind."""
+"""A prefill worker that refuses, lies or dies: decode prefills by itself, nothing is left behind."""
 
 from __future__ import annotations
 

@@ -75,6 +75,7 @@ class FakeWorker:
     address: str
     server: grpc.aio.Server
     service: Any
+    load: LoadMeter
 
     async def used_blocks(self) -> int:
         """Blocks owned by sequences or reservations, after checking that the books are in order."""
@@ -103,7 +104,9 @@ async def prefill_worker(
     max_requests: int = 64,
     port: int = 0,
 ) -> AsyncIterator[FakeWorker]:
-    def build(engine: AsyncEngine, admission: Admission, metrics: CollectorRegistry) -> PrefillService:
+    def build(
+        engine: AsyncEngine, admission: Admission, load: LoadMeter, metrics: CollectorRegistry
+    ) -> PrefillService:
         return PrefillService(
             engine, admission, PrefillMetrics(metrics), worker_id=worker_id, host_id=host_id
         )
@@ -116,7 +119,9 @@ async def prefill_worker(
 async def decode_worker(
     engine: Engine, *, host_id: str = "that", accepts_shared_memory: bool = False, max_requests: int = 64
 ) -> AsyncIterator[FakeWorker]:
-    def build(engine: AsyncEngine, admission: Admission, metrics: CollectorRegistry) -> LinkService:
+    def build(
+        engine: AsyncEngine, admission: Admission, load: LoadMeter, metrics: CollectorRegistry
+    ) -> LinkService:
         handoffs = HandoffEnvironment(
             engine=engine,
             channels=PrefillChannels(),
@@ -127,9 +132,6 @@ async def decode_worker(
         environment = RequestEnvironment(
             handoffs=handoffs, admission=admission, metrics=DecodeMetrics(metrics)
         )
-        load = LoadMeter(admission, engine.engine.num_blocks)
-        engine.subscribe(load.observe)
-        engine.subscribe_load(load.observe_load)
         return LinkService(environment, load)
 
     async with _worker(engine, build, max_requests, 0) as worker:
@@ -139,18 +141,21 @@ async def decode_worker(
 @asynccontextmanager
 async def _worker(
     engine: Engine,
-    build: Callable[[AsyncEngine, Admission, CollectorRegistry], Any],
+    build: Callable[[AsyncEngine, Admission, LoadMeter, CollectorRegistry], Any],
     max_requests: int,
     port: int,
 ) -> AsyncIterator[FakeWorker]:
     async_engine = AsyncEngine(engine)
     admission = Admission(max_requests)
     metrics = CollectorRegistry()
-    service = build(async_engine, admission, metrics)
+    load = LoadMeter(admission, engine.num_blocks)
+    async_engine.subscribe(load.observe)
+    async_engine.subscribe_load(load.observe_load)
+    service = build(async_engine, admission, load, metrics)
     server, bound_port = build_server([service.handler()], host="127.0.0.1", port=port)
     async_engine.start()
     await server.start()
-    worker = FakeWorker(async_engine, admission, metrics, f"127.0.0.1:{bound_port}", server, service)
+    worker = FakeWorker(async_engine, admission, metrics, f"127.0.0.1:{bound_port}", server, service, load)
     try:
         yield worker
     finally:
