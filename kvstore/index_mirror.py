@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +22,7 @@ from kvstore import keys
 from kvstore.block_hash import HASH_SIZE_BYTES, BlockHash
 from kvstore.leases import Leased, LeaseView
 from kvstore.prefix_index import MemoryIndex
-from kvstore.store import MAX_BLOCK_S, Backoff, Store, StoreUnavailable
-
-log = logging.getLogger(__name__)
+from kvstore.store import MAX_BLOCK_S, Outage, Store, StoreUnavailable
 
 _EVENTS_PER_READ = 64
 _HASHES_PER_SCAN = 2000
@@ -70,15 +67,14 @@ class IndexMirror:
 
     async def run(self) -> None:
         """Follow until cancelled."""
-        backoff = Backoff()
+        outage = Outage("prefix_index_mirror")
         while True:
             try:
                 await self.catch_up()
-                backoff.reset()
+                outage.end()
                 await self._follow_until(time.monotonic() + self._audit_s)
             except StoreUnavailable as error:
-                log.warning("prefix_index_unavailable", extra={"fields": {"reason": str(error)}})
-                await asyncio.sleep(backoff.next_s())
+                await asyncio.sleep(outage.go_on(error))
 
     async def catch_up(self) -> None:
         """Make the copy what Redis knows now. Raises StoreUnavailable."""

@@ -22,7 +22,7 @@ from itertools import islice
 
 from kvstore import keys
 from kvstore.block_hash import HASH_SIZE_BYTES, BlockHash
-from kvstore.store import Backoff, Store, StoreUnavailable
+from kvstore.store import Outage, Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class RedisIndex:
         try:
             await self._store.run_script("index_withdraw", self._keys, args)
         except StoreUnavailable as error:
-            log.warning("prefix_index_unavailable", extra={"fields": {"reason": str(error)}})
+            log.warning("prefix_index_not_withdrawn", extra={"fields": {"reason": str(error)}})
 
     def publish(self, hashes: Iterable[BlockHash]) -> None:
         """The worker holds these blocks now."""
@@ -126,7 +126,7 @@ class RedisIndex:
         self._pending.clear()
 
     async def _run(self) -> None:
-        backoff = Backoff()
+        outage = Outage("prefix_index_writer")
         while not self.replaced.is_set():
             try:
                 async with asyncio.timeout(self._lease_s / 3):
@@ -137,13 +137,12 @@ class RedisIndex:
             num_flushes = len(self._flushes)
             try:
                 await self._bring_up_to_date()
-                backoff.reset()
+                outage.end()
                 if not self.replaced.is_set():
                     self._confirm(num_flushes)
             except StoreUnavailable as error:
-                log.warning("prefix_index_unavailable", extra={"fields": {"reason": str(error)}})
                 self._changed.set()
-                await asyncio.sleep(backoff.next_s())
+                await asyncio.sleep(outage.go_on(error))
         log.error("prefix_index_writer_replaced", extra={"fields": {"worker_id": self._worker_id}})
 
     async def _bring_up_to_date(self) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -22,12 +21,10 @@ from redis.asyncio.client import PubSub
 
 from kvstore import keys
 from kvstore.leases import Leased, LeaseView
-from kvstore.store import MAX_BLOCK_S, Backoff, Store, StoreUnavailable
+from kvstore.store import MAX_BLOCK_S, Outage, Store, StoreUnavailable
 from kvstore.worker_record import WorkerLoad, WorkerRecord, WorkerRole
 
 __all__ = ["RedisRegistry", "Registry", "WorkerLoad", "WorkerRecord", "WorkerRole"]
-
-log = logging.getLogger(__name__)
 
 Workers = list[WorkerRecord]
 Listing = list[Leased[WorkerRecord]]
@@ -92,21 +89,20 @@ class RedisRegistry:
 
     async def watch(self) -> AsyncIterator[Workers]:
         view = LeaseView[WorkerRecord](time.monotonic)
-        backoff = Backoff()
+        outage = Outage("registry_watch")
         shown: Workers | None = None
         while True:
             try:
                 async with aclosing(self._changes(view)) as changes:
                     async for _ in changes:
-                        backoff.reset()
+                        outage.end()
                         workers = _sorted(view.values())
                         if workers != shown:
                             shown = workers
                             yield workers
             except StoreUnavailable as error:
                 view.store_lost()
-                log.warning("registry_unavailable", extra={"fields": {"reason": str(error)}})
-                await asyncio.sleep(backoff.next_s())
+                await asyncio.sleep(outage.go_on(error))
 
     async def _changes(self, view: LeaseView[WorkerRecord]) -> AsyncGenerator[None, None]:
         """Brings `view` up to date and yields, until Redis is lost."""

@@ -6,7 +6,9 @@ Redis away is not an outage: callers catch StoreUnavailable and go on with what 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -25,6 +27,8 @@ from redis.exceptions import (
     ReadOnlyError,
     TimeoutError,
 )
+
+log = logging.getLogger(__name__)
 
 # A blocking read must end before the server is taken for dead.
 ANSWER_TIMEOUT_S = 5.0
@@ -117,6 +121,30 @@ class Backoff:
 
     def reset(self) -> None:
         self._next_s = self._first_s
+
+
+class Outage:
+    """The failures in a row of one retrying loop: logged once when they begin and once when they end."""
+
+    def __init__(self, user: str) -> None:
+        self._user = user  # begins the event's name
+        self._backoff = Backoff()
+        self._began_at: float | None = None
+
+    def go_on(self, error: StoreUnavailable) -> float:
+        """Seconds to wait before the next attempt."""
+        if self._began_at is None:
+            self._began_at = time.monotonic()
+            log.warning(f"{self._user}_lost_redis", extra={"fields": {"reason": str(error)}})
+        return self._backoff.next_s()
+
+    def end(self) -> None:
+        """Idempotent."""
+        if self._began_at is not None:
+            elapsed_s = time.monotonic() - self._began_at
+            log.info(f"{self._user}_found_redis", extra={"fields": {"elapsed_s": elapsed_s}})
+            self._began_at = None
+            self._backoff.reset()
 
 
 def redacted(url: str) -> str:

@@ -81,10 +81,10 @@ class _EventFormatter(logging.Formatter):
 
     def event(self, record: logging.LogRecord) -> str:
         # Libraries put whole sentences, sometimes with line breaks, where we put an event name.
-        return " ".join(_without_passwords(record.getMessage()).split())
+        return " ".join(without_passwords(record.getMessage()).split())
 
     def traceback(self, record: logging.LogRecord) -> str:
-        return _without_passwords(self.formatException(record.exc_info)) if record.exc_info else ""
+        return without_passwords(self.formatException(record.exc_info)) if record.exc_info else ""
 
 
 class _ConsoleFormatter(_EventFormatter):
@@ -116,10 +116,11 @@ def _masked(name: str, value: Any) -> Any:
         return _MASK
     if isinstance(value, bool | int | float) or value is None:
         return value
-    return _without_passwords(str(value))
+    return without_passwords(str(value))
 
 
-def _without_passwords(text: str) -> str:
+def without_passwords(text: str) -> str:
+    """`text` with the passwords of its URLs masked."""
     return _URL_PASSWORD.sub(rf"\1:{_MASK}@", text)
 
 

@@ -7,13 +7,18 @@ A bad value is an error that names variable, value and accepted form. So is an u
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import types
 from collections.abc import Mapping
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from servicekit.logging import without_passwords
 
 T = TypeVar("T")
 
+_ACCEPTED = {int: "a whole number", float: "a number"}
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 
@@ -28,17 +33,21 @@ def setting(default: Any = dataclasses.MISSING, *, doc: str, secret: bool = Fals
 
 
 def load_settings(cls: type[T], prefix: str, environment: Mapping[str, str] | None = None) -> T:
-    """Build `cls` from variables named PREFIX_FIELD. Raises SettingsError."""
+    """Build `cls` from variables named PREFIX_FIELD. Raises SettingsError.
+
+    A ValueError of the class whose message begins with a field's name is reported under the variable's name.
+    """
     environment = os.environ if environment is None else environment
     hints = get_type_hints(cls)
     fields = {f"{prefix}_{f.name.upper()}": f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(name for name in environment if name.startswith(f"{prefix}_") and name not in fields)
     if unknown:
-        raise SettingsError(f"unknown setting {unknown[0]}; known: {', '.join(sorted(fields))}")
+        raise SettingsError(_unknown_message(unknown[0], sorted(fields)))
     values: dict[str, Any] = {}
     for variable, field in fields.items():
         if variable in environment:
-            values[field.name] = _parse(environment[variable], hints[field.name], variable)
+            is_secret = field.metadata.get("secret", False)
+            values[field.name] = _parse(environment[variable], hints[field.name], variable, is_secret)
         elif field.default is dataclasses.MISSING:
             raise SettingsError(f"{variable} must be set: {field.metadata.get('doc', '')}")
     try:
@@ -46,32 +55,55 @@ def load_settings(cls: type[T], prefix: str, environment: Mapping[str, str] | No
     except SettingsError:
         raise
     except ValueError as error:
-        raise SettingsError(f"{prefix}_*: {error}") from error
+        name, _, rest = str(error).partition(" ")
+        variable = f"{prefix}_{name.upper()}"
+        raise SettingsError(f"{variable} {rest}" if variable in fields else f"{prefix}_*: {error}") from error
 
 
 def describe_settings(settings: Any, prefix: str) -> str:
-    """One line a setting, `VARIABLE=value  # doc`, secrets masked."""
+    """One line a setting, `VARIABLE=value  # doc`, secrets and passwords in URLs masked."""
     lines = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        shown = "***" if field.metadata.get("secret") and value else value
+        shown = "***" if field.metadata.get("secret") and value else without_passwords(str(value))
         lines.append(f"{prefix}_{field.name.upper()}={shown}  # {field.metadata.get('doc', '')}")
     return "\n".join(lines)
 
 
-def _parse(text: str, hint: Any, variable: str) -> Any:
+def _unknown_message(variable: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(variable, known, n=1, cutoff=0.8)
+    return f"unknown setting {variable}; " + (
+        f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+    )
+
+
+def _parse(text: str, hint: Any, variable: str, is_secret: bool) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
-        options = [option for option in get_args(hint) if option is not type(None)]
-        return None if text == "" else _parse(text, options[0], variable)
-    if get_origin(hint) is not None and getattr(hint, "__origin__", None).__name__ == "Literal":
+        (inner,) = (option for option in get_args(hint) if option is not type(None))
+        return None if text == "" else _parse(text, inner, variable, is_secret)
+    try:
+        return _parse_plain(text, hint)
+    except ValueError as error:
+        shown = "***" if is_secret else without_passwords(repr(text))
+        raise SettingsError(f"{variable}={shown}: must be {error}") from None
+
+
+def _parse_plain(text: str, hint: Any) -> Any:
+    """ValueError says what is accepted."""
+    if get_origin(hint) is Literal:
         if text not in get_args(hint):
-            raise SettingsError(f"{variable}={text!r}: must be one of {', '.join(map(str, get_args(hint)))}")
+            raise ValueError(f"one of {', '.join(get_args(hint))}")
         return text
     if hint is bool:
         if text.lower() not in _TRUE | _FALSE:
-            raise SettingsError(f"{variable}={text!r}: must be true or false")
+            raise ValueError("true or false")
         return text.lower() in _TRUE
+    if hint is Path and not text:
+        raise ValueError("a path")
     try:
-        return hint(text)
+        value = hint(text)
     except ValueError:
-        raise SettingsError(f"{variable}={text!r}: must be {hint.__name__}") from None
+        raise ValueError(_ACCEPTED[hint]) from None
+    if value != value:
+        raise ValueError(_ACCEPTED[hint])
+    return value

@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 from kvstore import keys
 from kvstore import store as store_module
 from kvstore.embedded import EmbeddedServer
-from kvstore.store import Backoff, Store, StoreUnavailable, redacted
+from kvstore.store import Backoff, Outage, Store, StoreUnavailable, redacted
 
 PASSWORD = "hunter2-and-more"
 
@@ -169,6 +169,17 @@ def test_backoff_doubles_up_to_its_cap_and_starts_again_after_success() -> None:
     )
     backoff.reset()
     assert backoff.next_s() <= 1.0
+
+
+def test_an_outage_is_logged_when_it_begins_and_when_it_ends(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    outage = Outage("mirror")
+    outage.end()
+    waits = [outage.go_on(StoreUnavailable("refused")) for _ in range(3)]
+    outage.end()
+    outage.end()
+    assert [record.getMessage() for record in caplog.records] == ["mirror_lost_redis", "mirror_found_redis"]
+    assert all(wait > 0 for wait in waits)
 
 
 def test_no_two_models_share_a_key() -> None:

@@ -91,7 +91,7 @@ async def test_sigterm_finishes_open_streams_refuses_new_requests_and_exits_clea
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"port": "many"}, "BATON_ROUTER_PORT='many': must be int"),
+        ({"port": "many"}, "BATON_ROUTER_PORT='many': must be a whole number"),
         ({"model": "/nowhere"}, "model directory /nowhere does not exist"),
         ({"redis_url": "carrier-pigeon://x"}, "Redis URL"),
     ],

@@ -1,0 +1,36 @@
+"""Options are scarce: whoever adds one edits this list, and says in the commit what was tried instead."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from decode_svc.settings import DecodeSettings
+from prefill_svc.settings import PrefillSettings
+from router.settings import RouterSettings
+
+WORKER = """
+model served_model_name worker_id host advertised_host port metrics_port redis_url load_format dtype device
+block_size kv_cache_bytes num_blocks max_model_len token_budget max_running max_requests num_threads
+shared_memory drain_s log_format
+"""
+EXPECTED = {
+    PrefillSettings: WORKER,
+    DecodeSettings: WORKER + "group_id ep_rank ep_size ep_address",
+    RouterSettings: """
+model served_model_name host port redis_url policy local_prefill_max_tokens max_retries request_timeout_s
+worker_timeout_s max_body_bytes max_sequences drain_grace_s log_format log_level
+""",
+}
+
+
+@pytest.mark.parametrize("settings_class", EXPECTED, ids=lambda settings_class: settings_class.__name__)
+def test_the_settings_of_a_service_are_those_agreed_upon(settings_class: type) -> None:
+    names = {field.name for field in dataclasses.fields(settings_class)}
+    assert names == set(EXPECTED[settings_class].split())
+
+
+@pytest.mark.parametrize("settings_class", EXPECTED, ids=lambda settings_class: settings_class.__name__)
+def test_every_setting_says_what_it_means(settings_class: type) -> None:
+    assert [f.name for f in dataclasses.fields(settings_class) if not f.metadata.get("doc")] == []
