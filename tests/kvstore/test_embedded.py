@@ -103,3 +103,14 @@ def test_a_binary_that_cannot_start_says_why_and_leaves_nothing(
 def _made(directory: Path) -> Path:
     directory.mkdir()
     return directory
+
+
+def test_a_server_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "STOP_TIMEOUT_S", 0.1)
+    server = EmbeddedServer()
+    directory = Path(server.start().removeprefix("unix://")).parent
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    server.stop()
+    assert not directory.exists()
+    assert not server.is_running()

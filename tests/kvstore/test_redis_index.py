@@ -11,7 +11,7 @@ from kvstore.block_hash import BlockHash
 from kvstore.embedded import EmbeddedServer
 from kvstore.index_mirror import IndexMirror
 from kvstore.redis_index import RedisIndex
-from kvstore.store import Store
+from kvstore.store import Store, StoreUnavailable
 from servicekit.clock import FakeClock
 from tests.fakes.redis_server import ObservedIndex
 
@@ -343,3 +343,58 @@ async def test_a_mirror_keeps_blocks_of_a_writer_it_never_listed_only_for_as_lon
         assert shown.blocks("w") == blocks(1)
         await mirror.catch_up()
         assert shown.workers() == {}
+
+
+async def test_a_mirror_keeps_its_copy_while_redis_is_away_and_a_whole_lease_longer(
+    mortal_redis: tuple[EmbeddedServer, str], mortal_store: Store
+) -> None:
+    server, _ = mortal_redis
+    clock = FakeClock()
+    shown = ObservedIndex()
+    mirror = IndexMirror(mortal_store, "tiny", shown, monotonic=clock.monotonic)
+    dead = RedisIndex(mortal_store, "tiny", "w", "first", lease_s=LEASE_S)
+    dead.publish(blocks(1))
+    dead.start()
+    await flushed(dead)
+    await mirror.catch_up()
+    assert dead.task is not None
+    dead.task.cancel()
+    server.kill()
+    with pytest.raises(StoreUnavailable):
+        await mirror.catch_up()
+    assert not mirror.is_current
+    clock.advance(1000.0)
+    server.start()
+    await mirror.catch_up()
+    assert mirror.is_current
+    assert shown.blocks("w") == blocks(1)
+    clock.advance(LEASE_S)
+    await mirror.catch_up()
+    assert shown.workers() == {}
+
+
+async def test_writer_and_mirror_go_on_by_themselves_after_an_outage(
+    mortal_redis: tuple[EmbeddedServer, str], mortal_store: Store
+) -> None:
+    server, _ = mortal_redis
+    async with writing(mortal_store) as index, following(mortal_store) as (_, shown):
+        index.publish(blocks(1))
+        await shown.wait_until(shows("w", blocks(1)))
+        server.kill()
+        index.publish(blocks(2))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await index.flush()
+        server.start()
+        await shown.wait_until(shows("w", blocks(1, 2)))
+
+
+async def test_stopping_while_redis_is_away_ends_at_once(
+    mortal_redis: tuple[EmbeddedServer, str], mortal_store: Store
+) -> None:
+    server, _ = mortal_redis
+    async with writing(mortal_store) as index:
+        await flushed(index)
+        server.kill()
+        async with asyncio.timeout(2):
+            await index.stop()
