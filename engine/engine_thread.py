@@ -31,7 +31,8 @@ class _Command:
 
 
 class EngineThread:
-    """`on_step` hears every step and `on_failure` the one failure there may be, both on the engine thread."""
+    """`on_step` hears every step and `on_failure` the one failure there may be, both on the engine thread,
+    which leaves and closes the engine's expert-parallel group when it ends."""
 
     def __init__(
         self,
@@ -84,8 +85,12 @@ class EngineThread:
         except BaseException as error:  # noqa: BLE001 - whatever it is, the owner must hear of it
             self._failure = error
         self._end()
-        if self._failure is not None:
-            self._on_failure(self._failure)
+        try:
+            if self._failure is not None:
+                self._on_failure(self._failure)
+        finally:
+            if self._engine.ep is not None:
+                self._engine.ep.close()
 
     def _loop(self) -> None:
         engine = self._engine
