@@ -113,6 +113,9 @@ class Handoff:
         self._block_size = self._engine.engine.kv_layout.block_size
         self._num_blocks = num_prompt_blocks(spec_pb, self._block_size)
         self._num_held_blocks = 0
+        self._accepts_shared_memory = (
+            environment.accepts_shared_memory and environment.shared_caches.can_attach(address)
+        )
         self._clock = asyncio.get_running_loop().time
 
     @property
@@ -166,7 +169,7 @@ class Handoff:
             kv_layout=layout_to_pb(self._engine.engine.kv_layout),
             num_held_blocks=self._num_held_blocks,
             host_id=environment.host_id,
-            accepts_shared_memory=environment.accepts_shared_memory,
+            accepts_shared_memory=self._accepts_shared_memory,
         )
         request_pb.sequence.time_left_s = self._deadline.time_left_s
         return pack_frame(FrameKind.PREFILL_REQUEST, request_pb)
@@ -176,10 +179,10 @@ class Handoff:
         if not started_pb.HasField("shared_kv_cache"):
             yield StreamCarrier(self._engine.engine.kv_cache)
             return
-        if not self._environment.accepts_shared_memory:
+        if not self._accepts_shared_memory:
             raise ValueError("offers shared memory that was not asked for")
         self.is_shared = True
-        with self._environment.shared_caches.cache(started_pb) as source:
+        with self._environment.shared_caches.cache(started_pb.shared_kv_cache, self._address) as source:
             yield SharedMemoryCarrier(source)
 
     async def _transfer(

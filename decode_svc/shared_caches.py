@@ -1,78 +1,81 @@
-"""KV caches of prefill workers on this host, attached once for each incarnation of a worker."""
+"""KV caches of prefill workers on this host, attached while they are in use and a while after.
+
+A mapping keeps the memory of a dead worker alive, so it must end by itself: nobody tells us of the death of a
+worker that we have no call to.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from engine.kv_cache import AttachedKvCache, KvCache
 from engine.kv_layout import KvLayout
-from proto.prefill_pb2 import PrefillStarted
+from proto.prefill_pb2 import SharedKvCache
 from servicekit.errors import HandoffFailed
+
+IDLE_S = 10.0
 
 Attach = Callable[[str, KvLayout, int], AttachedKvCache]
 
 
 @dataclass(slots=True)
 class _Entry:
-    name: str
     cache: AttachedKvCache
     num_users: int = 0
-    is_current: bool = True  # False: the worker has another cache by now
+    closing: asyncio.TimerHandle | None = None  # while there are no users
 
 
 class SharedCaches:
-    def __init__(self, layout: KvLayout, attach: Attach = KvCache.attach) -> None:
+    def __init__(self, layout: KvLayout, *, attach: Attach = KvCache.attach, idle_s: float = IDLE_S) -> None:
         self._layout = layout
         self._attach = attach
-        self._entries: dict[str, _Entry] = {}  # worker id -> its present cache
+        self._idle_s = idle_s
+        self._entries: dict[str, _Entry] = {}  # by name, which no other incarnation of a worker has
+        self._unattachable: set[str] = set()  # addresses of workers
+
+    def can_attach(self, address: str) -> bool:
+        """False once attaching the cache of the worker there has failed: its hand-offs stream from then on."""
+        return address not in self._unattachable
 
     @contextmanager
-    def cache(self, started_pb: PrefillStarted) -> Iterator[AttachedKvCache]:
-        """The cache that `started_pb` names, mapped until the end of the block. Raises HandoffFailed."""
-        entry = self._entry(started_pb)
+    def cache(self, shared_pb: SharedKvCache, address: str) -> Iterator[AttachedKvCache]:
+        """The cache of the worker at `address`, mapped inside the block. Raises HandoffFailed."""
+        entry = self._entries.get(shared_pb.name)
+        if entry is None:
+            entry = self._entries[shared_pb.name] = _Entry(self._attached(shared_pb, address))
+        if entry.closing is not None:
+            entry.closing.cancel()
+            entry.closing = None
         entry.num_users += 1
         try:
             yield entry.cache
         finally:
             entry.num_users -= 1
-            _close_unused(entry)
-
-    def discard(self, worker_id: str) -> None:
-        """The worker is gone or has been restarted."""
-        entry = self._entries.pop(worker_id, None)
-        if entry is not None:
-            entry.is_current = False
-            _close_unused(entry)
+            if entry.num_users == 0:
+                loop = asyncio.get_running_loop()
+                entry.closing = loop.call_later(self._idle_s, self._close, shared_pb.name)
 
     def close(self) -> None:
-        for worker_id in list(self._entries):
-            self.discard(worker_id)
+        """After the last hand-off."""
+        for name, entry in list(self._entries.items()):
+            if entry.closing is not None:
+                entry.closing.cancel()
+            self._close(name)
 
-    def _entry(self, started_pb: PrefillStarted) -> _Entry:
-        shared_pb = started_pb.shared_kv_cache
-        entry = self._entries.get(started_pb.worker_id)
-        if entry is not None and entry.name == shared_pb.name:
-            return entry
-        self.discard(started_pb.worker_id)
-        expected_bytes = shared_pb.num_blocks * self._layout.block_bytes
-        if shared_pb.size_bytes != expected_bytes:
-            raise HandoffFailed(
-                f"a shared cache of {shared_pb.num_blocks} blocks has {expected_bytes} bytes, "
-                f"{started_pb.worker_id} says {shared_pb.size_bytes}",
-                state="RESERVED",
-            )
+    def _close(self, name: str) -> None:
+        self._entries.pop(name).cache.close()
+
+    def _attached(self, shared_pb: SharedKvCache, address: str) -> AttachedKvCache:
         try:
-            cache = self._attach(shared_pb.name, self._layout, shared_pb.num_blocks)
+            expected_bytes = shared_pb.num_blocks * self._layout.block_bytes
+            if shared_pb.size_bytes != expected_bytes:
+                raise ValueError(f"{shared_pb.num_blocks} blocks are {expected_bytes} bytes")
+            return self._attach(shared_pb.name, self._layout, shared_pb.num_blocks)
         except (OSError, ValueError) as error:
+            self._unattachable.add(address)
             raise HandoffFailed(
-                f"cannot attach the shared cache of {started_pb.worker_id}: {error}", state="RESERVED"
+                f"cannot attach the shared cache of {address}: {error}", state="TRANSFERRING"
             ) from error
-        entry = self._entries[started_pb.worker_id] = _Entry(shared_pb.name, cache)
-        return entry
-
-
-def _close_unused(entry: _Entry) -> None:
-    if not entry.is_current and entry.num_users == 0:
-        entry.cache.close()
