@@ -37,7 +37,7 @@ class SharedCaches:
         self._unattachable: set[str] = set()  # addresses of workers
 
     def can_attach(self, address: str) -> bool:
-        """False once attaching the cache of the worker there has failed: its hand-offs stream from then on."""
+        """False once attaching that worker's cache has failed: its hand-offs stream from then on."""
         return address not in self._unattachable
 
     @contextmanager
