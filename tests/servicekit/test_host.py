@@ -13,25 +13,25 @@ SHOW = "from servicekit.host import host_id; print(host_id(), end='')"
 
 
 def test_another_process_of_this_host_has_the_same_id() -> None:
-    if not Path("/dev/shm").exists():
-        pytest.skip("this system has no /dev/shm")
+    if not Path("/proc/self/ns/pid").exists():
+        pytest.skip("this system has no /proc")
     other = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, text=True, check=True)
     assert other.stdout == host_id()
 
 
-def test_another_boot_another_mount_and_another_user_have_other_ids(
+def test_another_boot_another_pid_namespace_and_another_user_have_other_ids(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     boot_a, boot_b = tmp_path / "boot_a", tmp_path / "boot_b"
     boot_a.write_text("a\n")
     boot_b.write_text("b\n")
-    (tmp_path / "shm").mkdir()
-    (tmp_path / "other_shm").mkdir()
-    ids = [host_id(boot_a, tmp_path / "shm"), host_id(boot_b, tmp_path / "shm")]
-    ids.append(host_id(boot_a, tmp_path / "other_shm"))
+    (tmp_path / "pids").mkdir()
+    (tmp_path / "other_pids").mkdir()
+    ids = [host_id(boot_a, tmp_path / "pids"), host_id(boot_b, tmp_path / "pids")]
+    ids.append(host_id(boot_a, tmp_path / "other_pids"))
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     host_id.cache_clear()
-    ids.append(host_id(boot_a, tmp_path / "shm"))
+    ids.append(host_id(boot_a, tmp_path / "pids"))
     assert len(set(ids)) == 4
 
 
