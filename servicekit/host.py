@@ -17,7 +17,8 @@ def host_id(
     """Equal only for processes that can open each other's memory files, through /proc/<pid>/fd.
 
     Same running kernel (boot id), same process ids (containers usually have their own) and same user (a
-    process's files are private to it). Where the system does not tell, the id is random: nobody shares by mistake.
+    process's files are private to it). Where the system does not tell, the id is random: nobody shares by
+    mistake.
     """
     try:
         boot_id = boot_id_path.read_text().strip()
