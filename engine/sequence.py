@@ -92,7 +92,7 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - four of them are rare and keyword-only
         self,
         seq_id: int,
         prompt_ids: list[int],
