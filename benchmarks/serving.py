@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.ports import free_port
+from baton.up.child_process import die_with
 
 ROOT = Path(__file__).resolve().parent.parent
 _POLL_S = 0.2
@@ -85,6 +86,7 @@ def _process(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=die_with(os.getpid()),
         )
         try:
             while not is_ready():

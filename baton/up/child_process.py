@@ -46,7 +46,7 @@ class ChildProcess:
             cwd=cwd,
             env=dict(environment),
             start_new_session=True,  # a Ctrl-C in the terminal is ours to pass on, in our order
-            preexec_fn=_die_with(os.getpid()),
+            preexec_fn=die_with(os.getpid()),
         )
         return cls(process, log_path, on_line)
 
@@ -93,7 +93,7 @@ class ChildProcess:
             self._on_line(text)
 
 
-def _die_with(parent_pid: int) -> Callable[[], None]:
+def die_with(parent_pid: int) -> Callable[[], None]:
     """Runs in the child before exec: the kernel kills it when its parent is gone, however the parent went."""
 
     def arrange() -> None:
