@@ -46,6 +46,8 @@ class TokenBytes:
                 self._table[token_id] = bytes([byte_of[char] for char in token])
             except KeyError:  # an added token with characters outside the alphabet stands for itself
                 self._table[token_id] = token.encode()
+        # Most tokens are whole characters: their text needs no decoder.
+        self.texts = [_whole_text(raw) for raw in self._table]
 
     def __getitem__(self, token_id: int) -> bytes:
         # Embeddings are often padded: the model may draw an id that has no token.
@@ -61,13 +63,29 @@ class _ByteDetokenizer:
         self._skipped_ids = skipped_ids
         # Invalid bytes become U+FFFD once per maximal subpart, as in the library's Rust.
         self._decoder = _utf8_decoder(errors="replace")
+        self._is_inside = False  # a character, some of whose bytes have come
 
     def push(self, token_ids: Sequence[int]) -> str:
-        skipped, table = self._skipped_ids, self._token_bytes
-        return self._decoder.decode(b"".join([table[id] for id in token_ids if id not in skipped]))
+        return "".join([self._push_one(id) for id in token_ids if id not in self._skipped_ids])
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
+
+    def _push_one(self, token_id: int) -> str:
+        texts = self._token_bytes.texts
+        text = texts[token_id] if token_id < len(texts) else ""
+        if text is not None and not self._is_inside:
+            return text
+        text = self._decoder.decode(self._token_bytes[token_id])
+        self._is_inside = bool(self._decoder.getstate()[0])
+        return text
+
+
+def _whole_text(raw: bytes) -> str | None:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _byte_alphabet() -> list[str]:

