@@ -39,7 +39,7 @@ class StreamOptions(_ApiModel):
 class GenerationFields(_ApiModel):
     """What both endpoints take."""
 
-    model: str
+    model: str | None = None  # the one model that is served
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -109,7 +109,7 @@ class GenerationResponse(Response):
     async def _read(self, body: bytes) -> Generation:
         serving = self._serving
         request = parse_body(self._kind, body)
-        if request.model != serving.settings.model_name:
+        if request.model not in (None, serving.settings.model_name):
             raise InvalidRequest(
                 f"the model {request.model!r} does not exist", param="model", code="model_not_found"
             )

@@ -124,7 +124,10 @@ class Link:
 
     async def _run(self) -> None:
         backoff = Backoff()
-        while True:
+        task = asyncio.current_task()
+        assert task is not None
+        # grpc.aio loses a cancellation that meets a refused connection: ask the task, not only the exception.
+        while not task.cancelling():
             error: ServingError
             try:
                 await self._connect_and_read(backoff)
@@ -135,8 +138,9 @@ class Link:
                 error = WorkerLost(f"{self.worker_id} cannot be reached at {self.address}")
             finally:
                 self._lose()
-            log.warning("link_lost", worker_id=self.worker_id, reason=str(error))
-            await asyncio.sleep(backoff.next_s())
+            if not task.cancelling():
+                log.warning("link_lost", worker_id=self.worker_id, reason=str(error))
+                await asyncio.sleep(backoff.next_s())
 
     async def _connect_and_read(self, backoff: Backoff) -> None:
         async with build_channel(self.address) as channel:

@@ -69,7 +69,7 @@ class FakeDecodeWorker(link_pb2_grpc.LinkServiceServicer):
     num_emitted: int = 0  # tokens
     num_links_broken: int = 0
     active: set[int] = field(default_factory=set)
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start(self, port: int = 0) -> str:
         self._server, self.port = build_server([], host="127.0.0.1", port=port)
@@ -84,11 +84,11 @@ class FakeDecodeWorker(link_pb2_grpc.LinkServiceServicer):
     async def release(self) -> None:
         self.is_held = False
         self.hold_after = None
-        await self._notify()
+        self._notify()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with self.changed:
-            await self.changed.wait_for(condition)
+        while not condition():
+            await self.changed.wait()
 
     async def Link(  # noqa: N802
         self, requests: AsyncIterator[link_pb2.LinkRequest], context: Any
@@ -109,6 +109,7 @@ class FakeDecodeWorker(link_pb2_grpc.LinkServiceServicer):
             self.num_links_broken += 1
             for task in tasks.values():
                 task.cancel()
+            self._notify()
 
     async def _read(
         self,
@@ -123,12 +124,12 @@ class FakeDecodeWorker(link_pb2_grpc.LinkServiceServicer):
                 self.submits.append(request.submit)
                 self.active.add(key)
                 tasks[key] = asyncio.create_task(self._generate(request.submit, updates))
-                tasks[key].add_done_callback(lambda _, key=key: self.active.discard(key))
+                tasks[key].add_done_callback(lambda _, key=key: self._ended(key))
             else:
                 self.cancelled.append(request.cancel.key)
                 tasks[request.cancel.key].cancel()
                 await asyncio.gather(tasks[request.cancel.key], return_exceptions=True)
-            await self._notify()
+            self._notify()
 
     async def _generate(
         self, submit: link_pb2.Submit, updates: asyncio.Queue[link_pb2.SequenceUpdate]
@@ -159,7 +160,7 @@ class FakeDecodeWorker(link_pb2_grpc.LinkServiceServicer):
                 is_first = False
             updates.put_nowait(update)
             self.num_emitted += len(new)
-            await self._notify()
+            self._notify()
             await asyncio.sleep(self.step_s)
 
     def _describe_first(self, update: link_pb2.SequenceUpdate, submit: link_pb2.Submit) -> None:
@@ -177,9 +178,13 @@ class FakeDecodeWorker(link_pb2_grpc.LinkServiceServicer):
             return common_pb2.FINISH_REASON_STOP
         return common_pb2.FINISH_REASON_LENGTH if len(output) >= sampling.max_tokens else 0
 
-    async def _notify(self) -> None:
-        async with self.changed:
-            self.changed.notify_all()
+    def _ended(self, key: int) -> None:
+        self.active.discard(key)
+        self._notify()
+
+    def _notify(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
 
 
 def _logprobs(token_id: int, num_top: int) -> common_pb2.TokenLogprobs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,17 +19,21 @@ from kvstore.registry import RedisRegistry
 from kvstore.store import Store
 from tests.fakes.fake_decode_worker import FakeDecodeWorker, decode_record, mixing_script
 
-PORT = 18431
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
 
 
 @asynccontextmanager
 async def router_process(
-    model_dir: Path, redis_url: str, **settings: object
+    model_dir: Path, redis_url: str, port: object = 0, **settings: object
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     values = {
         "model": model_dir,
         "served_model_name": "test",
-        "port": PORT,
+        "port": port,
         "redis_url": redis_url,
         **settings,
     }
@@ -56,19 +61,21 @@ async def wait_for_ready_status(client: httpx.AsyncClient, status: int) -> httpx
     raise AssertionError(f"/ready did not become {status}")
 
 
-async def test_sigterm_finishes_open_streams_refuses_new_requests_and_exits_cleanly(model_dir: Path) -> None:
+async def test_sigterm_finishes_open_streams_refuses_new_requests_and_exits_cleanly(
+    model_dir: Path, port: int
+) -> None:
     server = EmbeddedServer()
     redis_url = server.start()
     store = Store(redis_url)
     worker = FakeDecodeWorker(mixing_script(300), hold_after=3)
     record = decode_record("decode-0", await worker.start())
     await RedisRegistry(store, "test").announce(record, 60.0)
-    url = f"http://127.0.0.1:{PORT}"
+    url = f"http://127.0.0.1:{port}"
     body = {"model": "test", "prompt": "hello", "max_tokens": 6, "ignore_eos": True, "stream": True}
     try:
         async with (
             httpx.AsyncClient(base_url=url, timeout=20, trust_env=False) as client,
-            router_process(model_dir, redis_url) as process,
+            router_process(model_dir, redis_url, port) as process,
         ):
             await wait_for_ready_status(client, 200)
             async with client.stream("POST", "/v1/completions", json=body) as response:
