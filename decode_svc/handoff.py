@@ -102,7 +102,7 @@ class Handoff:
     ) -> None:
         self.state = HandoffState.RESERVED
         self.num_bytes = 0
-        self.transfer_s = 0.0  # STARTED -> FINISHED received
+        self.transfer_s = 0.0  # first chunk -> last one; 0 when there is none
         self.is_shared = False
         self._environment = environment
         self._engine = environment.engine
@@ -154,7 +154,6 @@ class Handoff:
             with self._carrier(started_pb) as carrier:
                 finished_pb = await self._transfer(call, started_pb, carrier)
             finished_at = self._clock()
-            self.transfer_s = finished_at - started_at
             # STARTED took a while to get here, so this is early; but never before the token arrived.
             sampled_at = min(finished_at, started_at + finished_pb.prefill_s)
             await self._commit(self._first_token(started_pb, finished_pb), sampled_at, on_commit)
@@ -194,9 +193,12 @@ class Handoff:
         receiver = ChunkReceiver(
             self._engine.engine.kv_cache, carrier, block_ids[: self._num_blocks], self._num_held_blocks
         )
+        first_chunk_at: float | None = None
         try:
             while (frame := await _read(call)).kind == FrameKind.KV_CHUNK:
+                first_chunk_at = first_chunk_at or self._clock()
                 await receiver.receive(read_header(frame, FrameKind.KV_CHUNK, KvChunk), frame.payload)
+                self.transfer_s = self._clock() - first_chunk_at
         finally:
             self.num_bytes = receiver.num_bytes
         finished_pb = read_header(frame, FrameKind.PREFILL_FINISHED, PrefillFinished)

@@ -27,7 +27,7 @@ class DecodeMetrics:
         self._handoffs = counter("handoffs", "by final state", "state")
         self._fallbacks = counter("handoff_fallbacks", "prefilled here after a failed hand-off", "reason")
         self._handoff_seconds = histogram("handoff_seconds", "first token sampled to committed")
-        self._transfer_seconds = histogram("handoff_transfer_seconds", "prefill started to all KV here")
+        self._transfer_seconds = histogram("handoff_transfer_seconds", "first KV chunk to last one")
         self._handoff_bytes = histogram("handoff_size_bytes", "KV of one hand-off", BYTES_BUCKETS)
         self._received_bytes = counter("handoff_bytes", "KV received, by carrier", "carrier")
 

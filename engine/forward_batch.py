@@ -15,8 +15,8 @@ import torch
 class ForwardBatch:
     """Rows of all sequences packed without padding: one row of each decoding sequence, then the chunks.
 
-    Sequence s owns rows query_start[s] .. query_start[s + 1]. Its context is everything in the cache up to and
-    with those rows: context_len[s] = num_computed_tokens + scheduled tokens.
+    Sequence s owns rows query_start[s] .. query_start[s + 1]. Its context is everything in the cache up to
+    and with those rows: context_len[s] = num_computed_tokens + scheduled tokens.
     """
 
     token_ids_T: torch.Tensor  # int64

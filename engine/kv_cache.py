@@ -97,29 +97,6 @@ class KvCache:
         shape = (num_layers, len(block_ids), *self.data.shape[2:])
         self.data[layers].index_copy_(1, index, values.view(shape))
 
-    def copy_blocks(
-        self,
-        source: AttachedKvCache | KvCache,
-        layers: range,
-        source_block_ids: list[int],
-        block_ids: list[int],
-    ) -> None:
-        """From another cache of the same layout into this one, in one copy on the CPU."""
-        span = slice(layers.start, layers.stop)
-        if self._bytes_LBX is None or source._bytes_LBX is None:
-            self.write_blocks(
-                layers.start,
-                len(layers),
-                block_ids,
-                source.read_blocks(layers.start, len(layers), source_block_ids),
-            )
-            return
-        target, origin = self._bytes_LBX[span], source._bytes_LBX[span]
-        for start, first_id, length in runs(block_ids):
-            for offset, first_source, part in runs(source_block_ids[start : start + length]):
-                begin = first_id + offset
-                target[:, begin : begin + part] = origin[:, first_source : first_source + part]
-
     def close(self) -> None:
         """Give the memory back; tensors of this cache must not be used afterwards. Idempotent."""
         self._bytes_LBX = None

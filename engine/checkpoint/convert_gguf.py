@@ -30,7 +30,9 @@ from engine.checkpoint.made_directory import make_directory
 from engine.checkpoint.safetensors_writer import TensorToWrite, write_tensors
 from engine.checkpoint.tokenizer_files import write_tokenizer
 
-_FORMAT = 1  # of what this module writes: a change makes existing directories outdated
+_FORMAT = 2  # of what this module writes: a change makes existing directories outdated
+# The model card's example; at temperature 1 so small a model talks nonsense.
+_SAMPLING: dict[str, dict[str, float]] = {"smollm2": {"temperature": 0.2, "top_p": 0.9}}
 _logger = logging.getLogger(__name__)
 
 
@@ -74,14 +76,15 @@ def _fill(source: Path, dtype: torch.dtype, directory: Path) -> None:
 
 
 def _generation_config(gguf: GgufFile) -> dict[str, Any]:
-    """End-of-sequence ids: of the sequence, of a turn (eot) and of a message (eom)."""
+    """End-of-sequence ids, of the sequence, of a turn (eot) and of a message (eom), and how its authors sample."""
     ends = [gguf.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ids = {
         "bos_token_id": gguf.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": sorted({token_id for token_id in ends if token_id is not None}) or None,
         "pad_token_id": gguf.metadata.get("tokenizer.ggml.padding_token_id"),
     }
-    return {name: value for name, value in ids.items() if value is not None}
+    sampling = _SAMPLING.get(str(gguf.metadata.get("general.basename", "")).lower(), {})
+    return {name: value for name, value in ids.items() if value is not None} | sampling
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -74,13 +74,6 @@ def test_a_payload_of_another_size_is_refused() -> None:
         cache.write_blocks(0, 2, [1], bytes(63))
 
 
-def test_blocks_are_copied_between_caches_wherever_they_lie() -> None:
-    source, target = filled_cache(), KvCache(LAYOUT, NUM_BLOCKS)
-    target.copy_blocks(source, range(1, 3), [0, 1, 5, 6, 9], [2, 3, 4, 8, 7])
-    assert torch.equal(target.data[1:3, [2, 3, 4, 8, 7]], source.data[1:3, [0, 1, 5, 6, 9]])
-    assert not target.data[0].any()
-
-
 @given(st.lists(st.integers(0, 50), unique=True))
 def test_runs_cover_the_ids_in_order(block_ids: list[int]) -> None:
     parts = list(runs(block_ids))
@@ -104,15 +97,6 @@ def test_an_attached_cache_cannot_be_written(shared: KvCache) -> None:
     assert attached._bytes_LBX is not None
     with pytest.raises(ValueError, match="read-only"):
         attached._bytes_LBX[0, 0, 0] = 1
-    attached.close()
-
-
-def test_blocks_are_copied_straight_out_of_an_attached_cache(shared: KvCache) -> None:
-    assert shared.shared_name is not None
-    attached = KvCache.attach(shared.shared_name, LAYOUT, NUM_BLOCKS)
-    target = KvCache(LAYOUT, NUM_BLOCKS)
-    target.copy_blocks(attached, range(3), [1, 2, 8], [4, 5, 0])
-    assert torch.equal(target.data[:, [4, 5, 0]], shared.data[:, [1, 2, 8]])
     attached.close()
 
 
