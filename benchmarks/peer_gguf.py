@@ -2,8 +2,8 @@
 
     python -m benchmarks.peer_gguf LLAMA_CPP_SOURCE_DIR CHECKPOINT_DIR OUT.gguf [--outtype bf16]
 
-llama.cpp's own converter, told that an unknown vocabulary splits text as SmolLM2's does: it knows vocabularies
-by the hash of what they make of a sample text, and ours is cut from that one.
+llama.cpp's own converter, told that an unknown vocabulary splits text as SmolLM2's does: it knows
+vocabularies by the hash of what they make of a sample text, and ours is cut from that one.
 """
 
 from __future__ import annotations

@@ -14,12 +14,17 @@ from pathlib import Path
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
 
+# Rounds that a waiting OpenMP thread spins before it sleeps: enough to bridge the gap to the next operator (a
+# wake-up costs more than most of them), too few to hold a core against another process (docs/log.md).
+_SPIN_COUNT = 20_000
+
 
 def tuned_environment(num_threads: int) -> dict[str, str]:
     """Variables for a process that computes with `num_threads` threads."""
     return {
         "OMP_NUM_THREADS": str(num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": str(_SPIN_COUNT),
         "MALLOC_MMAP_THRESHOLD_": str(128 << 20),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     }

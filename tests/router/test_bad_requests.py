@@ -44,7 +44,6 @@ async def make_router(model_dir: Path) -> AsyncIterator[RouterFactory]:
 
 BAD_FIELDS: list[dict[str, Any]] = [
     {"model": 7},
-    {"model": None},
     {"temperature": "warm"},
     {"temperature": -1},
     {"temperature": 1e9},

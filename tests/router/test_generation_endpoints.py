@@ -272,6 +272,15 @@ async def test_the_request_id_and_the_route_come_back(router: Router, worker: Fa
     assert worker.submits[0].sequence.traceparent == "00-1-2-01"
 
 
+@pytest.mark.parametrize("body", [{"prompt": "hi"}, {"prompt": "hi", "model": None}])
+async def test_a_request_that_names_no_model_gets_the_one_that_is_served(
+    router: Router, body: dict[str, Any]
+) -> None:
+    response = await router.client.post("/v1/completions", json=body)
+    assert response.status_code == 200
+    assert response.json()["model"] == "test"
+
+
 async def test_unknown_fields_have_no_effect(router: Router) -> None:
     assert (await router.complete(frobnicate={"a": 1}, user="me")).status_code == 200
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kvstore.block_hash import HashChain
 from proto import common_pb2
 from tests.fakes.fake_decode_worker import FakeDecodeWorker, decode_record, mixing_script
 from tests.router.conftest import Router, RouterFactory
@@ -110,6 +111,18 @@ async def test_a_draining_worker_s_sequence_goes_elsewhere(make_router: RouterFa
     first.errors = [error(common_pb2.ERROR_KIND_WORKER_LOST, "draining")]
     assert await stream_ids(router) == expected_ids()
     assert len(first.submits) == len(second.submits) == 1
+
+
+async def test_the_worker_that_sent_a_sequence_away_is_not_asked_again(make_router: RouterFactory) -> None:
+    router = await make_router()
+    first = await router.add_worker("decode-0")
+    second = await router.add_worker("decode-1")
+    chain = HashChain(model_fingerprint="weights", block_size=4)
+    router.index.publish("decode-0", chain.hashes(PROMPT))  # it would be chosen every time
+    first.errors = [error(common_pb2.ERROR_KIND_WORKER_LOST, "draining") for _ in range(9)]
+    second.errors = [error(common_pb2.ERROR_KIND_HANDOFF_FAILED)]
+    assert await stream_ids(router) == expected_ids()
+    assert (len(first.submits), len(second.submits)) == (1, 2)
 
 
 async def test_an_overloaded_worker_s_sequence_goes_elsewhere(make_router: RouterFactory) -> None:

@@ -68,6 +68,54 @@ async def test_a_burst_spreads_over_equal_workers_before_any_has_told_its_load(
     assert {response.status_code for response in await asyncio.gather(*answers)} == {200}
 
 
+async def test_requests_that_a_worker_has_not_told_of_yet_count_as_its_load(
+    make_router: RouterFactory,
+) -> None:
+    router = await make_router()
+    busy = await router.add_worker("decode-0", is_held=True)
+    idle = await router.add_worker("decode-1")
+    first = asyncio.create_task(router.complete(prompt=LONG, max_tokens=1))
+    await busy.until(lambda: len(busy.submits) == 1)
+    # Equal workers would take turns: every second one would go to the busy worker.
+    assert {(await route_of(router)).split(";")[0] for _ in range(4)} == {"decode=decode-1"}
+    assert len(idle.submits) == 4
+    await busy.release()
+    assert (await first).status_code == 200
+
+
+async def test_a_prompt_that_a_decode_worker_computes_itself_counts_until_its_first_token(
+    make_router: RouterFactory,
+) -> None:
+    router = await make_router()
+    busy = await router.add_worker("decode-0", is_held=True)
+    await router.add_worker("decode-1")
+    router.index.publish("decode-1", CHAIN.hashes(LONG[:4]))
+    answer = asyncio.create_task(router.complete(prompt=[7] * 100, max_tokens=9, ignore_eos=True))
+    await busy.until(lambda: len(busy.submits) == 1)
+    [told, _] = router.fleet.decode_workers()
+    planner = router.app.state.serving.planner
+    assert planner._decode_candidate(*told, {"decode-0": 0}).num_waiting_tokens == 100
+    busy.hold_after = 1
+    busy.is_held = False
+    busy._notify()
+    await busy.until(lambda: busy.num_emitted == 1)
+    assert (await route_of(router)).startswith("decode=decode-1")
+    assert planner._decode_candidate(*told, {"decode-0": 0}).num_waiting_tokens == 0
+    await busy.release()
+    assert (await answer).status_code == 200
+
+
+async def test_a_prefill_worker_that_drains_gets_nothing_new(make_router: RouterFactory) -> None:
+    router = await make_router()
+    await router.add_worker("decode-0")
+    await add_prefill(router, "prefill-0")
+    assert "prefill=prefill-0" in await route_of(router)
+    record = next(r for r in await router.registry.list() if r.worker_id == "prefill-0")
+    await router.registry.announce(replace(record, is_draining=True), 60.0)
+    await router.until(lambda: router.fleet._records["prefill-0"].is_draining)
+    assert "prefill=local" in await route_of(router)
+
+
 async def test_a_loaded_prefill_worker_is_avoided(make_router: RouterFactory) -> None:
     router = await make_router()
     await router.add_worker("decode-0")
