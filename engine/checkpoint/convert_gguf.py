@@ -76,7 +76,7 @@ def _fill(source: Path, dtype: torch.dtype, directory: Path) -> None:
 
 
 def _generation_config(gguf: GgufFile) -> dict[str, Any]:
-    """End-of-sequence ids, of the sequence, of a turn (eot) and of a message (eom), and how its authors sample."""
+    """End-of-sequence ids (of the sequence, of a turn, of a message), and how the model's authors sample."""
     ends = [gguf.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ids = {
         "bos_token_id": gguf.metadata.get("tokenizer.ggml.bos_token_id"),

@@ -135,13 +135,14 @@ async def test_an_overloaded_worker_s_sequence_goes_elsewhere(make_router: Route
 async def test_a_failed_hand_off_is_tried_again_without_a_prefill_worker(make_router: RouterFactory) -> None:
     router = await make_router(local_prefill_max_tokens=0)
     worker = await router.add_worker("decode-0")
-    prefill = decode_record("prefill-0", "127.0.0.1:1", role="prefill")
-    await router.registry.announce(prefill, 60.0)
-    await router.until(lambda: len(router.fleet.prefill_workers()) == 1)
+    for worker_id in ("prefill-0", "prefill-1"):
+        await router.registry.announce(decode_record(worker_id, "127.0.0.1:1", role="prefill"), 60.0)
+    await router.until(lambda: len(router.fleet.prefill_workers()) == 2)
     worker.errors = [error(common_pb2.ERROR_KIND_HANDOFF_FAILED)]
     assert await stream_ids(router) == expected_ids()
     assert [submit.prefill_worker_id for submit in worker.submits] == ["prefill-0", ""]
-    assert router.fleet.prefill_workers() == []  # left alone for a while
+    left = [record.worker_id for record in router.fleet.prefill_workers()]
+    assert left == ["prefill-1"]  # the other is left alone for a while
 
 
 async def test_retries_have_a_bound(make_router: RouterFactory) -> None:

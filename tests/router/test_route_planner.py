@@ -71,7 +71,7 @@ async def test_a_burst_spreads_over_equal_workers_before_any_has_told_its_load(
 async def test_requests_that_a_worker_has_not_told_of_yet_count_as_its_load(
     make_router: RouterFactory,
 ) -> None:
-    router = await make_router()
+    router = await make_router(policy="least_loaded")
     busy = await router.add_worker("decode-0", is_held=True)
     idle = await router.add_worker("decode-1")
     first = asyncio.create_task(router.complete(prompt=LONG, max_tokens=1))
