@@ -158,6 +158,8 @@ class FakeDecodeWorker(link_pb2_grpc.LinkServiceServicer):
             if is_first:
                 self._describe_first(update, submit)
                 is_first = False
+            if finish_reason:
+                self.active.discard(submit.key)  # the load sent with its end no longer counts it
             updates.put_nowait(update)
             self.num_emitted += len(new)
             self._notify()

@@ -58,6 +58,8 @@ async def test_what_came_before_the_loss_is_read_before_the_error() -> None:
     link, changes = await linked(worker)
     stream = link.submit(submit())
     await worker.until(lambda: worker.num_emitted == 2)
+    later = link.submit(submit())
+    await later.next()  # a link keeps the order, so the first stream's updates have come too
     await worker.kill()
     await changes.until_up(link, False)
     assert sum(len(update.token_ids) for update in await stream.next()) == 2
