@@ -26,6 +26,7 @@ async def test_handed_off_request_gives_the_tokens_of_the_model(is_shared: bool)
         assert not reply.timings.prefill_fell_back
         assert reply.timings.transfer_bytes == 12 * decode.engine.engine.kv_layout.block_bytes
         carrier = "shared_memory" if is_shared else "stream"
+        await decode.until_idle()
         assert decode.metric("baton_handoff_bytes_total", carrier=carrier) == reply.timings.transfer_bytes
         await decode.until_idle()
         await prefill.until_idle()

@@ -100,4 +100,5 @@ async def test_worker_whose_cache_cannot_be_attached_streams_from_then_on(
         assert first.timings.prefill_fell_back
         assert not second.timings.prefill_fell_back
         assert first.token_ids == second.token_ids == expected_tokens(prompt, 4)
+        await decode.until_idle()
         assert decode.metric("baton_handoff_bytes_total", carrier="stream") > 0
