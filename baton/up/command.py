@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ep-size", type=int, default=1, metavar="N", help="processes sharing the experts, a group"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="of each worker (default: the cores, split)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="of each worker (default: a role splits the cores)"
+    )
     parser.add_argument("--policy", metavar="prefix|round_robin|least_loaded", help="how workers are chosen")
     for name, (metavar, text) in _WORKER_OPTIONS.items():
         parser.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=text)

@@ -27,7 +27,7 @@ class UpOptions:
     num_prefill: int = 1  # workers; 0: decode workers compute the prompts themselves
     num_decode: int = 1  # groups
     ep_size: int = 1  # processes in each decode group
-    threads_per_worker: int | None = None  # None: the cores are split between the workers
+    threads_per_worker: int | None = None  # None: the cores are split between the workers of a role
     router_settings: Mapping[str, str] = field(default_factory=dict)  # field name -> value
     worker_settings: Mapping[str, str] = field(default_factory=dict)
 
@@ -83,10 +83,12 @@ class GroupSpec:
 def plan_groups(
     options: UpOptions, redis_url: str, num_cpus: float, free_port: Callable[[], int]
 ) -> list[GroupSpec]:
-    """Workers first, the router last. `free_port` is called once for each port that is needed."""
-    num_workers = options.num_prefill + options.num_decode * options.ep_size
-    num_threads = options.threads_per_worker or threads_per_worker(num_workers, num_cpus)
-    planner = _Planner(options, redis_url, num_threads, free_port)
+    """Workers first, the router last. `free_port` is called once for each port that is needed.
+
+    The workers of one role share the cores; the other role gets them all again: a prompt phase and the decoding
+    that follows seldom peak together, and threads that wait sleep (docs/log.md).
+    """
+    planner = _Planner(options, redis_url, num_cpus, free_port)
     prefill = [planner.prefill(index) for index in range(options.num_prefill)]
     decode = [planner.decode(index) for index in range(options.num_decode)]
     return [*prefill, *decode, planner.router()]
@@ -94,11 +96,11 @@ def plan_groups(
 
 class _Planner:
     def __init__(
-        self, options: UpOptions, redis_url: str, num_threads: int, free_port: Callable[[], int]
+        self, options: UpOptions, redis_url: str, num_cpus: float, free_port: Callable[[], int]
     ) -> None:
         self._options = options
         self._redis_url = redis_url
-        self._num_threads = num_threads
+        self._num_cpus = num_cpus
         self._free_port = free_port
 
     def router(self) -> GroupSpec:
@@ -148,14 +150,14 @@ class _Planner:
             "NUM_THREADS": self._num_threads,
             "DRAIN_S": DRAIN_S,
         }
-        environment = self._environment(role.upper(), {**own, **settings, **self._options.worker_settings})
+        environment = self._environment(role.upper(), {**own, **settings, **o.worker_settings})
         return ProcessSpec(
             name=name,
             role=role,
             environment=environment,
             address=f"{WORKER_HOST}:{port}",
             metrics_address=f"{WORKER_HOST}:{metrics_port}",
-            num_threads=self._num_threads,
+            num_threads=num_threads,
             ep_rank=ep_rank,
         )
 

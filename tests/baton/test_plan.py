@@ -73,8 +73,14 @@ def test_names_and_ports_are_unique_and_threads_fit_the_cores(
     assert len({process.name for process in processes}) == len(processes)
     addresses = [address for worker in workers for address in (worker.address, worker.metrics_address)]
     assert len(set(addresses)) == len(addresses)
-    num_threads = sum(worker.num_threads for worker in workers)
-    assert num_threads == len(workers) * threads if threads else num_threads <= max(num_cpus, len(workers))
+    for role in ("prefill", "decode"):
+        counts = [worker.num_threads for worker in workers if worker.role == role]
+        assert sum(counts) == len(counts) * threads if threads else sum(counts) <= max(num_cpus, len(counts))
+
+
+def test_each_role_has_all_cores():
+    groups = planned(num_cpus=8, num_prefill=2, ep_size=4)
+    assert [member.num_threads for member in members(groups)] == [4, 4, 2, 2, 2, 2, 1]
 
 
 @pytest.mark.parametrize(
