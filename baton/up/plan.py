@@ -85,8 +85,8 @@ def plan_groups(
 ) -> list[GroupSpec]:
     """Workers first, the router last. `free_port` is called once for each port that is needed.
 
-    The workers of one role share the cores; the other role gets them all again: a prompt phase and the decoding
-    that follows seldom peak together, and threads that wait sleep (docs/log.md).
+    The workers of one role share the cores; the other role gets them all again: a prompt phase and the
+    decoding that follows seldom peak together, and threads that wait sleep (docs/log.md).
     """
     planner = _Planner(options, redis_url, num_cpus, free_port)
     prefill = [planner.prefill(index) for index in range(options.num_prefill)]
@@ -142,12 +142,15 @@ class _Planner:
     def _worker(
         self, role: Literal["prefill", "decode"], name: str, settings: Mapping[str, object], ep_rank: int
     ) -> ProcessSpec:
+        o = self._options
+        num_workers = o.num_prefill if role == "prefill" else o.num_decode * o.ep_size
+        num_threads = o.threads_per_worker or threads_per_worker(num_workers, self._num_cpus)
         port, metrics_port = self._free_port(), self._free_port()
         own = {
             "WORKER_ID": self._unique(name),
             "PORT": port,
             "METRICS_PORT": metrics_port,
-            "NUM_THREADS": self._num_threads,
+            "NUM_THREADS": num_threads,
             "DRAIN_S": DRAIN_S,
         }
         environment = self._environment(role.upper(), {**own, **settings, **o.worker_settings})
