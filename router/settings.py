@@ -23,7 +23,7 @@ class RouterSettings:
     port: int = setting(8000, doc="TCP port to listen on; 0: any free one")
     redis_url: str = setting("redis://127.0.0.1:6379", doc="worker registry and block index", secret=True)
     policy: PolicyName = setting("prefix", doc="how workers are chosen: prefix, round_robin or least_loaded")
-    local_prefill_max_tokens: int = setting(128, doc="uncached tokens that decode prefills itself, at most")
+    local_prefill_max_tokens: int = setting(32, doc="uncached tokens that decode prefills itself, at most")
     max_retries: int = setting(3, doc="submissions of one sequence to another worker after a failure")
     request_timeout_s: float = setting(600.0, doc="seconds a request may take in all; 0: no limit")
     worker_timeout_s: float = setting(10.0, doc="seconds a request waits for a decode worker to appear")
