@@ -18,7 +18,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 from engine.outputs import BlockEvents
-from kvstore.block_hash import BlockHash
+from kvstore.block_hash import BlockHash, BlockTier
 
 _FREE = b"\x01"
 
@@ -118,7 +118,9 @@ class BlockPool:
         self._stored.clear()
         self._removed.clear()
         return BlockEvents(
-            stored=tuple(block_hash for block_hash, change in balance.items() if change > 0),
+            placed=tuple(
+                (block_hash, BlockTier.DEVICE) for block_hash, change in balance.items() if change > 0
+            ),
             removed=tuple(block_hash for block_hash, change in balance.items() if change < 0),
         )
 

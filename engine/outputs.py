@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from kvstore.block_hash import BlockHash
+from kvstore.block_hash import BlockHash, BlockTier
 
 
 class FinishReason(enum.Enum):
@@ -44,10 +44,10 @@ class SequenceOutput:
 
 @dataclass(frozen=True, slots=True)
 class BlockEvents:
-    """Changes of this worker's prefix cache, for the prefix index."""
+    """Changes of this worker's prefix cache, for the prefix index. A hash is named at most once."""
 
-    stored: tuple[BlockHash, ...] = ()
-    removed: tuple[BlockHash, ...] = ()
+    placed: tuple[tuple[BlockHash, BlockTier], ...] = ()  # with the fastest tier where it is now
+    removed: tuple[BlockHash, ...] = ()  # in no tier any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

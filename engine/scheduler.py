@@ -75,7 +75,7 @@ class Scheduler:
     def enlist(self, seq: Sequence) -> None:
         """The sequence is this engine's from now on, and the youngest."""
         if seq.prefix is None:
-            seq.prefix = PrefixHashes(self._hash_chain, seq.cache_salt)
+            seq.prefix = PrefixHashes(self._hash_chain, seq.cache_salt, seq.tenant)
         self._num_arrivals += 1
         seq.arrival = self._num_arrivals
 

@@ -52,13 +52,14 @@ class PrefixHashes:
 
     chain: HashChain
     cache_salt: str
+    tenant: str = ""
     hashes: list[BlockHash] = field(default_factory=list)
 
     def upto(self, num_blocks: int, token_ids: array[int]) -> list[BlockHash]:
         """At least num_blocks hashes; all those blocks must be full of tokens."""
         size = self.chain.block_size
         while len(self.hashes) < num_blocks:
-            parent = self.hashes[-1] if self.hashes else self.chain.root(self.cache_salt)
+            parent = self.hashes[-1] if self.hashes else self.chain.root(self.cache_salt, self.tenant)
             start = len(self.hashes) * size
             self.hashes.append(self.chain.child(parent, token_ids[start : start + size]))
         return self.hashes
@@ -88,6 +89,7 @@ class Sequence:
         "sampling",
         "seq_id",
         "status",
+        "tenant",
         "times",
         "token_ids",
     )
@@ -100,6 +102,7 @@ class Sequence:
         *,
         output_ids: Iterable[int] = (),
         cache_salt: str = "",
+        tenant: str = "",
         keeps_blocks: bool = False,
         kv_listener: KvListener | None = None,
     ) -> None:
@@ -109,6 +112,7 @@ class Sequence:
         self.status = SequenceStatus.NEW
         self.sampling = sampling
         self.cache_salt = cache_salt
+        self.tenant = tenant
         self.keeps_blocks = keeps_blocks
         self.kv_listener = kv_listener
         self.token_ids: array[int] = array("q", prompt_ids)

@@ -7,6 +7,7 @@ translated.
 
 from __future__ import annotations
 
+import enum
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,16 @@ from typing import NewType
 
 BlockHash = NewType("BlockHash", bytes)
 
-HASH_SCHEME = "blake2b-128-u32le-v1"
+HASH_SCHEME = "blake2b-128-u32le-v2"
 HASH_SIZE_BYTES = 16
+
+
+class BlockTier(enum.IntEnum):
+    """Where a worker keeps a block, fastest first."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +35,9 @@ class HashChain:
     model_fingerprint: str
     block_size: int  # tokens
 
-    def root(self, cache_salt: str = "") -> BlockHash:
-        """The parent of the first block of every sequence with this salt."""
-        parts = (HASH_SCHEME, self.model_fingerprint, str(self.block_size), cache_salt)
+    def root(self, cache_salt: str = "", tenant: str = "") -> BlockHash:
+        """The parent of the first block of every sequence of this tenant with this salt."""
+        parts = (HASH_SCHEME, self.model_fingerprint, str(self.block_size), tenant, cache_salt)
         # Length prefixes: ("ab", "c") and ("a", "bc") must not collide.
         framed = b"".join(len(raw).to_bytes(4, "little") + raw for raw in (part.encode() for part in parts))
         return BlockHash(blake2b(framed, digest_size=HASH_SIZE_BYTES).digest())
@@ -38,11 +47,11 @@ class HashChain:
         assert len(token_ids) == self.block_size
         return BlockHash(blake2b(parent + _token_bytes(token_ids), digest_size=HASH_SIZE_BYTES).digest())
 
-    def hashes(self, token_ids: Sequence[int], cache_salt: str = "") -> list[BlockHash]:
+    def hashes(self, token_ids: Sequence[int], cache_salt: str = "", tenant: str = "") -> list[BlockHash]:
         """Hashes of the full blocks of `token_ids`, first block first; a partial last block has none."""
         raw = _token_bytes(token_ids)
         stride = self.block_size * 4
-        parent: bytes = self.root(cache_salt)
+        parent: bytes = self.root(cache_salt, tenant)
         result = []
         for start in range(0, len(raw) - stride + 1, stride):
             parent = blake2b(parent + raw[start : start + stride], digest_size=HASH_SIZE_BYTES).digest()

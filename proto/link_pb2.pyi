@@ -16,16 +16,18 @@ class LinkRequest(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("key", "sequence", "prefill_worker_id", "prefill_address")
+    __slots__ = ("key", "sequence", "prefill_worker_id", "prefill_address", "peer")
     KEY_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
     key: int
     sequence: _common_pb2.SequenceSpec
     prefill_worker_id: str
     prefill_address: str
-    def __init__(self, key: _Optional[int] = ..., sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., prefill_worker_id: _Optional[str] = ..., prefill_address: _Optional[str] = ...) -> None: ...
+    peer: _common_pb2.KvPeer
+    def __init__(self, key: _Optional[int] = ..., sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., prefill_worker_id: _Optional[str] = ..., prefill_address: _Optional[str] = ..., peer: _Optional[_Union[_common_pb2.KvPeer, _Mapping]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("key",)
@@ -60,7 +62,7 @@ class SequenceUpdate(_message.Message):
     def __init__(self, key: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.Error, _Mapping]] = ..., timings: _Optional[_Union[RequestTimings, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class RequestTimings(_message.Message):
-    __slots__ = ("prefill_worker_id", "num_hit_tokens", "queue_s", "prefill_s", "handoff_s", "transfer_bytes", "prefill_fell_back")
+    __slots__ = ("prefill_worker_id", "num_hit_tokens", "queue_s", "prefill_s", "handoff_s", "transfer_bytes", "prefill_fell_back", "num_loaded_tokens", "num_fetched_tokens", "load_s")
     PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +70,9 @@ class RequestTimings(_message.Message):
     HANDOFF_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FELL_BACK_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOADED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
     prefill_worker_id: str
     num_hit_tokens: int
     queue_s: float
@@ -75,7 +80,10 @@ class RequestTimings(_message.Message):
     handoff_s: float
     transfer_bytes: int
     prefill_fell_back: bool
-    def __init__(self, prefill_worker_id: _Optional[str] = ..., num_hit_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., handoff_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., prefill_fell_back: _Optional[bool] = ...) -> None: ...
+    num_loaded_tokens: int
+    num_fetched_tokens: int
+    load_s: float
+    def __init__(self, prefill_worker_id: _Optional[str] = ..., num_hit_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., handoff_s: _Optional[float] = ..., transfer_bytes: _Optional[int] = ..., prefill_fell_back: _Optional[bool] = ..., num_loaded_tokens: _Optional[int] = ..., num_fetched_tokens: _Optional[int] = ..., load_s: _Optional[float] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("num_running", "num_waiting", "num_free_blocks", "num_total_blocks", "num_waiting_tokens")

@@ -22,18 +22,20 @@ class KvLayout(_message.Message):
     def __init__(self, model_fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., token_shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("sequence", "kv_layout", "num_held_blocks", "host_id", "accepts_shared_memory")
+    __slots__ = ("sequence", "kv_layout", "num_held_blocks", "host_id", "accepts_shared_memory", "peer")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     NUM_HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     ACCEPTS_SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
     sequence: _common_pb2.SequenceSpec
     kv_layout: KvLayout
     num_held_blocks: int
     host_id: str
     accepts_shared_memory: bool
-    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., kv_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_held_blocks: _Optional[int] = ..., host_id: _Optional[str] = ..., accepts_shared_memory: _Optional[bool] = ...) -> None: ...
+    peer: _common_pb2.KvPeer
+    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., kv_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_held_blocks: _Optional[int] = ..., host_id: _Optional[str] = ..., accepts_shared_memory: _Optional[bool] = ..., peer: _Optional[_Union[_common_pb2.KvPeer, _Mapping]] = ...) -> None: ...
 
 class PrefillStarted(_message.Message):
     __slots__ = ("worker_id", "num_blocks", "num_hit_tokens", "queue_s", "shared_kv_cache")
@@ -76,7 +78,7 @@ class KvChunk(_message.Message):
     def __init__(self, first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., checksum: _Optional[int] = ..., source_block_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PrefillFinished(_message.Message):
-    __slots__ = ("num_chunks", "num_bytes", "checksum", "first_token_id", "first_token_logprobs", "prompt_logprobs", "prefill_s")
+    __slots__ = ("num_chunks", "num_bytes", "checksum", "first_token_id", "first_token_logprobs", "prompt_logprobs", "prefill_s", "num_loaded_tokens", "num_fetched_tokens", "load_s")
     NUM_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +86,9 @@ class PrefillFinished(_message.Message):
     FIRST_TOKEN_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOADED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
     num_chunks: int
     num_bytes: int
     checksum: int
@@ -91,7 +96,10 @@ class PrefillFinished(_message.Message):
     first_token_logprobs: _common_pb2.TokenLogprobs
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
     prefill_s: float
-    def __init__(self, num_chunks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., first_token_id: _Optional[int] = ..., first_token_logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., prefill_s: _Optional[float] = ...) -> None: ...
+    num_loaded_tokens: int
+    num_fetched_tokens: int
+    load_s: float
+    def __init__(self, num_chunks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., first_token_id: _Optional[int] = ..., first_token_logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., prefill_s: _Optional[float] = ..., num_loaded_tokens: _Optional[int] = ..., num_fetched_tokens: _Optional[int] = ..., load_s: _Optional[float] = ...) -> None: ...
 
 class PrefillCommitted(_message.Message):
     __slots__ = ()

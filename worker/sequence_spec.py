@@ -75,6 +75,7 @@ def _build(
         sampling,
         output_ids=tuple(spec_pb.output_ids),
         cache_salt=spec_pb.cache_salt,
+        tenant=spec_pb.tenant,
         keeps_blocks=kv_listener is not None,
         kv_listener=kv_listener,
     )

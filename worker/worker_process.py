@@ -179,7 +179,7 @@ class WorkerProcess:
 
         def publish(step: StepOutput) -> None:
             index.evict(step.block_events.removed)
-            index.publish(step.block_events.stored)
+            index.publish([block_hash for block_hash, _ in step.block_events.placed])
 
         parts.engine.subscribe(publish)
         _drain_with_group(parts.engine, drain)
