@@ -33,6 +33,7 @@ from router.tokenizer import Tokenizer
 from router.version import version
 from servicekit.errors import InvalidRequest
 from servicekit.metrics import build_metrics_registry, render_metrics
+from servicekit.tracing import build_tracer
 
 
 def build(
@@ -57,6 +58,7 @@ def build(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            stack.push_async_callback(asyncio.to_thread, serving.tracer.close)
             if store is not None:
                 stack.push_async_callback(store.close)
             if mirror is not None:
@@ -96,6 +98,7 @@ def _build_serving(
         ),
         metrics=metrics,
         drain=Drain(),
+        tracer=build_tracer(settings.otlp_endpoint, "router"),
     )
 
 

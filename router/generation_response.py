@@ -32,8 +32,10 @@ from router.route_planner import PromptHashes, Route, RoutePlanner
 from router.settings import RouterSettings
 from router.text_format import TextFormat
 from router.tokenizer import Tokenizer
+from router.tracing import end_request, trace_request
 from servicekit.errors import InvalidRequest, ServingError
 from servicekit.logging import get_logger
+from servicekit.tracing import Tracer
 
 log = get_logger(__name__)
 
@@ -54,6 +56,7 @@ class Serving:
     planner: RoutePlanner
     metrics: RouterMetrics
     drain: Drain
+    tracer: Tracer
 
     @property
     def max_model_len(self) -> int:
@@ -75,6 +78,7 @@ class GenerationResponse(Response):
         self._choices: list[Choice] = []
         given = request.headers.get("x-request-id", "")
         self._request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self._span = trace_request(serving.tracer, request, self._request_id, serving.settings.model_name)
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,8 +89,10 @@ class GenerationResponse(Response):
             outcome = "ok"
         except ClientGone:
             outcome = "disconnected"
+            self._span.fail(outcome)
         except ServingError as error:
             outcome = str(error_status(error))
+            self._span.fail(error)
             await self._fail(error, scope, receive, send)
         finally:
             self._end(outcome)
@@ -135,7 +141,7 @@ class GenerationResponse(Response):
                 sampling=sampling,
                 accepted_at=self._accepted_at,
                 deadline=self._accepted_at + timeout_s if timeout_s else None,
-                traceparent=self._request.headers.get("traceparent", ""),
+                span=self._span,
             )
             flow = RequestFlow(flow_request, serving.fleet, serving.planner, serving.metrics, limits)
             detokenizer = serving.tokenizer.detokenizer(skips_special_tokens=generation.skips_special_tokens)
@@ -193,6 +199,7 @@ class GenerationResponse(Response):
         for choice in self._choices:
             choice.flow.close()
         metrics.in_flight.dec(len(self._choices))
+        end_request(self._span, self._choices, outcome)
         endpoint = "chat" if self._kind is ChatRequest else "completions"
         metrics.request_ended(endpoint, outcome)
         log.info(

@@ -21,6 +21,7 @@ from router.metrics import RouterMetrics
 from router.route_planner import PromptHashes, Route, RoutePlanner
 from servicekit.errors import HandoffFailed, InvalidRequest, Overloaded, ServingError, WorkerLost
 from servicekit.logging import get_logger
+from servicekit.tracing import NO_SPAN, Span
 
 log = get_logger(__name__)
 
@@ -40,7 +41,7 @@ class FlowRequest:
     sampling: common_pb2.SamplingParams
     accepted_at: float  # time.monotonic(), as the deadline
     deadline: float | None = None
-    traceparent: str = ""
+    span: Span = NO_SPAN  # of the whole request; the workers' spans are its children
 
 
 @dataclass(slots=True)
@@ -79,6 +80,10 @@ class RequestFlow:
         self._expiry: asyncio.TimerHandle | None = None
         self._is_closed = False
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._request.prompt.token_ids)
+
     async def submit(self) -> None:
         """Choose workers and send the sequence to them. Overloaded when no decode worker shows up in time."""
         route = await self._wait_for_route()
@@ -88,7 +93,7 @@ class RequestFlow:
         if self.first_route is None:
             self.first_route = route
             self._arm_deadline()
-        self._metrics.routed(route.decision)
+        self._tell_routed(route)
 
     async def next_update(self) -> FlowUpdate:
         """New tokens, or the end. Raises ServingError when the sequence cannot be completed."""
@@ -127,12 +132,33 @@ class RequestFlow:
             self._metrics.gap(now - self._last_token_at, num_tokens)
         else:
             self._first_token_at = now
+            self._request.span.event("first_token")
             self._metrics.first_token(
                 ttft_s=now - self._request.accepted_at,
-                num_prompt_tokens=len(self._request.prompt.token_ids),
+                num_prompt_tokens=self.num_prompt_tokens,
                 num_hit_tokens=self.timings.num_hit_tokens if self.timings else 0,
             )
         self._last_token_at = now
+
+    def _tell_routed(self, route: Route) -> None:
+        decision = route.decision
+        self._metrics.routed(decision)
+        self._request.span.event(
+            "routed",
+            {
+                "baton.decode_worker": decision.decode_id,
+                "baton.prefill_worker": decision.prefill_id or "",
+                "baton.predicted_hit_tokens": decision.num_hit_tokens,
+            },
+        )
+        log.info(
+            "request_routed",
+            request_id=self._request.request_id,
+            decode=decision.decode_id,
+            prefill=decision.prefill_id or "local",
+            predicted_hit_tokens=decision.num_hit_tokens,
+            num_prompt_tokens=self.num_prompt_tokens,
+        )
 
     async def _wait_for_route(self) -> Route:
         give_up_at = time.monotonic() + self._limits.worker_timeout_s
@@ -157,7 +183,7 @@ class RequestFlow:
             sampling=request.sampling,
             cache_salt=request.prompt.cache_salt,
             time_left_s=self._time_left_s(),
-            traceparent=request.traceparent,
+            traceparent=request.span.traceparent,
         )
         if self.timings is not None:
             sequence.sampling.ClearField("num_prompt_logprobs")  # they were delivered
@@ -226,6 +252,9 @@ class RequestFlow:
             self._excluded.add(route.link)
         self._num_retries += 1
         self._metrics.migrated()
+        self._request.span.event(
+            "migrated", {"baton.left": route.decision.decode_id, "error.type": type(error).__name__}
+        )
         log.warning(
             "request_migrated",
             request_id=self._request.request_id,

@@ -30,6 +30,12 @@ class RouterSettings:
     max_body_bytes: int = setting(16 << 20, doc="largest accepted request body")
     max_sequences: int = setting(128, doc="prompts times n of one HTTP request, at most")
     drain_grace_s: float = setting(30.0, doc="seconds that open requests get to finish after SIGTERM")
+    admin_key: str | None = setting(
+        None, doc="what /ui asks for; unset: /ui answers this machine only", secret=True
+    )
+    otlp_endpoint: str = setting(
+        "", doc="traces go there by OTLP over HTTP, like http://collector:4318; empty: no traces"
+    )
     log_format: LogFormat = setting("console", doc="console or json")
     log_level: str = setting("INFO", doc="DEBUG, INFO, WARNING or ERROR")
 

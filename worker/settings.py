@@ -36,6 +36,9 @@ class WorkerSettings:
     num_threads: int | None = setting(None, doc="torch threads; unset: half of the usable processors")
     shared_memory: bool = setting(True, doc="hand KV over through shared memory inside one host")
     drain_s: float = setting(30.0, doc="after SIGTERM, seconds for running requests to finish")
+    otlp_endpoint: str = setting(
+        "", doc="traces go there by OTLP over HTTP, like http://collector:4318; empty: no traces"
+    )
     log_format: Literal["console", "json"] = setting("console", doc="console or json")
 
     def __post_init__(self) -> None:

@@ -90,6 +90,8 @@ def test_settings_are_frozen_as_a_list() -> None:
         "max_body_bytes",
         "max_sequences",
         "drain_grace_s",
+        "admin_key",
+        "otlp_endpoint",
         "log_format",
         "log_level",
     ]
