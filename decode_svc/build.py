@@ -18,6 +18,7 @@ def build_service(parts: WorkerParts) -> LinkService:
         shared_caches=SharedCaches(parts.engine.engine.kv_layout),
         host_id=parts.host_id,
         accepts_shared_memory=parts.settings.shared_memory,
+        tracer=parts.tracer,
     )
     environment = RequestEnvironment(
         handoffs=handoffs, admission=parts.admission, metrics=DecodeMetrics(parts.metrics)

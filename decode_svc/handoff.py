@@ -35,6 +35,7 @@ from servicekit.errors import HandoffFailed
 from servicekit.frames import Frame
 from servicekit.logging import get_logger
 from servicekit.rpc import error_from_rpc
+from servicekit.tracing import NO_TRACER, Tracer
 from worker.async_engine import AsyncEngine
 from worker.conversions import layout_to_pb, logprobs_from_pb
 from worker.deadline import Deadline
@@ -72,6 +73,7 @@ class HandoffEnvironment:
     shared_caches: SharedCaches
     host_id: str
     accepts_shared_memory: bool
+    tracer: Tracer = NO_TRACER
 
     async def close(self) -> None:
         await self.channels.close()
@@ -151,15 +153,37 @@ class Handoff:
             started_pb = read_header(await _read(call), FrameKind.PREFILL_STARTED, PrefillStarted)
             started_at = self._clock()
             self.state = HandoffState.TRANSFERRING
-            with self._carrier(started_pb) as carrier:
-                finished_pb = await self._transfer(call, started_pb, carrier)
-            finished_at = self._clock()
-            # STARTED took a while to get here, so this is early; but never before the token arrived.
-            sampled_at = min(finished_at, started_at + finished_pb.prefill_s)
-            await self._commit(self._first_token(started_pb, finished_pb), sampled_at, on_commit)
+            with self._traced():
+                with self._carrier(started_pb) as carrier:
+                    finished_pb = await self._transfer(call, started_pb, carrier)
+                finished_at = self._clock()
+                # STARTED took a while to get here, so this is early; but never before the token arrived.
+                sampled_at = min(finished_at, started_at + finished_pb.prefill_s)
+                await self._commit(self._first_token(started_pb, finished_pb), sampled_at, on_commit)
             await _tell_committed(call)
         finally:
             call.cancel()
+
+    @contextmanager
+    def _traced(self) -> Iterator[None]:
+        """The span `transfer`: started -> committed."""
+        span = self._environment.tracer.start("transfer", self._spec_pb.traceparent)
+        try:
+            yield
+        except BaseException as error:
+            span.fail(error)
+            raise
+        finally:
+            span.set(
+                {
+                    "baton.num_blocks": self._num_blocks,
+                    "baton.num_held_blocks": self._num_held_blocks,
+                    "baton.transfer_bytes": self.num_bytes,
+                    "baton.transfer_s": self.transfer_s,
+                    "baton.carrier": "shared_memory" if self.is_shared else "stream",
+                }
+            )
+            span.end()
 
     def _request_frame(self) -> bytes:
         environment = self._environment

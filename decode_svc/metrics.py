@@ -22,6 +22,13 @@ class DecodeMetrics:
         self._prompt_tokens = counter("decode_prompt_tokens", "of all requests that ended")
         self._generated_tokens = counter("decode_generated_tokens", "sent to routers, first tokens included")
         self._hit_tokens = counter("decode_hit_tokens", "prompt tokens found in a cache, on either worker")
+        self._finished = counter(
+            "decode_finished", "sequences that ended by themselves", "reason"
+        )
+        self._ttft_seconds = histogram("decode_ttft_seconds", "submitted to this worker -> first token")
+        self._tpot_seconds = histogram("decode_tpot_seconds", "mean gap after the first token, by sequence")
+        self._decode_seconds = histogram("decode_decode_seconds", "first token -> last token")
+        self._e2e_seconds = histogram("decode_e2e_seconds", "submitted to this worker -> last token")
         self._queue_seconds = histogram("decode_queue_seconds", "waiting for prefill compute")
         self._prefill_seconds = histogram("decode_prefill_seconds", "first scheduled step to first token")
         self._handoffs = counter("handoffs", "by final state", "state")
@@ -41,12 +48,21 @@ class DecodeMetrics:
     def count_fallback(self, error: ServingError) -> None:
         self._fallbacks.labels(type(error).__name__).inc()
 
-    def observe_first_token(self, timings_pb: RequestTimings) -> None:
+    def observe_first_token(self, timings_pb: RequestTimings, *, ttft_s: float) -> None:
+        self._ttft_seconds.observe(ttft_s)
         self._hit_tokens.inc(timings_pb.num_hit_tokens)
         self._queue_seconds.observe(timings_pb.queue_s)
         self._prefill_seconds.observe(timings_pb.prefill_s)
         if timings_pb.prefill_worker_id:
             self._handoff_seconds.observe(timings_pb.handoff_s)
+
+    def observe_finished(self, *, e2e_s: float, decode_s: float, num_tokens: int, reason: str) -> None:
+        """`reason`: stop or length."""
+        self._finished.labels(reason).inc()
+        self._e2e_seconds.observe(e2e_s)
+        self._decode_seconds.observe(decode_s)
+        if num_tokens >= 2:
+            self._tpot_seconds.observe(decode_s / (num_tokens - 1))
 
     def observe_handoff(self, handoff: Handoff) -> None:
         self._handoffs.labels(handoff.state.value).inc()

@@ -7,12 +7,14 @@ waits for the last one.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from decode_svc.handoff import FirstToken, Handoff, HandoffEnvironment
 from decode_svc.metrics import DecodeMetrics
+from decode_svc.request_trace import RequestTrace
 from engine.outputs import FinishReason, SequenceOutput
 from engine.sequence import Sequence
 from proto import common_pb2
@@ -26,6 +28,8 @@ from worker.deadline import Deadline
 from worker.sequence_spec import add_sequence, decode_sequence
 
 log = get_logger(__name__)
+
+_REASON_NAMES = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,35 +57,42 @@ class DecodeRequest:
         self._spec_pb = submit_pb.sequence
         self._send = send
         self._ended = asyncio.Event()
-        self._has_tokens = False
+        self._num_tokens = 0
+        self._accepted_at = time.monotonic()
+        self._first_token_at = 0.0
+        self._finish_reason = "abort"
         self._prefill_fell_back = False
+        self._trace = RequestTrace(environment.handoffs.tracer, self._spec_pb)
 
     async def run(self) -> None:
         """Ends with exactly one final update. Raises only CancelledError."""
         outcome = "cancelled"
+        failure: BaseException | None = None
         try:
             with self._environment.admission.admit():
                 deadline = Deadline(self._spec_pb.time_left_s)
                 async with deadline.enforced():
                     await self._run(deadline)
             outcome = "finished"
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
+            failure = error
             self._end(SequenceUpdate(key=self._key, finish_reason=common_pb2.FINISH_REASON_ABORTED))
             raise
         except ServingError as error:
-            outcome = type(error).__name__
+            outcome, failure = type(error).__name__, error
             self._end(SequenceUpdate(key=self._key, error=error_to_pb(error)))
         except Exception as error:
-            outcome = "ServingError"
+            outcome, failure = "ServingError", error
             log.exception("request_failed", request_id=self._spec_pb.request_id)
             internal = ServingError(f"decode failed: {type(error).__name__}")
             self._end(SequenceUpdate(key=self._key, error=error_to_pb(internal)))
         finally:
-            self._metrics.count_request(outcome, len(self._spec_pb.prompt_ids))
+            self._tell_ended(outcome, failure)
 
     def cancelled_before_run(self) -> None:
         """The task was cancelled before `run` began."""
         self._end(SequenceUpdate(key=self._key, finish_reason=common_pb2.FINISH_REASON_ABORTED))
+        self._trace.end("cancelled", 0, asyncio.CancelledError())
 
     async def _run(self, deadline: Deadline) -> None:
         if self._submit_pb.prefill_address and await self._run_handed_off(deadline):
@@ -109,6 +120,7 @@ class DecodeRequest:
                     reason=str(error),
                 )
                 self._metrics.count_fallback(error)
+                self._trace.fell_back(error)
                 self._prefill_fell_back = True
                 return False
             finally:
@@ -131,7 +143,7 @@ class DecodeRequest:
         if ended is None and first.is_last:
             reason = self._reason_after(first.logprobs.token_id)
         wants_logprobs = self._spec_pb.sampling.HasField("num_logprobs")
-        self._metrics.observe_first_token(first.timings_pb)
+        self._tell_first_token(first.timings_pb, is_last=reason is not None)
         self._update(
             SequenceUpdate(
                 key=self._key,
@@ -150,7 +162,7 @@ class DecodeRequest:
             logprobs=all_logprobs_to_pb(output.logprobs),
             finish_reason=finish_reason_to_pb(output.finish_reason),
         )
-        if not self._has_tokens and output.token_ids:
+        if not self._num_tokens and output.token_ids:
             timings_pb = RequestTimings(
                 num_hit_tokens=output.num_hit_tokens,
                 queue_s=output.queue_s,
@@ -159,17 +171,42 @@ class DecodeRequest:
             )
             update_pb.timings.CopyFrom(timings_pb)
             update_pb.prompt_logprobs.extend(all_logprobs_to_pb(output.prompt_logprobs))
-            self._metrics.observe_first_token(timings_pb)
+            self._tell_first_token(timings_pb, is_last=output.finish_reason is not None)
         self._update(update_pb)
 
     def _update(self, update_pb: SequenceUpdate) -> None:
         if self._ended.is_set():
             return
-        self._has_tokens = True
+        self._num_tokens += len(update_pb.token_ids)
         self._metrics.count_tokens(len(update_pb.token_ids))
         if update_pb.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
+            self._finish_reason = _REASON_NAMES.get(update_pb.finish_reason, "abort")
             self._ended.set()
         self._send(update_pb)
+
+    def _tell_first_token(self, timings_pb: RequestTimings, *, is_last: bool) -> None:
+        self._first_token_at = time.monotonic()
+        self._metrics.observe_first_token(timings_pb, ttft_s=self._first_token_at - self._accepted_at)
+        self._trace.first_token(timings_pb, is_last=is_last)
+
+    def _tell_ended(self, outcome: str, failure: BaseException | None) -> None:
+        now = time.monotonic()
+        self._metrics.count_request(outcome, len(self._spec_pb.prompt_ids))
+        if outcome == "finished":
+            self._metrics.observe_finished(
+                e2e_s=now - self._accepted_at,
+                decode_s=now - self._first_token_at,
+                num_tokens=self._num_tokens,
+                reason=self._finish_reason,
+            )
+        self._trace.end(outcome, self._num_tokens, failure)
+        log.info(
+            "sequence_ended",
+            request_id=self._spec_pb.request_id,
+            outcome=outcome,
+            num_tokens=self._num_tokens,
+            elapsed_s=now - self._accepted_at,
+        )
 
     def _end(self, update_pb: SequenceUpdate) -> None:
         if not self._ended.is_set():

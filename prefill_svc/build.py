@@ -14,4 +14,5 @@ def build_service(parts: WorkerParts) -> PrefillService:
         PrefillMetrics(parts.metrics),
         worker_id=parts.worker_id,
         host_id=parts.host_id,
+        tracer=parts.tracer,
     )

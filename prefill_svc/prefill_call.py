@@ -20,13 +20,17 @@ from typing import Any
 import grpc.aio
 
 from engine.outputs import SequenceOutput
+from prefill_svc.prefill_trace import PrefillTrace
 from proto.prefill_pb2 import PrefillFinished, PrefillRequest, PrefillStarted, SharedKvCache
+from servicekit.logging import get_logger
 from worker.async_engine import AsyncEngine
 from worker.conversions import all_logprobs_to_pb, logprobs_to_pb
 from worker.kv_carrier import KvCarrier, SharedMemoryCarrier, StreamCarrier
 from worker.kv_rectangle import TARGET_CHUNK_BYTES, KvRectangle
 from worker.prefill_frames import FrameKind, combined_checksum, pack_frame, read_frame, read_header
 from worker.sequence_spec import add_sequence, prefill_sequence
+
+log = get_logger(__name__)
 
 ServicerContext = grpc.aio.ServicerContext
 
@@ -68,13 +72,19 @@ class PrefillEvents:
 
 class PrefillCall:
     def __init__(
-        self, engine: AsyncEngine, worker_id: str, shares_memory: bool, request_pb: PrefillRequest
+        self,
+        engine: AsyncEngine,
+        worker_id: str,
+        shares_memory: bool,
+        request_pb: PrefillRequest,
+        trace: PrefillTrace,
     ) -> None:
         """shares_memory: the receiver can and wants to read this worker's cache by itself."""
         self.started: Started | None = None
         self.finished: SequenceOutput | None = None
         self.num_bytes = 0
         self._engine = engine
+        self._trace = trace
         self._worker_id = worker_id
         self._request_pb = request_pb
         self._kv_cache = engine.engine.kv_cache
@@ -110,7 +120,7 @@ class PrefillCall:
     def _frames(self, event: PrefillEvent) -> Iterator[bytes]:
         """Each chunk's bytes are read when its frame is asked for."""
         if isinstance(event, Started):
-            self.started = event
+            self._on_started(event)
             yield self._pack_started(event)
         elif isinstance(event, KvRectangle):
             rectangle = event.without_leading(self._request_pb.num_held_blocks)
@@ -123,6 +133,18 @@ class PrefillCall:
             yield from self._flush()
         if self.finished is not None:
             yield self._pack_finished(self.finished)
+            self._trace.finished(self.num_prompt_tokens, self.num_bytes)
+
+    def _on_started(self, started: Started) -> None:
+        self.started = started
+        self._trace.started(started.num_blocks, started.num_hit_tokens)
+        log.info(
+            "prefill_started",
+            request_id=self._request_pb.sequence.request_id,
+            num_blocks=started.num_blocks,
+            num_hit_tokens=started.num_hit_tokens,
+            queue_s=started.queue_s,
+        )
 
     def _join(self, rectangle: KvRectangle) -> Iterator[bytes]:
         joined = self._pending.joined(rectangle) if self._pending else rectangle
@@ -161,6 +183,7 @@ class PrefillCall:
         packed = self._carrier.pack(piece)
         self.num_bytes += packed.num_bytes
         self._checksums.append(packed.checksum)
+        self._trace.chunk(piece.num_layers, len(piece.block_ids), packed.num_bytes)
         return packed.frame
 
     def _pack_finished(self, output: SequenceOutput) -> bytes:

@@ -10,10 +10,12 @@ import grpc.aio
 
 from prefill_svc.metrics import PrefillMetrics
 from prefill_svc.prefill_call import PrefillCall, ServicerContext, read_request
+from prefill_svc.prefill_trace import PrefillTrace
 from proto.prefill_pb2 import PrefillRequest
 from servicekit.errors import HandoffFailed, ServingError
 from servicekit.logging import get_logger
 from servicekit.rpc import abort_with
+from servicekit.tracing import NO_TRACER, Tracer
 from worker.admission import Admission
 from worker.async_engine import AsyncEngine
 from worker.conversions import layout_from_pb
@@ -32,12 +34,14 @@ class PrefillService:
         *,
         worker_id: str,
         host_id: str,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._engine = engine
         self._admission = admission
         self._metrics = metrics
         self._worker_id = worker_id
         self._host_id = host_id
+        self._tracer = tracer
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         # No serializers: a frame is bytes on both sides.
@@ -68,12 +72,26 @@ class PrefillService:
 
     async def _serve(self, context: ServicerContext[Any, Any]) -> bool:
         request_pb = await read_request(context)
+        try:
+            with PrefillTrace(self._tracer, request_pb.sequence) as trace:
+                return await self._serve_request(request_pb, context, trace)
+        except BaseException as error:
+            log.info(
+                "prefill_ended_early",
+                request_id=request_pb.sequence.request_id,
+                reason=str(error) if isinstance(error, ServingError) else type(error).__name__,
+            )
+            raise
+
+    async def _serve_request(
+        self, request_pb: PrefillRequest, context: ServicerContext[Any, Any], trace: PrefillTrace
+    ) -> bool:
         self._check_layout(request_pb)
         shares_memory = request_pb.accepts_shared_memory and request_pb.host_id == self._host_id
         started_at = time.monotonic()
         with self._admission.admit():
             async with Deadline(request_pb.sequence.time_left_s).enforced():
-                call = PrefillCall(self._engine, self._worker_id, shares_memory, request_pb)
+                call = PrefillCall(self._engine, self._worker_id, shares_memory, request_pb, trace)
                 try:
                     is_committed = await call.run(context)
                 finally:

@@ -97,13 +97,16 @@ class NoTracer:
         pass
 
 
+NO_TRACER = NoTracer()
+
+
 def build_tracer(endpoint: str, service: str, instance: str = "") -> Tracer:
     """For OTLP over HTTP to `endpoint`, for example http://collector:4318; NoTracer when that is empty.
 
     ValueError when the endpoint is no URL, or the packages of the extra `tracing` are missing.
     """
     if not endpoint:
-        return NoTracer()
+        return NO_TRACER
     scheme, _, rest = endpoint.partition("://")
     if scheme not in ("http", "https") or not rest.strip("/"):
         raise ValueError("otlp_endpoint must be a URL like http://collector:4318")

@@ -32,7 +32,9 @@ def launch(
         sys.stdout.write(describe_settings(settings, prefix) + "\n")
         return 0
     ensure_worker_environment(settings)
-    configure_logging(settings.log_format)
+    service = prefix.removeprefix("BATON_").lower()
+    identity = {"worker_id": settings.worker_id} if settings.worker_id else {}
+    configure_logging(settings.log_format, service=service, **identity)
     try:
         return run(settings)
     except KeyboardInterrupt:

@@ -36,6 +36,7 @@ from servicekit.lifecycle import drain_on_signals
 from servicekit.logging import get_logger
 from servicekit.metrics import MetricsServer, build_metrics_registry
 from servicekit.rpc import build_server
+from servicekit.tracing import Tracer, build_tracer
 from worker.admission import Admission
 from worker.async_engine import AsyncEngine
 from worker.build_engine import EpMembership, build_worker_engine
@@ -70,6 +71,7 @@ class WorkerParts:
     admission: Admission
     load: LoadMeter
     metrics: CollectorRegistry
+    tracer: Tracer
 
 
 class WorkerProcess:
@@ -90,6 +92,7 @@ class WorkerProcess:
         """The exit code."""
         try:
             store = Store(self._settings.redis_url)
+            tracer = build_tracer(self._settings.otlp_endpoint, self._role, self._worker_id)
             engine = build_worker_engine(self._settings, self._membership)
         except (ValueError, OSError) as error:
             log.error("cannot_start", reason=str(error))
@@ -98,14 +101,15 @@ class WorkerProcess:
             log.error("group_lost", reason=str(error))
             return EXIT_FAILED
         try:
-            return asyncio.run(self._serve(engine, store))
+            return asyncio.run(self._serve(engine, store, tracer))
         except OSError as error:
             log.error("cannot_start", reason=str(error))
             return EXIT_MISTAKE
 
-    async def _serve(self, engine: Engine, store: Store) -> int:
-        parts = self._build_parts(engine)
+    async def _serve(self, engine: Engine, store: Store, tracer: Tracer) -> int:
+        parts = self._build_parts(engine, tracer)
         async with AsyncExitStack() as stack:
+            stack.push_async_callback(asyncio.to_thread, tracer.close)
             drain = stack.enter_context(drain_on_signals())
             service = self._build_service(parts)
             stack.push_async_callback(service.close)
@@ -130,7 +134,7 @@ class WorkerProcess:
         """The other ranks of a group may drain for all of their time and need this one's collectives."""
         return _STOP_S + (self._settings.drain_s if self._membership.size > 1 else 0.0)
 
-    def _build_parts(self, engine: Engine) -> WorkerParts:
+    def _build_parts(self, engine: Engine, tracer: Tracer) -> WorkerParts:
         admission = Admission(self._settings.max_requests)
         load = LoadMeter(admission, engine.num_blocks)
         admission.retry_after_s = load.retry_after_s
@@ -148,6 +152,7 @@ class WorkerProcess:
             admission=admission,
             load=load,
             metrics=metrics,
+            tracer=tracer,
         )
 
     def _record(self, parts: WorkerParts, port: int, metrics_port: int) -> WorkerRecord:
