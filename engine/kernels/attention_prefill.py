@@ -1,0 +1,196 @@
+# ruff: noqa: PLR0913 - a kernel takes its pointers, strides and sizes one by one
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+"""Causal MLA attention of prompt chunks, packed without padding, over expanded keys and values.
+
+Each program takes a tile of one sequence's queries and one head through the rows that they can see (the
+online softmax of T. Dao, "FlashAttention-2", 2023). The key is two parts: one of the head, expanded from the
+latent, and a rotated one that all heads share and that is never copied.
+
+T query rows of all sequences, L context rows of all sequences, H heads, N, R and V dims of a head's key
+without position, of the shared rotated key, and of a value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTuning:
+    num_queries: int = 128
+    num_keys: int = 64
+    num_warps: int = 8
+    num_stages: int = 3
+
+
+BF16_TUNING = PrefillTuning()
+FP32_TUNING = PrefillTuning(num_queries=32, num_keys=32, num_warps=4, num_stages=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Sequence s has query rows query_start[s] .. query_start[s + 1], the last ones of its context rows
+    context_start[s] .. context_start[s + 1]."""
+
+    query_start: torch.Tensor  # int32 [S + 1]
+    context_start: torch.Tensor  # int32 [S + 1]
+    max_queries: int  # of a sequence
+
+
+def mla_prefill(
+    q_THQ: torch.Tensor,
+    key_value_LHK: torch.Tensor,
+    rope_LR: torch.Tensor,
+    segments: Segments,
+    tuning: PrefillTuning | None = None,
+) -> torch.Tensor:
+    """[T, H, V] of queries [T, H, N + R] that carry the softmax scale; key_value [L, H, N + V]. Last
+    dimensions must be contiguous."""
+    if tuning is None:
+        tuning = FP32_TUNING if q_THQ.dtype == torch.float32 else BF16_TUNING
+    rope = rope_LR.shape[1]
+    num_rows, num_heads, q_size = q_THQ.shape
+    nope = q_size - rope
+    value = key_value_LHK.shape[2] - nope
+    out_THV = q_THQ.new_empty(num_rows, num_heads, value)
+    num_tiles = triton.cdiv(segments.max_queries, tuning.num_queries)
+    num_seqs = segments.query_start.shape[0] - 1
+    _prefill_kernel[(num_heads, num_tiles, num_seqs)](
+        q_THQ,
+        key_value_LHK,
+        rope_LR,
+        segments.query_start,
+        segments.context_start,
+        out_THV,
+        q_THQ.stride(0),
+        q_THQ.stride(1),
+        key_value_LHK.stride(0),
+        key_value_LHK.stride(1),
+        rope_LR.stride(0),
+        num_heads,
+        NOPE=nope,
+        ROPE=rope,
+        VALUE=value,
+        QUERIES=tuning.num_queries,
+        KEYS=tuning.num_keys,
+        PRECISION="ieee" if q_THQ.dtype == torch.float32 else "tf32",
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+    )
+    return out_THV
+
+
+@triton.jit
+def _attend_rows(
+    acc,
+    total,
+    largest,
+    q_nope,
+    q_rope,
+    kv_base,
+    rope_base,
+    kv_stride,
+    rope_stride,
+    begin,
+    end,
+    last_visible,
+    IS_MASKED: tl.constexpr,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    VALUE: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    nope_dims = tl.arange(0, NOPE)
+    rope_dims = tl.arange(0, ROPE)
+    value_dims = tl.arange(0, VALUE)
+    for start in range(begin, end, KEYS):
+        keys = start + tl.arange(0, KEYS)
+        kv_rows = kv_base + keys.to(tl.int64) * kv_stride
+        rope_rows = rope_base + keys.to(tl.int64) * rope_stride
+        if IS_MASKED:
+            is_key = (keys < end)[:, None]
+            key_nope = tl.load(kv_rows[:, None] + nope_dims[None, :], mask=is_key, other=0.0)
+            key_rope = tl.load(rope_rows[:, None] + rope_dims[None, :], mask=is_key, other=0.0)
+            value = tl.load(kv_rows[:, None] + NOPE + value_dims[None, :], mask=is_key, other=0.0)
+        else:
+            key_nope = tl.load(kv_rows[:, None] + nope_dims[None, :])
+            key_rope = tl.load(rope_rows[:, None] + rope_dims[None, :])
+            value = tl.load(kv_rows[:, None] + NOPE + value_dims[None, :])
+        scores = tl.dot(q_nope, tl.trans(key_nope), input_precision=PRECISION)
+        scores = tl.dot(q_rope, tl.trans(key_rope), acc=scores, input_precision=PRECISION)
+        scores = scores * 1.4426950408889634
+        if IS_MASKED:
+            scores = tl.where(keys[None, :] <= last_visible[:, None], scores, -float("inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        shrink = tl.exp2(largest - new_largest)
+        probs = tl.exp2(scores - new_largest[:, None])
+        total = total * shrink + tl.sum(probs, 1)
+        acc = tl.dot(probs.to(value.dtype), value, acc=acc * shrink[:, None], input_precision=PRECISION)
+        largest = new_largest
+    return acc, total, largest
+
+
+@triton.jit
+def _prefill_kernel(
+    q_ptr,
+    kv_ptr,
+    rope_ptr,
+    query_start_ptr,
+    context_start_ptr,
+    out_ptr,
+    q_stride_t,
+    q_stride_h,
+    kv_stride_l,
+    kv_stride_h,
+    rope_stride,
+    num_heads,
+    NOPE: tl.constexpr,
+    ROPE: tl.constexpr,
+    VALUE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest first
+    s = tl.program_id(2)
+    first_query = tl.load(query_start_ptr + s)
+    num_queries = tl.load(query_start_ptr + s + 1) - first_query
+    first_key = tl.load(context_start_ptr + s)
+    num_keys = tl.load(context_start_ptr + s + 1) - first_key
+    if tile * QUERIES >= num_queries:
+        return
+    queries = tile * QUERIES + tl.arange(0, QUERIES)
+    is_query = (queries < num_queries)[:, None]
+    rows = (first_query + queries).to(tl.int64)
+    q_base = q_ptr + rows[:, None] * q_stride_t + head * q_stride_h
+    q_nope = tl.load(q_base + tl.arange(0, NOPE)[None, :], mask=is_query, other=0.0)
+    q_rope = tl.load(q_base + NOPE + tl.arange(0, ROPE)[None, :], mask=is_query, other=0.0)
+    num_hidden = num_keys - num_queries
+    last_visible = num_hidden + queries
+    kv_base = kv_ptr + first_key.to(tl.int64) * kv_stride_l + head * kv_stride_h
+    rope_base = rope_ptr + first_key.to(tl.int64) * rope_stride
+
+    largest = tl.full([QUERIES], -float("inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    acc = tl.zeros([QUERIES, VALUE], tl.float32)
+    # Every query of the tile sees all keys up to the first query's own.
+    num_common = (num_hidden + tile * QUERIES + 1) // KEYS * KEYS
+    acc, total, largest = _attend_rows(
+        acc, total, largest, q_nope, q_rope, kv_base, rope_base, kv_stride_l, rope_stride,
+        0, num_common, last_visible,
+        False, NOPE, ROPE, VALUE, KEYS, PRECISION,
+    )  # fmt: skip
+    end = tl.minimum(num_keys, num_hidden + (tile + 1) * QUERIES)
+    acc, total, largest = _attend_rows(
+        acc, total, largest, q_nope, q_rope, kv_base, rope_base, kv_stride_l, rope_stride,
+        num_common, end, last_visible,
+        True, NOPE, ROPE, VALUE, KEYS, PRECISION,
+    )  # fmt: skip
+    out = out_ptr + (rows[:, None] * num_heads + head) * VALUE + tl.arange(0, VALUE)[None, :]
+    tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_query)
