@@ -22,9 +22,9 @@ class DecodeMetrics:
         self._prompt_tokens = counter("decode_prompt_tokens", "of all requests that ended")
         self._generated_tokens = counter("decode_generated_tokens", "sent to routers, first tokens included")
         self._hit_tokens = counter("decode_hit_tokens", "prompt tokens found in a cache, on either worker")
-        self._finished = counter(
-            "decode_finished", "sequences that ended by themselves", "reason"
-        )
+        self._finished = counter("decode_finished", "sequences that ended by themselves", "reason")
+        for reason in ("stop", "length"):
+            self._finished.labels(reason)  # 0 is a number, no series is none
         self._ttft_seconds = histogram("decode_ttft_seconds", "submitted to this worker -> first token")
         self._tpot_seconds = histogram("decode_tpot_seconds", "mean gap after the first token, by sequence")
         self._decode_seconds = histogram("decode_decode_seconds", "first token -> last token")

@@ -37,6 +37,7 @@ def build_tables() -> dict[str, str]:
         "decode-settings": _settings(decode.DecodeSettings, decode.PREFIX, shared),
         "router-metrics": _metrics(_router_families()),
         "worker-metrics": _metrics(_worker_families()),
+        "vllm-metrics": _vllm_names(),
     }
 
 
@@ -79,6 +80,19 @@ def _worker_families() -> Iterable[Any]:
     PrefillMetrics(registry)
     DecodeMetrics(registry)
     return registry.collect()
+
+
+def _vllm_names() -> str:
+    from router.vllm_metrics import ROUTER_NAMES
+    from worker.vllm_metrics import PREFILL_NAMES, WORKER_NAMES
+
+    columns = [{n.other: n.own for n in names} for names in (ROUTER_NAMES, PREFILL_NAMES, WORKER_NAMES)]
+    lines = ["| name | router | prefill worker | decode worker |", "| --- | --- | --- | --- |"]
+    for name in sorted(set().union(*columns)):
+        own = [f"`{column[name]}`" if name in column else "-" for column in columns]
+        lines.append(f"| `{name}` | {' | '.join(own)} |")
+    lines.append("| `vllm:cache_config_info` | - | labels block_size, num_gpu_blocks | the same |")
+    return "\n".join(lines) + "\n"
 
 
 def _metrics(families: Iterable[Any]) -> str:

@@ -23,6 +23,7 @@ class PrefillMetrics:
         )
         self._sent_bytes = counter("sent_bytes", "KV announced to decode workers, by carrier", "carrier")
         self._queue_seconds = seconds("queue_seconds", "from the request to its first scheduled step")
+        self._ttft_seconds = seconds("ttft_seconds", "from the request to the first token")
         self._prefill_seconds = seconds("prefill_seconds", "from the first scheduled step to the first token")
 
     def count_request(self, outcome: str) -> None:
@@ -34,5 +35,6 @@ class PrefillMetrics:
             self._hit_tokens.inc(call.started.num_hit_tokens)
         if call.finished is not None:
             self._prefill_seconds.observe(call.finished.prefill_s)
+            self._ttft_seconds.observe(call.finished.queue_s + call.finished.prefill_s)
             self._prompt_tokens.inc(call.num_prompt_tokens)
         self._sent_bytes.labels("shared_memory" if call.is_shared else "stream").inc(call.num_bytes)

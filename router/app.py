@@ -31,6 +31,7 @@ from router.route_planner import RoutePlanner
 from router.settings import RouterSettings
 from router.tokenizer import Tokenizer
 from router.version import version
+from router.vllm_metrics import add_vllm_metrics
 from servicekit.errors import InvalidRequest
 from servicekit.metrics import build_metrics_registry, render_metrics
 from servicekit.tracing import build_tracer
@@ -53,6 +54,7 @@ def build(
         assert store is not None
         registry = RedisRegistry(store, settings.model_name)
     metrics_registry = build_metrics_registry()
+    add_vllm_metrics(metrics_registry, settings.model_name)
     serving = _build_serving(settings, registry, index or mirrored, RouterMetrics(metrics_registry))
 
     @asynccontextmanager

@@ -63,7 +63,7 @@ class Choice:
             delta = self._read_with_stops(update) if self._has_stops else self._read(update)
         if delta.finish_reason:
             self.is_finished = True
-            self.flow.close()
+            self.flow.close(delta.finish_reason)
         return delta
 
     def _read(self, update: FlowUpdate) -> ChoiceDelta:

@@ -6,40 +6,13 @@ tokens; an update of k tokens is one gap and k - 1 zeros. E2E: accepted -> last 
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import HistogramMetricFamily
-from prometheus_client.registry import Collector
 
+from router.activity import Activity
 from router.policy import Decision
-from servicekit.metrics import SECONDS_BUCKETS, TOKENS_BUCKETS
+from servicekit.metrics import SECONDS_BUCKETS, TOKENS_BUCKETS, TokenHistogram
 
 _PREFIX = "baton_router"
-
-
-class GapHistogram(Collector):
-    """Gaps between tokens. The library's histogram, with a lock and a loop, would cost more than a token."""
-
-    def __init__(self, name: str, doc: str, buckets: Sequence[float]) -> None:
-        self._name = name
-        self._doc = doc
-        self._bounds = list(buckets)
-        self._counts = [0] * (len(buckets) + 1)
-        self._sum = 0.0
-
-    def observe(self, gap_s: float, num_zeros: int) -> None:
-        """One gap, and `num_zeros` of none."""
-        self._counts[bisect_left(self._bounds, gap_s)] += 1
-        self._counts[0] += num_zeros
-        self._sum += gap_s
-
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        bounds = [*map(str, self._bounds), "+Inf"]
-        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
-        yield HistogramMetricFamily(self._name, self._doc, buckets=buckets, sum_value=self._sum)
 
 
 class RouterMetrics:
@@ -50,6 +23,7 @@ class RouterMetrics:
         def histogram(name: str, doc: str, buckets: tuple[float, ...] = SECONDS_BUCKETS) -> Histogram:
             return Histogram(f"{_PREFIX}_{name}", doc, buckets=buckets, registry=registry)
 
+        self.activity = Activity()  # the latest of it all in detail, for /ui
         self._requests = counter("requests_total", "HTTP requests ended", ("endpoint", "outcome"))
         self.in_flight = Gauge(f"{_PREFIX}_requests_in_flight", "Sequences being served", registry=registry)
         self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of served sequences")
@@ -58,12 +32,14 @@ class RouterMetrics:
         self._predicted_hit_tokens = counter(
             "predicted_hit_tokens_total", "Hit tokens that the policy expected"
         )
+        self._finished = counter("finished_total", "Sequences ended: stop, length or abort", ("reason",))
+        for reason in ("stop", "length", "abort"):
+            self._finished.labels(reason)  # 0 is a number, no series is none
         self._migrations = counter("migrations_total", "Sequences submitted again after a failure")
         self._decisions = counter("decisions_total", "Routes chosen", ("decode_reason", "prefill_reason"))
         self._ttft = histogram("ttft_seconds", "Accepted to first token")
         self._tpot = histogram("tpot_seconds", "Mean time per output token after the first, by sequence")
-        self._itl = GapHistogram(f"{_PREFIX}_itl_seconds", "Gaps between tokens", SECONDS_BUCKETS)
-        registry.register(self._itl)
+        self.itl = TokenHistogram(f"{_PREFIX}_itl_seconds", "Gaps between tokens", SECONDS_BUCKETS, registry)
         self._e2e = histogram("e2e_seconds", "Accepted to last token")
         self._prompt_length = histogram("prompt_length_tokens", "Prompt length", TOKENS_BUCKETS)
 
@@ -75,6 +51,7 @@ class RouterMetrics:
         self._migrations.inc()
 
     def first_token(self, *, ttft_s: float, num_prompt_tokens: int, num_hit_tokens: int) -> None:
+        self.activity.first_token(ttft_s)
         self._ttft.observe(ttft_s)
         self._prompt_tokens.inc(num_prompt_tokens)
         self._prompt_length.observe(num_prompt_tokens)
@@ -82,14 +59,16 @@ class RouterMetrics:
 
     def gap(self, gap_s: float, num_tokens: int) -> None:
         """`num_tokens` came together after `gap_s`."""
-        self._itl.observe(gap_s, num_tokens - 1)
+        self.itl.observe(gap_s, num_zeros=num_tokens - 1)
 
-    def sequence_ended(self, *, e2e_s: float, decode_s: float, num_tokens: int) -> None:
-        """`decode_s`: first to last token."""
+    def sequence_ended(self, *, e2e_s: float, decode_s: float, num_tokens: int, reason: str) -> None:
+        """`decode_s`: first to last token. `reason`: stop, length or abort."""
+        self._finished.labels(reason).inc()
         self._e2e.observe(e2e_s)
         self._generated_tokens.inc(num_tokens)
         if num_tokens >= 2:
             self._tpot.observe(decode_s / (num_tokens - 1))
+            self.activity.sequence_ended(decode_s / (num_tokens - 1))
 
     def request_ended(self, endpoint: str, outcome: str) -> None:
         """`outcome`: ok, disconnected or the HTTP status of the error."""

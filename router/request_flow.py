@@ -113,8 +113,8 @@ class RequestFlow:
             if update.token_ids or update.finish_reason:
                 return update
 
-    def close(self) -> None:
-        """Idempotent; cancels what has not ended."""
+    def close(self, finish_reason: str = "abort") -> None:
+        """Idempotent; cancels what has not ended. `finish_reason`: as the client is told."""
         self._detach()
         if self._expiry is not None:
             self._expiry.cancel()
@@ -123,6 +123,7 @@ class RequestFlow:
                 e2e_s=self._last_token_at - self._request.accepted_at,
                 decode_s=self._last_token_at - self._first_token_at,
                 num_tokens=len(self.output_ids),
+                reason=finish_reason,
             )
         self._is_closed = True
 
@@ -138,6 +139,9 @@ class RequestFlow:
                 num_prompt_tokens=self.num_prompt_tokens,
                 num_hit_tokens=self.timings.num_hit_tokens if self.timings else 0,
             )
+            if self.timings is not None and self._route is not None:
+                decode_id = self._route.decision.decode_id
+                self._metrics.activity.took_route(decode_id, self.timings, self.num_prompt_tokens)
         self._last_token_at = now
 
     def _tell_routed(self, route: Route) -> None:

@@ -6,10 +6,18 @@ never ids.
 
 from __future__ import annotations
 
+import json
 import threading
-from wsgiref.simple_server import WSGIServer
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, ProcessCollector, exposition
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 # Latencies from a streamed token to a long queue: about 1-2.5-5 per decade.
 SECONDS_BUCKETS = (
@@ -17,6 +25,8 @@ SECONDS_BUCKETS = (
 )  # fmt: skip
 BYTES_BUCKETS = tuple(float(4**power * 1024) for power in range(12))  # 1 KiB to 4 GiB
 TOKENS_BUCKETS = tuple(float(2**power) for power in range(18))  # 1 to 131,072
+
+_SAMPLE_SUFFIXES = ("", "_total", "_bucket", "_sum", "_count")
 
 
 def build_metrics_registry() -> CollectorRegistry:
@@ -31,11 +41,88 @@ def render_metrics(registry: CollectorRegistry) -> tuple[bytes, str]:
     return exposition.generate_latest(registry), exposition.CONTENT_TYPE_PLAIN_0_0_4
 
 
+class TokenHistogram(Collector):
+    """For values of each token: the library's histogram, with a lock and a loop, costs more than a token."""
+
+    def __init__(self, name: str, doc: str, buckets: Sequence[float], registry: CollectorRegistry) -> None:
+        self.bounds = list(buckets)
+        self.counts = [0] * (len(buckets) + 1)  # not cumulative; the last one is beyond all bounds
+        self._name = name
+        self._doc = doc
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, value: float, num_tokens: int = 1, num_zeros: int = 0) -> None:
+        """`value` for each of `num_tokens`, and `num_zeros` more of 0."""
+        self.counts[bisect_left(self.bounds, value)] += num_tokens
+        self.counts[0] += num_zeros
+        self._sum += value * num_tokens
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        bounds = [*map(str, self.bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self.counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._doc, buckets=buckets, sum_value=self._sum)
+
+
+@dataclass(frozen=True, slots=True)
+class OtherName:
+    """A metric family under the name that another system gives it."""
+
+    own: str  # without _total
+    other: str  # without _total
+    doc: str
+    renamed_labels: Mapping[str, str] = field(default_factory=dict)  # own label -> theirs
+
+
+class OtherNames(Collector):
+    """Numbers of a registry under other names too: copied when the page is read, kept once."""
+
+    def __init__(
+        self, registry: CollectorRegistry, names: Sequence[OtherName], labels: Mapping[str, str]
+    ) -> None:
+        """Registers itself. Families that `registry` does not have are left out. `labels`: on all samples."""
+        self._names = names
+        self._labels = dict(labels)
+        samples = {name.own + suffix for name in names for suffix in _SAMPLE_SUFFIXES}
+        self._source = registry.restricted_registry(samples)
+        registry.register(self)
+
+    def describe(self) -> Iterable[Metric]:
+        return [Metric(name.other, name.doc, "unknown") for name in self._names]
+
+    def collect(self) -> Iterator[Metric]:
+        families = {family.name: family for family in self._source.collect()}
+        for name in self._names:
+            if name.own in families:
+                yield self._copy(families[name.own], name)
+
+    def _copy(self, family: Metric, name: OtherName) -> Metric:
+        copy = Metric(name.other, name.doc, family.type)
+        for sample in family.samples:
+            own = {name.renamed_labels.get(key, key): value for key, value in sample.labels.items()}
+            suffix = sample.name[len(name.own) :]
+            copy.add_sample(name.other + suffix, {**self._labels, **own}, sample.value)
+        return copy
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
 class MetricsServer:
     """Owns the HTTP server and its thread; start() and stop() once each."""
 
-    def __init__(self, registry: CollectorRegistry, host: str = "127.0.0.1", port: int = 0) -> None:
-        self._registry = registry
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        pages: Mapping[str, Callable[[], Any]] | None = None,
+    ) -> None:
+        """`pages`: more paths, each with what it answers as JSON; called on the server's threads."""
+        self._metrics_app = exposition.make_wsgi_app(registry)
+        self._pages = dict(pages or {})
         self._host = host
         self._port = port  # 0: any free one
         self._server: WSGIServer | None = None
@@ -43,7 +130,11 @@ class MetricsServer:
 
     def start(self) -> int:
         """The bound port. OSError when it is taken."""
-        self._server, self._thread = exposition.start_http_server(self._port, self._host, self._registry)
+        self._server = make_server(
+            self._host, self._port, self._answer, exposition.ThreadingWSGIServer, _QuietHandler
+        )
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
         return self._server.server_port
 
     def stop(self) -> None:
@@ -53,3 +144,12 @@ class MetricsServer:
         self._server.server_close()
         self._thread.join()
         self._server = self._thread = None
+
+    def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        page = self._pages.get(environ["PATH_INFO"])
+        if page is None:
+            answer: Iterable[bytes] = self._metrics_app(environ, start_response)
+            return answer
+        body = json.dumps(page(), separators=(",", ":")).encode()
+        start_response("200 OK", [("content-type", "application/json"), ("content-length", str(len(body)))])
+        return [body]

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from engine.outputs import StepOutput, StepStats
 from engine.step_stats import EngineLoad
-from servicekit.metrics import SECONDS_BUCKETS
+from servicekit.metrics import SECONDS_BUCKETS, TokenHistogram
 
 _EXPERT_WINDOW_S = 2.0  # of steps, added up before expert load is judged
 
@@ -26,6 +26,11 @@ class EngineMetrics:
         self._free_blocks.set(num_blocks)
         self._cached_blocks = gauge("cached_blocks", "unused KV blocks kept for prefix hits")
         self._used_blocks = gauge("used_blocks", "KV blocks owned by sequences or reservations")
+        usage = gauge("kv_usage_ratio", "used KV blocks / all")
+        usage.set_function(lambda: self._num_used_blocks / num_blocks)
+        self._num_used_blocks = 0
+        self._num_cached_blocks = 0
+        self._num_blocks = num_blocks
         self._running = gauge("running_sequences", "sequences in the batch")
         self._waiting = gauge("waiting_sequences", "sequences not scheduled yet, or preempted")
         self._batch_tokens = gauge("batch_tokens", "tokens computed in the last step")
@@ -38,7 +43,10 @@ class EngineMetrics:
         self._step_seconds = Histogram(
             "baton_engine_step_seconds", "one engine step", buckets=SECONDS_BUCKETS, registry=registry
         )
-        self._experts = ExpertLoadMetrics(registry)
+        self._itl_seconds = TokenHistogram(
+            "baton_engine_itl_seconds", "step time, once for each token decoded", SECONDS_BUCKETS, registry
+        )
+        self.experts = ExpertLoadMetrics(registry)
 
     def observe(self, step: StepOutput) -> None:
         stats = step.stats
@@ -51,18 +59,33 @@ class EngineMetrics:
         self._preemptions.inc(stats.num_preemptions)
         self._idle_steps.inc(stats.is_idle_step)
         self._step_seconds.observe(stats.step_s)
-        self._experts.observe(stats)
+        if stats.num_decode_tokens:
+            self._itl_seconds.observe(stats.step_s, stats.num_decode_tokens)
+        self.experts.observe(stats)
+
+    @property
+    def device_blocks(self) -> dict[str, int]:
+        return {
+            "total": self._num_blocks,
+            "used": self._num_used_blocks,
+            "cached": self._num_cached_blocks,
+        }
 
     def observe_load(self, load: EngineLoad | StepStats) -> None:
         self._free_blocks.set(load.num_free_blocks)
         self._cached_blocks.set(load.num_cached_blocks)
         self._used_blocks.set(load.num_used_blocks)
+        self._num_used_blocks = load.num_used_blocks
+        self._num_cached_blocks = load.num_cached_blocks
         self._running.set(load.num_running)
         self._waiting.set(load.num_waiting)
 
 
 class ExpertLoadMetrics:
-    """A label for each expert would be thousands of series; the skew of each layer says what matters."""
+    """A label for each expert would be thousands of series; the skew of each layer says what matters.
+
+    Who wants them all asks for recent_loads().
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._balancedness = Gauge(
@@ -76,6 +99,7 @@ class ExpertLoadMetrics:
             ["moe_layer"],
             registry=registry,
         )
+        self._last_loads: list[list[int]] = []  # of the window before, no longer changed
         self._loads: list[list[int]] = []  # [moe layer][logical expert], tokens of this window
         self._window_s = 0.0
 
@@ -91,11 +115,22 @@ class ExpertLoadMetrics:
         if self._window_s >= _EXPERT_WINDOW_S:
             self._publish()
 
+    def recent_loads(self) -> list[list[int]]:
+        """[moe layer][logical expert] tokens of the last two windows, this one included; [] before any.
+
+        Safe on any thread, perhaps with half of a step that is just being counted.
+        """
+        last, now = self._last_loads, self._loads
+        if not last or not now:
+            return [list(layer) for layer in last or now]
+        return [[a + b for a, b in zip(*layers, strict=True)] for layers in zip(last, now, strict=True)]
+
     def _publish(self) -> None:
         skews = [skew(loads) for loads in self._loads]
         for layer, value in enumerate(skews):
             self._skew.labels(str(layer)).set(value)
         self._balancedness.set(sum(1 / value for value in skews) / len(skews))
+        self._last_loads = self._loads
         self._loads = []
         self._window_s = 0.0
 

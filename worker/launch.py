@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from servicekit.logging import configure_logging
 from servicekit.settings import SettingsError, describe_settings, load_settings
@@ -33,7 +33,7 @@ def launch(
         return 0
     ensure_worker_environment(settings)
     service = prefix.removeprefix("BATON_").lower()
-    identity = {"worker_id": settings.worker_id} if settings.worker_id else {}
+    identity: dict[str, Any] = {"worker_id": settings.worker_id} if settings.worker_id else {}
     configure_logging(settings.log_format, service=service, **identity)
     try:
         return run(settings)

@@ -45,6 +45,8 @@ from worker.launch import EXIT_MISTAKE
 from worker.load import LoadMeter
 from worker.registration import LEASE_S, Registration
 from worker.settings import WorkerSettings
+from worker.state_page import StatePage
+from worker.vllm_metrics import add_vllm_metrics
 
 __all__ = ["EpMembership", "Service", "WorkerParts", "WorkerProcess"]
 
@@ -72,6 +74,7 @@ class WorkerParts:
     load: LoadMeter
     metrics: CollectorRegistry
     tracer: Tracer
+    state: StatePage
 
 
 class WorkerProcess:
@@ -113,7 +116,9 @@ class WorkerProcess:
             drain = stack.enter_context(drain_on_signals())
             service = self._build_service(parts)
             stack.push_async_callback(service.close)
-            metrics_server = MetricsServer(parts.metrics, self._settings.host, self._settings.metrics_port)
+            metrics_server = MetricsServer(
+                parts.metrics, self._settings.host, self._settings.metrics_port, {"/state": parts.state}
+            )
             metrics_port = metrics_server.start()
             stack.callback(metrics_server.stop)
             server, port = build_server(
@@ -141,6 +146,8 @@ class WorkerProcess:
         metrics = build_metrics_registry()
         async_engine = AsyncEngine(engine)
         engine_metrics = EngineMetrics(metrics, engine.num_blocks)
+        block_size = engine.kv_layout.block_size
+        add_vllm_metrics(metrics, self._role, self._settings.model_name, block_size, engine.num_blocks)
         for observer in (load, engine_metrics):
             async_engine.subscribe(observer.observe)
             async_engine.subscribe_load(observer.observe_load)
@@ -153,6 +160,7 @@ class WorkerProcess:
             load=load,
             metrics=metrics,
             tracer=tracer,
+            state=StatePage(engine_metrics),
         )
 
     def _record(self, parts: WorkerParts, port: int, metrics_port: int) -> WorkerRecord:

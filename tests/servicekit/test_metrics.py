@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import urllib.error
 import urllib.request
 
 import pytest
-from prometheus_client import Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from servicekit.metrics import (
     BYTES_BUCKETS,
     SECONDS_BUCKETS,
     TOKENS_BUCKETS,
     MetricsServer,
+    OtherName,
+    OtherNames,
+    TokenHistogram,
     build_metrics_registry,
     render_metrics,
 )
@@ -68,3 +72,60 @@ def test_bucket_sets_cover_what_baton_measures() -> None:
     assert SECONDS_BUCKETS[0] <= 0.001 and SECONDS_BUCKETS[-1] >= 60
     assert BYTES_BUCKETS[0] <= 1024 and BYTES_BUCKETS[-1] >= 1 << 30
     assert TOKENS_BUCKETS[0] == 1 and TOKENS_BUCKETS[-1] >= 128_000
+
+
+def test_another_page_answers_json_beside_the_metrics() -> None:
+    server = MetricsServer(build_metrics_registry(), pages={"/state": lambda: {"experts": [[1, 2]]}})
+    port = server.start()
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/state", timeout=5) as response:
+            assert response.headers["content-type"] == "application/json"
+            assert json.load(response) == {"experts": [[1, 2]]}
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+            assert b"process_resident_memory_bytes" in response.read()
+    finally:
+        server.stop()
+
+
+def test_numbers_have_another_name_with_their_labels_renamed_and_more_added() -> None:
+    registry = CollectorRegistry()
+    Gauge("baton_test_running", "Running.", registry=registry).set(3)
+    finished = Counter("baton_test_finished", "Finished.", ["reason"], registry=registry)
+    seconds = Histogram("baton_test_seconds", "Seconds.", buckets=[1.0, 2.0], registry=registry)
+    names = [
+        OtherName("baton_test_running", "other:running", "r"),
+        OtherName("baton_test_finished", "other:success", "s", {"reason": "finished_reason"}),
+        OtherName("baton_test_seconds", "other:latency_seconds", "l"),
+        OtherName("baton_test_missing", "other:missing", "m"),
+    ]
+    OtherNames(registry, names, {"model_name": "tiny"})
+    finished.labels("stop").inc(2)
+    seconds.observe(1.5)
+    page = render_metrics(registry)[0].decode()
+    assert 'other:running{model_name="tiny"} 3.0' in page
+    assert 'other:success_total{finished_reason="stop",model_name="tiny"} 2.0' in page
+    assert 'other:latency_seconds_bucket{le="1.0",model_name="tiny"} 0.0' in page
+    assert 'other:latency_seconds_bucket{le="2.0",model_name="tiny"} 1.0' in page
+    assert 'other:latency_seconds_count{model_name="tiny"} 1.0' in page
+    assert "other:missing" not in page
+    assert page.count("# TYPE other:success_total counter") == 1
+
+
+def test_the_same_other_name_twice_is_refused() -> None:
+    registry = CollectorRegistry()
+    names = [OtherName("baton_test_running", "other:running", "r")]
+    OtherNames(registry, names, {})
+    with pytest.raises(ValueError, match="other:running"):
+        OtherNames(registry, names, {})
+
+
+def test_a_token_histogram_counts_each_token() -> None:
+    registry = CollectorRegistry()
+    histogram = TokenHistogram("baton_test_itl_seconds", "Gaps.", [0.1, 1.0], registry)
+    histogram.observe(0.5, num_tokens=3)
+    histogram.observe(5.0, num_zeros=2)
+    sample = registry.get_sample_value
+    assert sample("baton_test_itl_seconds_bucket", {"le": "0.1"}) == 2
+    assert sample("baton_test_itl_seconds_bucket", {"le": "1.0"}) == 5
+    assert sample("baton_test_itl_seconds_bucket", {"le": "+Inf"}) == 6
+    assert sample("baton_test_itl_seconds_sum") == pytest.approx(6.5)
