@@ -19,13 +19,22 @@ RESULTS = ROOT / "benchmarks" / "results"
 _NAMED_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
-def write_result(
-    name: str, title: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], notes: Sequence[str]
-) -> Path:
-    """The path of the Markdown file; the JSON lies beside it."""
-    facts = _facts()
-    path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{name}.md"
+def result_path(name: str, suffix: str) -> Path:
     RESULTS.mkdir(parents=True, exist_ok=True)
+    return RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{name}{suffix}"
+
+
+def write_result(
+    name: str,
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    notes: Sequence[str],
+    plots: Sequence[Path] = (),
+) -> Path:
+    """The path of the Markdown file; the JSON lies beside it, and so must the plots."""
+    facts = _facts()
+    path = result_path(name, ".md")
     document = {"title": title, **facts, "notes": list(notes), "rows": [dict(row) for row in rows]}
     path.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
     head = [
@@ -34,7 +43,8 @@ def write_result(
         *(f"- {key}: {value}" for key, value in facts.items()),
         *(f"- {n}" for n in notes),
     ]
-    path.write_text("\n".join([*head, "", *table(columns, rows), ""]))
+    images = [f"![{plot.stem}]({plot.name})" for plot in plots]
+    path.write_text("\n".join([*head, "", *table(columns, rows), *(["", *images] if images else []), ""]))
     return path
 
 

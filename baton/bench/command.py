@@ -10,14 +10,26 @@ from pathlib import Path
 
 import orjson
 
-from baton.bench.load import Target, closed_loop, open_loop, served_model
-from baton.bench.measurement import RequestMeasurement, Summary, summarize
-from baton.bench.report import render
-from baton.bench.workload import Workload, poisson_arrivals
+from baton.bench import dataset
+from baton.bench.load import Target, closed_sessions, open_sessions, served_model
+from baton.bench.measurement import RequestMeasurement, Summary, by_class, summarize
+from baton.bench.report import render, render_rows
+from baton.bench.workload import Session
 from baton.errors import CommandError
 from baton.http_client import HttpStatusError, NoAnswer
 
 _CONCURRENCY = 8
+_SEEDS_APART = 10_007  # between the rates of a sweep: none finds the prompts of another in a cache
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """One rate, or one closed loop."""
+
+    load: str
+    rate_per_s: float | None
+    summary: Summary
+    classes: dict[str, Summary]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,17 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--concurrency", type=int, help=f"closed loop: streams at once (default {_CONCURRENCY})"
     )
-    load.add_argument("--rate", type=float, help="open loop: requests a second, Poisson arrivals")
-    parser.add_argument("--num-requests", type=int, default=32, help="(default %(default)s)")
-    parser.add_argument("--prompt-len", type=int, default=128, help="tokens (default %(default)s)")
-    parser.add_argument("--output-len", type=int, default=64, help="tokens (default %(default)s)")
-    parser.add_argument(
-        "--shared-prefix-len", type=int, default=0, help="leading tokens common to all prompts"
+    load.add_argument(
+        "--rate",
+        type=float,
+        nargs="+",
+        help="open loop: requests a second, Poisson arrivals; several: one after another",
     )
-    parser.add_argument(
-        "--vocab-size", type=int, default=4_000, help="random ids below it (default %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of prompts and arrivals (default %(default)s)")
+    dataset.add_arguments(parser)
     parser.add_argument("--slo-ttft-ms", type=float, help="limit for goodput")
     parser.add_argument("--slo-tpot-ms", type=float, help="limit for goodput")
     parser.add_argument(
@@ -47,41 +55,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.concurrency is None:
-        args.concurrency = _CONCURRENCY
-    if args.concurrency < 1:
+    if args.concurrency is not None and args.concurrency < 1:
         raise CommandError(f"--concurrency {args.concurrency}: must be at least 1")
     try:
-        summary = asyncio.run(_bench(args))
+        runs = asyncio.run(_bench(args))
+        title = f"{args.url}: {dataset.describe(args)}"
     except (HttpStatusError, NoAnswer) as error:
         raise CommandError(f"baton bench: {error}", exit_code=1) from error
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise CommandError(f"baton bench: {error}") from error
-    print(render(_title(args), summary))
+    _show(title, runs)
     if args.json:
-        _write_json(args, summary)
-    return 1 if summary.num_failed else 0
+        _write_json(args, runs)
+    return 1 if any(r.summary.num_failed for r in runs) else 0
 
 
-async def _bench(args: argparse.Namespace) -> Summary:
-    workload = Workload(
-        num_requests=args.num_requests,
-        prompt_len=args.prompt_len,
-        output_len=args.output_len,
-        shared_prefix_len=args.shared_prefix_len,
-        vocab_size=args.vocab_size,
-        seed=args.seed,
-    )
+async def _bench(args: argparse.Namespace) -> list[Run]:
+    rates: list[float | None] = args.rate or [None]
+    plans = [_plan(args, rate, args.seed + _SEEDS_APART * index) for index, rate in enumerate(rates)]
     model = args.model or await served_model(args.url)
-    target = Target(url=args.url, model=model, output_len=args.output_len, timeout_s=args.timeout_s)
-    progress = _Progress(args.num_requests)
-    if args.rate is None:
-        measurements = await closed_loop(target, workload.prompts(), args.concurrency, progress.count)
+    target = Target(url=args.url, model=model, timeout_s=args.timeout_s)
+    return [await _one_run(args, target, plan) for plan in plans]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Plan:
+    sessions: list[Session]
+    rate_per_s: float | None
+    arrivals_s: list[float] | None  # None: closed loop
+
+
+def _plan(args: argparse.Namespace, rate_per_s: float | None, seed: int) -> _Plan:
+    sessions, arrivals_s = dataset.build_sessions(args, seed)
+    if rate_per_s is not None:
+        arrivals_s = dataset.arrivals(sessions, rate_per_s, seed)
+    elif args.concurrency is not None:
+        arrivals_s = None
+    return _Plan(sessions, rate_per_s, arrivals_s)
+
+
+async def _one_run(args: argparse.Namespace, target: Target, plan: _Plan) -> Run:
+    progress = _Progress(sum(session.num_requests for session in plan.sessions))
+    if plan.arrivals_s is None:
+        concurrency = args.concurrency or _CONCURRENCY
+        load = f"{concurrency} streams"
+        measurements = await closed_sessions(target, plan.sessions, concurrency, progress.count)
     else:
-        arrivals_s = poisson_arrivals(args.num_requests, args.rate, args.seed)
-        measurements = await open_loop(target, workload.prompts(), arrivals_s, progress.count)
+        load = (
+            "times of the trace" if plan.rate_per_s is None else f"{plan.rate_per_s:g} requests/s (Poisson)"
+        )
+        measurements = await open_sessions(target, plan.sessions, plan.arrivals_s, progress.count)
     progress.clear()
-    return summarize(measurements, args.slo_ttft_ms, args.slo_tpot_ms)
+    limits = (args.slo_ttft_ms, args.slo_tpot_ms)
+    summary = summarize(measurements, *limits)
+    classes = {
+        name: summarize(own, *limits, duration_s=summary.duration_s)
+        for name, own in by_class(measurements).items()
+    }
+    return Run(load, plan.rate_per_s, summary, classes)
 
 
 class _Progress:
@@ -102,14 +133,26 @@ class _Progress:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _title(args: argparse.Namespace) -> str:
-    load = f"{args.concurrency} streams" if args.rate is None else f"{args.rate:g} requests/s (Poisson)"
-    return f"{args.url}: {load}, {args.prompt_len} tokens in, {args.output_len} out"
+def _show(title: str, runs: list[Run]) -> None:
+    """One run in full; several, and classes, as a table."""
+    if len(runs) == 1:
+        [only] = runs
+        print(render(f"{title}; {only.load}", only.summary))
+        if only.classes:
+            print("\n" + render_rows("class", only.classes))
+        return
+    print(title)
+    print(render_rows("rate", {f"{r.rate_per_s:g}": r.summary for r in runs}))
+    for name in runs[0].classes:
+        rows = {f"{r.rate_per_s:g}": r.classes[name] for r in runs if name in r.classes}
+        print(f"\n{name}\n" + render_rows("rate", rows))
 
 
-def _write_json(args: argparse.Namespace, summary: Summary) -> None:
+def _write_json(args: argparse.Namespace, runs: list[Run]) -> None:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    document = {"settings": settings, "summary": dataclasses.asdict(summary)}
+    document: dict[str, object] = {"settings": settings, "runs": [dataclasses.asdict(r) for r in runs]}
+    if len(runs) == 1:
+        document["summary"] = dataclasses.asdict(runs[0].summary)
     try:
         args.json.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2))
     except OSError as error:

@@ -1,16 +1,17 @@
-"""Sends a workload: closed loop (so many streams at once) or open loop (at given times)."""
+"""Sends sessions: closed loop (so many at once) or open loop (at given times)."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
 
 from baton.bench.measurement import RequestMeasurement
+from baton.bench.workload import Session, single_turn
 from baton.http_client import HttpClient, HttpStatusError, NoAnswer
 
 OnDone = Callable[[RequestMeasurement], None]
@@ -20,19 +21,21 @@ OnDone = Callable[[RequestMeasurement], None]
 class Target:
     url: str
     model: str
-    output_len: int
+    output_len: int = 16  # where a request does not say its own
     timeout_s: float = 600.0
+    wants_output_ids: bool = False
 
-    def payload(self, prompt_ids: Sequence[int]) -> bytes:
+    def payload(self, prompt_ids: Sequence[int], output_len: int | None = None) -> bytes:
         return orjson.dumps(
             {
                 "model": self.model,
                 "prompt": list(prompt_ids),
-                "max_tokens": self.output_len,
+                "max_tokens": output_len or self.output_len,
                 "temperature": 0,
                 "ignore_eos": True,
                 "stream": True,
                 "stream_options": {"include_usage": True},
+                **({"return_token_ids": True} if self.wants_output_ids else {}),
             }
         )
 
@@ -51,18 +54,24 @@ async def closed_loop(
     target: Target, prompts: Sequence[Sequence[int]], concurrency: int, on_done: OnDone | None = None
 ) -> list[RequestMeasurement]:
     """`concurrency` streams; each sends its next request when the one before has ended."""
-    waiting = iter(prompts)
+    sessions = [single_turn(prompt_ids, target.output_len) for prompt_ids in prompts]
+    return await closed_sessions(target, sessions, concurrency, on_done)
+
+
+async def closed_sessions(
+    target: Target, sessions: Sequence[Session], concurrency: int, on_done: OnDone | None = None
+) -> list[RequestMeasurement]:
+    """`concurrency` sessions at once; the next one begins when one has ended."""
+    waiting = iter(sessions)
     measurements: list[RequestMeasurement] = []
 
     async def stream() -> None:
         async with HttpClient(target.url) as client:
-            for prompt_ids in waiting:
-                measurements.append(await measure(client, target, prompt_ids))
-                if on_done:
-                    on_done(measurements[-1])
+            for session in waiting:
+                await _converse(client, target, session, measurements, on_done)
 
     async with asyncio.TaskGroup() as streams:
-        for _ in range(min(concurrency, len(prompts))):
+        for _ in range(min(concurrency, len(sessions))):
             streams.create_task(stream())
     return measurements
 
@@ -74,33 +83,69 @@ async def open_loop(
     on_done: OnDone | None = None,
 ) -> list[RequestMeasurement]:
     """Request i is sent `arrivals_s[i]` seconds after the start, whether or not others have ended."""
+    sessions = [single_turn(prompt_ids, target.output_len) for prompt_ids in prompts]
+    return await open_sessions(target, sessions, arrivals_s, on_done)
+
+
+async def open_sessions(
+    target: Target,
+    sessions: Sequence[Session],
+    arrivals_s: Sequence[float],
+    on_done: OnDone | None = None,
+) -> list[RequestMeasurement]:
+    """Session i begins `arrivals_s[i]` seconds after the start, whether or not others have ended."""
     idle: list[HttpClient] = []
     measurements: list[RequestMeasurement] = []
     start = time.perf_counter()
 
-    async def one(prompt_ids: Sequence[int]) -> None:
+    async def one(session: Session) -> None:
         client = idle.pop() if idle else HttpClient(target.url)
         try:
-            measurements.append(await measure(client, target, prompt_ids))
+            await _converse(client, target, session, measurements, on_done)
         finally:
             idle.append(client)
-        if on_done:
-            on_done(measurements[-1])
 
     try:
-        async with asyncio.TaskGroup() as requests:
-            for prompt_ids, arrival_s in zip(prompts, arrivals_s, strict=True):
+        async with asyncio.TaskGroup() as running:
+            for session, arrival_s in zip(sessions, arrivals_s, strict=True):
                 await asyncio.sleep(max(0.0, start + arrival_s - time.perf_counter()))
-                requests.create_task(one(prompt_ids))
+                running.create_task(one(session))
     finally:
         for client in idle:
             client.close()
     return measurements
 
 
-async def measure(client: HttpClient, target: Target, prompt_ids: Sequence[int]) -> RequestMeasurement:
-    """One request. A failure is recorded, not raised."""
-    payload = target.payload(prompt_ids)
+async def _converse(
+    client: HttpClient,
+    target: Target,
+    session: Session,
+    measurements: list[RequestMeasurement],
+    on_done: OnDone | None,
+) -> None:
+    """Turn after turn; a session whose request failed ends, since its next prompt cannot be known. A server
+    that does not give the ids of its answers gets prompts without them."""
+    if session.num_requests > 1:
+        target = replace(target, wants_output_ids=True)
+    history: list[int] = []
+    for turn in session.turns:
+        await asyncio.sleep(turn.think_s)
+        history += turn.new_ids
+        measurement = await measure(client, target, history, turn.output_len)
+        measurement.class_name = session.class_name
+        measurements.append(measurement)
+        if on_done:
+            on_done(measurement)
+        if not measurement.is_ok:
+            return
+        history += measurement.output_ids
+
+
+async def measure(
+    client: HttpClient, target: Target, prompt_ids: Sequence[int], output_len: int | None = None
+) -> RequestMeasurement:
+    """One request of `output_len` tokens, or the target's. A failure is recorded, not raised."""
+    payload = target.payload(prompt_ids, output_len)
     measurement = RequestMeasurement(sent_at=time.perf_counter(), num_prompt_tokens=len(prompt_ids))
     usage: dict[str, Any] = {}
 
@@ -113,6 +158,9 @@ async def measure(client: HttpClient, target: Target, prompt_ids: Sequence[int])
             usage.update(event["usage"])
         if brings_token(event):
             measurement.chunk_times.append(read_at)
+        if target.wants_output_ids:
+            for choice in event.get("choices", ()):
+                measurement.output_ids += choice.get("token_ids") or ()
 
     try:
         await client.post_stream("/v1/completions", payload, on_event, target.timeout_s)

@@ -23,6 +23,8 @@ class RequestMeasurement:
     num_output_tokens: int = 0  # the server's usage when it gives one, else the number of chunks
     num_hit_tokens: int = 0
     error: str | None = None
+    class_name: str = ""
+    output_ids: list[int] = field(default_factory=list)  # where they were asked for and the server gives them
 
     @property
     def is_ok(self) -> bool:
@@ -100,16 +102,28 @@ class Summary:
     errors: dict[str, int]
 
 
+def by_class(measurements: Sequence[RequestMeasurement]) -> dict[str, list[RequestMeasurement]]:
+    """In the order of names; empty when no request has a class."""
+    found: dict[str, list[RequestMeasurement]] = {}
+    for m in sorted(measurements, key=lambda m: m.class_name):
+        if m.class_name:
+            found.setdefault(m.class_name, []).append(m)
+    return found
+
+
 def summarize(
     measurements: Sequence[RequestMeasurement],
     slo_ttft_ms: float | None = None,
     slo_tpot_ms: float | None = None,
+    duration_s: float | None = None,
 ) -> Summary:
-    """`measurements` of one run, not empty. The run lasts from the first request sent to the last token."""
+    """`measurements` of one run, not empty. `duration_s`: of the run they are a part of; when not given it
+    lasts from the first request sent to the last token."""
     good = [m for m in measurements if m.is_ok]
-    start = min(m.sent_at for m in measurements)
-    end = max((m.chunk_times[-1] for m in measurements if m.chunk_times), default=start)
-    duration_s = max(end - start, 1e-9)
+    if duration_s is None:
+        start = min(m.sent_at for m in measurements)
+        end = max((m.chunk_times[-1] for m in measurements if m.chunk_times), default=start)
+        duration_s = max(end - start, 1e-9)
     num_output = sum(m.num_output_tokens for m in good)
     num_prompt = sum(m.num_prompt_tokens for m in good)
     goodput = None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from baton.bench.measurement import Distribution, Summary
 
+_ROW_COLUMNS = ("ok", "TTFT", "TPOT", "output tok/s", "hit rate", "requests/s", "goodput")
 _COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 
 
@@ -15,6 +18,27 @@ def render(title: str, summary: Summary) -> str:
     lines += [_row(name, distribution) for name, distribution in rows.items() if distribution]
     lines += [f"failed x{count}: {reason}" for reason, count in summary.errors.items()]
     return "\n".join(lines)
+
+
+def render_rows(label: str, summaries: Mapping[str, Summary]) -> str:
+    """One line for each summary."""
+    lines = [f"{label:<12}" + "".join(f"{column:>14}" for column in _ROW_COLUMNS)]
+    for name, s in summaries.items():
+        values = [
+            f"{s.num_requests - s.num_failed}/{s.num_requests}",
+            *(_percentiles(distribution) for distribution in (s.ttft_ms, s.tpot_ms)),
+            f"{s.output_tokens_per_s:.1f}",
+            f"{s.num_hit_tokens / max(1, s.num_prompt_tokens):.1%}",
+            f"{s.requests_per_s:.2f}",
+            "" if s.goodput_per_s is None else f"{s.goodput_per_s:.2f}",
+        ]
+        lines.append(f"{name:<12}" + "".join(f"{value:>14}" for value in values))
+    lines.append("TTFT and TPOT: p50/p99 in ms; goodput: requests a second within the limits")
+    return "\n".join(lines)
+
+
+def _percentiles(distribution: Distribution | None) -> str:
+    return "" if distribution is None else f"{distribution.p50:.0f}/{distribution.p99:.0f}"
 
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:

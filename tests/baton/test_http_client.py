@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.bench.load import Target, brings_token, closed_loop, measure, open_loop, served_model
+from baton.bench.load import (
+    Target,
+    brings_token,
+    closed_loop,
+    closed_sessions,
+    measure,
+    open_loop,
+    open_sessions,
+    served_model,
+)
+from baton.bench.workload import Session, Turn
 from baton.http_client import EventParser, HttpClient, HttpStatusError, NoAnswer
 
 
@@ -215,3 +225,51 @@ def test_a_role_chunk_without_choices_or_text_brings_no_token():
     assert not brings_token({"usage": {}})
     assert not brings_token(chunk("", "stop"))
     assert brings_token(chunk("x", "stop"))
+
+
+def recording_server(prompts, answers):
+    """Answers each prompt with the next ids and keeps what was asked."""
+
+    async def answer(path, body, writer):
+        request = orjson.loads(body)
+        prompts.append((request["prompt"], request["max_tokens"], request.get("return_token_ids")))
+        ids = next(answers)
+        if ids is None:
+            writer.write(json_response(503, {"error": {"message": "full"}}))
+        else:
+            events = [chunk("x") for _ in ids]
+            for event, token_id in zip(events, ids, strict=True):
+                event["choices"][0]["token_ids"] = [token_id]
+            writer.write(events_response([*events, chunk("", "length")]))
+
+    return server(answer)
+
+
+def conversation(*new_ids):
+    return Session(turns=tuple(Turn(new_ids=ids, output_len=len(ids)) for ids in new_ids), class_name="chat")
+
+
+async def test_the_answers_of_a_session_are_part_of_its_next_prompts():
+    prompts = []
+    async with recording_server(prompts, iter([[7], [8, 9], [5]])) as url:
+        session = conversation((1,), (2, 3), (4,))
+        measurements = await closed_sessions(Target(url=url, model="m"), [session], concurrency=3)
+    assert prompts == [([1], 1, True), ([1, 7, 2, 3], 2, True), ([1, 7, 2, 3, 8, 9, 4], 1, True)]
+    assert [m.num_prompt_tokens for m in measurements] == [1, 4, 7]
+    assert {m.class_name for m in measurements} == {"chat"}
+
+
+async def test_a_session_ends_with_the_request_that_failed():
+    prompts = []
+    async with recording_server(prompts, iter([[7], None, [5]])) as url:
+        session = conversation((1,), (2,), (3,))
+        measurements = await open_sessions(Target(url=url, model="m"), [session], [0.0])
+    assert len(prompts) == 2
+    assert [m.is_ok for m in measurements] == [True, False]
+
+
+async def test_single_requests_ask_for_no_ids():
+    prompts = []
+    async with recording_server(prompts, iter([[7]])) as url:
+        await closed_sessions(Target(url=url, model="m"), [conversation((1, 2))], concurrency=1)
+    assert prompts == [([1, 2], 2, None)]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.bench.measurement import Distribution, RequestMeasurement, percentile, summarize
+from baton.bench.measurement import Distribution, RequestMeasurement, by_class, percentile, summarize
 
 
 def measurement(sent_at=0.0, chunk_times=(0.1, 0.2, 0.4), num_output_tokens=3, **fields):
@@ -64,3 +64,25 @@ def test_failed_requests_are_counted_by_reason_and_kept_out_of_the_rates():
     assert (summary.num_output_tokens, summary.num_prompt_tokens) == (3, 7)
     assert summary.output_tokens_per_s == pytest.approx(3 / 0.4)
     assert summary.goodput_per_s is None
+
+
+def test_goodput_of_a_class_is_a_part_of_the_whole_run():
+    chat = [
+        measurement(sent_at=float(at), chunk_times=[at + 0.1, at + 0.2], class_name="chat") for at in range(4)
+    ]
+    long = [measurement(sent_at=0.0, chunk_times=[2.0, 7.9], class_name="long")]
+    whole = summarize(chat + long, slo_ttft_ms=500, slo_tpot_ms=500)
+    classes = by_class(long + chat)
+    assert list(classes) == ["chat", "long"]
+    parts = {
+        name: summarize(own, slo_ttft_ms=500, slo_tpot_ms=500, duration_s=whole.duration_s)
+        for name, own in classes.items()
+    }
+    assert whole.duration_s == pytest.approx(7.9)
+    assert parts["chat"].goodput_per_s == pytest.approx(4 / 7.9)
+    assert parts["long"].goodput_per_s == 0
+    assert whole.goodput_per_s == pytest.approx(sum(part.goodput_per_s for part in parts.values()))
+
+
+def test_requests_without_a_class_are_in_none():
+    assert by_class([measurement()]) == {}
