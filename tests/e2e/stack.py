@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ _ROOT = Path(__file__).resolve().parents[2]
 class Stack:
     """One `baton up`. Everything it started is gone after stop()."""
 
-    def __init__(self, model_dir: Path, work_dir: Path, *options: str) -> None:
+    def __init__(
+        self, model_dir: Path, work_dir: Path, *options: str, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._state_path = work_dir / "state.json"
         self.log_dir = work_dir / "logs"
         self.port = _free_port()
@@ -33,10 +35,14 @@ class Stack:
         command = [sys.executable, "-m", "baton", "up", "--model", str(model_dir)]
         command += ["--served-model-name", self.model, "--port", str(self.port)]
         command += ["--state-file", str(self._state_path), "--log-dir", str(self.log_dir), *options]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("BATON_", "REDIS_URL"))}
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("BATON_", "REDIS_URL"))}
         self._output = (work_dir / "console.log").open("wb")
         self.process = subprocess.Popen(
-            command, cwd=_ROOT, env=environment, stdout=self._output, stderr=subprocess.STDOUT
+            command,
+            cwd=_ROOT,
+            env=clean | dict(environment or {}),
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
         )
         self.client = httpx.Client(base_url=self.url, timeout=60)
 
@@ -114,9 +120,11 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running_stack(model_dir: Path, work_dir: Path, *options: str) -> Iterator[Stack]:
+def running_stack(
+    model_dir: Path, work_dir: Path, *options: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Stack]:
     work_dir.mkdir(parents=True, exist_ok=True)
-    stack = Stack(model_dir, work_dir, *options)
+    stack = Stack(model_dir, work_dir, *options, environment=environment)
     try:
         yield stack.wait_ready()
     finally:
