@@ -21,7 +21,7 @@ def dequantise(
     """
     num_rows, num_columns = weight_RC.shape
     scales = scale_inv.float().repeat_interleave(block_shape[1], dim=1)[:, :num_columns]
-    out_RC = torch.empty((num_rows, num_columns), dtype=dtype)
+    out_RC = torch.empty((num_rows, num_columns), dtype=dtype, device=weight_RC.device)
     for i, first in enumerate(range(0, num_rows, block_shape[0])):
         rows = slice(first, first + block_shape[0])
         out_RC[rows] = weight_RC[rows].float() * scales[i]
@@ -32,7 +32,8 @@ def quantise(weight_RC: torch.Tensor, block_shape: tuple[int, int]) -> tuple[tor
     """(float8_e4m3fn [R, C], float32 scale_inv [R blocks, C blocks]); a block's largest value becomes 448."""
     num_rows, num_columns = weight_RC.shape
     blocks_RC = num_blocks((num_rows, num_columns), block_shape)
-    padded = torch.zeros(blocks_RC[0] * block_shape[0], blocks_RC[1] * block_shape[1])
+    padded_shape = (blocks_RC[0] * block_shape[0], blocks_RC[1] * block_shape[1])
+    padded = torch.zeros(padded_shape, dtype=torch.float32, device=weight_RC.device)
     padded[:num_rows, :num_columns] = weight_RC
     blocks = padded.view(blocks_RC[0], block_shape[0], blocks_RC[1], block_shape[1])
     scale_inv = blocks.abs().amax(dim=(1, 3)).clamp_min(1e-12) / E4M3_MAX

@@ -1,11 +1,22 @@
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 
 from engine.layers.mlp import GatedMlp
 from engine.moe.dispatch import Dispatcher
 from engine.moe.experts import Experts
 from engine.moe.gate import Gate
+
+
+@runtime_checkable
+class CountsExperts(Protocol):
+    """A feed-forward layer of experts, however it computes them."""
+
+    def take_load(self) -> torch.Tensor:
+        """int64 [E]: tokens by logical expert since the last call."""
+        ...
 
 
 class MoeLayer:

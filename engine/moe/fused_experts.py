@@ -1,0 +1,168 @@
+"""A layer of experts on one CUDA device: gate, sort, two grouped products, weighted sum. Nothing in it waits
+for the device or depends on what the tokens chose, so it can be part of a CUDA graph.
+
+The shared experts are experts that every token goes to, with weight 1: their product is part of the same
+launches. T tokens, D hidden, I intermediate, E routed experts, S shared experts.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.checkpoint import fp8
+from engine.checkpoint.model_config import MoeConfig
+from engine.checkpoint.weights import WeightSource
+from engine.kernels.fp8_quantise import FP8_GROUP, quantise_rows
+from engine.kernels.moe_combine import combine_pairs
+from engine.kernels.moe_gate import Choice, GateSpec, choose_experts_fused, split_weight
+from engine.kernels.moe_gemm import ExpertWeights, multiply_down, multiply_up_gate
+from engine.kernels.moe_route import max_tiles, route_pairs
+from engine.kernels.moe_tiles import MoeTiles, moe_tiles
+from engine.layers.mlp import load_up_gate
+
+
+class FusedMoeLayer:
+    """What MoeLayer computes when all experts are local, in kernels."""
+
+    def __init__(
+        self, spec: GateSpec, gate_ED: torch.Tensor, bias_E: torch.Tensor | None, weights: ExpertWeights
+    ) -> None:
+        """gate and bias are float32; the experts of `weights` are the routed ones, then the shared."""
+        self._spec = spec
+        dtype = torch.bfloat16 if weights.is_fp8 else weights.up_gate.dtype
+        self._gate_PED = split_weight(gate_ED, dtype)
+        self._bias_E = bias_E
+        self._weights = weights
+        self._load_E = torch.zeros(spec.num_experts, dtype=torch.int64, device=gate_ED.device)
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        num_tokens = x_TD.shape[0]
+        if num_tokens == 0:
+            return torch.empty_like(x_TD)
+        choice = choose_experts_fused(x_TD, self._gate_PED, self._bias_E, self._spec, self._load_E)
+        return run_experts(
+            x_TD, choice, self._spec, self._weights, moe_tiles(num_tokens, self._weights.is_fp8)
+        )
+
+    def take_load(self) -> torch.Tensor:
+        """int64 [E] on the device: tokens by logical expert since the last call. Waits for nothing."""
+        load_E = self._load_E.clone()
+        self._load_E.zero_()
+        return load_E
+
+
+def run_experts(
+    x_TD: torch.Tensor, choice: Choice, spec: GateSpec, weights: ExpertWeights, tiles: MoeTiles
+) -> torch.Tensor:
+    num_tokens = x_TD.shape[0]
+    num_tiles = max_tiles(num_tokens, spec.top_k, spec.num_shared, spec.num_experts, tiles.rows)
+    route = route_pairs(choice, num_tiles, tiles.rows)
+    is_quantised = weights.is_fp8 and not tiles.quantises_inside
+    x = quantise_rows(x_TD) if is_quantised else x_TD
+    h_PI = multiply_up_gate(x, weights, route, spec.experts_per_token, tiles.up_gate)
+    h = quantise_rows(h_PI) if is_quantised else h_PI
+    return combine_pairs(multiply_down(h, weights, route, tiles.down), choice.weights_TK)
+
+
+def run_experts_reference(
+    x_TD: torch.Tensor, choice: Choice, spec: GateSpec, weights: ExpertWeights
+) -> torch.Tensor:
+    """float32, expert by expert."""
+    up_gate, down = _dense(weights.up_gate, weights.up_gate_scale), _dense(weights.down, weights.down_scale)
+    x = x_TD.float()
+    out_TD = torch.zeros_like(x)
+    for expert in range(spec.num_all_experts):
+        tokens, places = (choice.ids_TK == expert).nonzero(as_tuple=True)
+        up, gate = (x[tokens] @ up_gate[expert].t()).chunk(2, dim=1)
+        y = (up * torch.nn.functional.silu(gate)) @ down[expert].t()
+        out_TD.index_add_(0, tokens, y * choice.weights_TK[tokens, places].unsqueeze(1))
+    return out_TD
+
+
+def _dense(values: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    if scales is None:
+        return values.float()
+    block = (FP8_GROUP, FP8_GROUP)
+    pairs = zip(values, scales, strict=True)
+    return torch.stack([fp8.dequantise(value, scale, block, torch.float32) for value, scale in pairs])
+
+
+def gate_spec(config: MoeConfig) -> GateSpec:
+    is_limited = config.topk_method != "greedy" and config.topk_groups < config.num_groups
+    group_size = config.num_routed_experts // config.num_groups
+    return GateSpec(
+        num_experts=config.num_routed_experts,
+        num_shared=config.num_shared_experts,
+        top_k=config.num_experts_per_token,
+        is_sigmoid=config.scoring == "sigmoid",
+        num_groups=config.num_groups if is_limited else 1,
+        topk_groups=config.topk_groups if is_limited else 1,
+        is_group_of_two=config.topk_method == "noaux_tc" and group_size > 1,
+        norm_weights=config.norm_topk_prob,
+        scaling_factor=config.routed_scaling_factor,
+    )
+
+
+def load_fused_moe(
+    config: MoeConfig, weights: WeightSource, prefix: str, hidden_size: int, *, is_fp8: bool
+) -> FusedMoeLayer:
+    """One expert at a time: beside the layer only one expert's weights are in memory twice."""
+    spec = gate_spec(config)
+    gate_ED = weights.get(f"{prefix}.gate.weight", (spec.num_experts, hidden_size), torch.float32)
+    bias_E = None
+    if config.topk_method == "noaux_tc":
+        bias_E = weights.get(f"{prefix}.gate.e_score_correction_bias", (spec.num_experts,), torch.float32)
+    stack = _Stack(spec.num_all_experts, hidden_size, config.moe_intermediate_size, is_fp8)
+    for expert in range(spec.num_experts):
+        stack.put(expert, *_load_expert(weights, f"{prefix}.experts.{expert}", hidden_size, stack.size))
+    if spec.num_shared:
+        size = spec.num_shared * stack.size
+        up_gate, down = _load_expert(weights, f"{prefix}.shared_experts", hidden_size, size)
+        up, gate = up_gate.chunk(2)
+        for s in range(spec.num_shared):
+            part = slice(s * stack.size, (s + 1) * stack.size)
+            stack.put(spec.num_experts + s, torch.cat((up[part], gate[part])), down[:, part])
+    return FusedMoeLayer(spec, gate_ED, bias_E, stack.weights())
+
+
+def _load_expert(
+    weights: WeightSource, name: str, hidden_size: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    down = weights.get(f"{name}.down_proj.weight", (hidden_size, size))
+    return load_up_gate(weights, name, hidden_size, size), down
+
+
+class _Stack:
+    """The weights of all experts of a layer, filled one by one."""
+
+    def __init__(self, num_experts: int, hidden_size: int, size: int, is_fp8: bool) -> None:
+        self.size = size
+        self._num_experts = num_experts
+        self._shapes = ((2 * size, hidden_size), (hidden_size, size))
+        self._is_fp8 = is_fp8
+        self._values: list[torch.Tensor] = []
+        self._scales: list[torch.Tensor] = []
+
+    def put(self, expert: int, up_gate: torch.Tensor, down: torch.Tensor) -> None:
+        if not self._values:
+            self._allocate(up_gate)
+        for i, weight in enumerate((up_gate, down)):
+            if self._is_fp8:
+                value, scale = fp8.quantise(weight, (FP8_GROUP, FP8_GROUP))
+                self._values[i][expert], self._scales[i][expert] = value, scale
+            else:
+                self._values[i][expert] = weight
+
+    def weights(self) -> ExpertWeights:
+        scales = self._scales if self._is_fp8 else (None, None)
+        return ExpertWeights(self._values[0], self._values[1], scales[0], scales[1])
+
+    def _allocate(self, like: torch.Tensor) -> None:
+        dtype = torch.float8_e4m3fn if self._is_fp8 else like.dtype
+        for shape in self._shapes:
+            size = (self._num_experts, *shape)
+            self._values.append(torch.empty(size, dtype=dtype, device=like.device))
+            if self._is_fp8:
+                blocks = fp8.num_blocks(shape, (FP8_GROUP, FP8_GROUP))
+                scales = torch.empty(self._num_experts, *blocks, dtype=torch.float32, device=like.device)
+                self._scales.append(scales)

@@ -1,0 +1,253 @@
+"""The fused MoE, kernel by kernel, against the references beside the kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.checkpoint import fp8
+from engine.checkpoint.model_config import MoeConfig
+from engine.moe.gate import choose_experts
+
+pytest.importorskip("triton", reason="the kernels need triton")
+
+from engine.kernels.fp8_quantise import dequantise_rows, quantise_rows, quantise_rows_reference
+from engine.kernels.moe_combine import combine_pairs, combine_pairs_reference
+from engine.kernels.moe_gate import Choice, choose_experts_fused, split_weight
+from engine.kernels.moe_gemm import ExpertWeights, Tile
+from engine.kernels.moe_route import max_tiles, route_pairs, route_pairs_reference
+from engine.kernels.moe_tiles import MoeTiles, moe_tiles
+from engine.moe.fused_experts import FusedMoeLayer, gate_spec, run_experts, run_experts_reference
+
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers, and cuts off what does not
+# fit in FP8 where a device rounds.
+HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+FP8_ERROR = 0.05 if torch.cuda.is_available() else 0.12
+
+
+def moe_config(**changes: object) -> MoeConfig:
+    values = {
+        "num_routed_experts": 12,
+        "num_shared_experts": 2,
+        "num_experts_per_token": 3,
+        "moe_intermediate_size": 48,
+        "first_dense_layers": 0,
+        "moe_layer_freq": 1,
+        "scoring": "softmax",
+        "topk_method": "greedy",
+        "num_groups": 1,
+        "topk_groups": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+    }
+    return MoeConfig(**(values | changes))
+
+
+GATES = {
+    "softmax_greedy": moe_config(),
+    "normed": moe_config(norm_topk_prob=True, routed_scaling_factor=2.5),
+    "group_limited": moe_config(
+        topk_method="group_limited_greedy", num_groups=4, topk_groups=2, routed_scaling_factor=16.0
+    ),
+    "noaux_tc": moe_config(
+        scoring="sigmoid", topk_method="noaux_tc", num_groups=4, topk_groups=2, norm_topk_prob=True
+    ),
+    "no_shared": moe_config(num_shared_experts=0),
+}
+
+
+def choose(config: MoeConfig, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+    load = torch.zeros(config.num_routed_experts, dtype=torch.int64, device=x.device)
+    parts = split_weight(weight, x.dtype)
+    return choose_experts_fused(x, parts, bias, gate_spec(config), load), load
+
+
+@pytest.mark.parametrize("name", GATES)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_gate_chooses_as_the_reference_does(name: str, dtype: torch.dtype, device: str) -> None:
+    torch.manual_seed(1)
+    config = GATES[name]
+    num_experts, shared = config.num_routed_experts, config.num_shared_experts
+    x = torch.randn(21, 80, dtype=dtype, device=device)
+    weight = torch.randn(num_experts, 80, device=device)
+    bias = torch.randn(num_experts, device=device) if config.topk_method == "noaux_tc" else None
+
+    choice, load = choose(config, x, weight, bias)
+
+    weights, ids = choose_experts(config, x.float() @ weight.t(), bias)
+    ids, order = ids.sort(dim=1)
+    found, found_order = choice.ids_TK[:, : config.num_experts_per_token].sort(dim=1)
+    assert torch.equal(found.long(), ids)
+    found_weights = choice.weights_TK[:, : config.num_experts_per_token].gather(1, found_order)
+    torch.testing.assert_close(found_weights, weights.gather(1, order), rtol=2e-5, atol=1e-6)
+    assert torch.equal(load, torch.bincount(ids.flatten(), minlength=num_experts))
+    for s in range(shared):
+        assert (choice.ids_TK[:, config.num_experts_per_token + s] == num_experts + s).all()
+        assert (choice.weights_TK[:, config.num_experts_per_token + s] == 1.0).all()
+    by_group = [
+        torch.bincount(part.flatten(), minlength=num_experts + shared) for part in choice.ids_TK.split(16)
+    ]
+    assert torch.equal(choice.counts_GE.long(), torch.stack(by_group))
+
+
+def test_a_gate_weight_of_bf16_is_one_part_and_any_other_three() -> None:
+    weight = torch.randn(4, 8)
+    assert split_weight(weight.bfloat16().float(), torch.bfloat16).shape[0] == 1
+    parts = split_weight(weight, torch.bfloat16)
+    assert parts.shape[0] == 3
+    assert torch.equal(parts.float().sum(0), weight)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_gate_never_chooses_an_expert_that_does_not_exist(device: str) -> None:
+    x = torch.full((3, 32), float("nan"), device=device)
+    choice, _ = choose(GATES["softmax_greedy"], x, torch.randn(12, 32, device=device), None)
+    assert choice.ids_TK.min() >= 0
+    assert choice.ids_TK.max() < 14
+
+
+def random_choice(num_tokens: int, config: MoeConfig, device: str, group_size: int = 16) -> Choice:
+    """One expert gets most of the tokens, some get none."""
+    routed, shared = config.num_routed_experts, config.num_shared_experts
+    scores = torch.rand(num_tokens, routed)
+    scores[:, 2] += 0.5
+    scores[:, 5] = -1.0
+    ids = scores.topk(config.num_experts_per_token, dim=1).indices
+    ids = torch.cat((ids, torch.arange(routed, routed + shared).expand(num_tokens, -1)), 1).int()
+    counts = [torch.bincount(part.flatten(), minlength=routed + shared) for part in ids.split(group_size)]
+    weights = torch.rand(num_tokens, ids.shape[1], device=device)
+    return Choice(weights, ids.to(device), torch.stack(counts).int().to(device), group_size)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 37, 200])
+@pytest.mark.parametrize("tile_rows", [16, 32])
+@pytest.mark.parametrize("group_size", [16, 64])
+def test_route_is_a_stable_sort_cut_into_tiles(
+    num_tokens: int, tile_rows: int, group_size: int, device: str
+) -> None:
+    torch.manual_seed(2)
+    config = moe_config()
+    choice = random_choice(num_tokens, config, device, group_size)
+    num_tiles = max_tiles(num_tokens, 3, 2, 12, tile_rows)
+
+    found = route_pairs(choice, num_tiles, tile_rows)
+
+    cpu = Choice(choice.weights_TK.cpu(), choice.ids_TK.cpu(), choice.counts_GE.cpu(), group_size)
+    expected = route_pairs_reference(cpu, num_tiles, tile_rows)
+    assert torch.equal(found.sorted_pairs_P.cpu(), expected.sorted_pairs_P)
+    assert torch.equal(found.tile_start_M.cpu(), expected.tile_start_M)
+    assert torch.equal(found.tile_end_M.cpu(), expected.tile_end_M)
+    used = expected.tile_end_M > expected.tile_start_M
+    assert torch.equal(found.tile_expert_M.cpu()[used], expected.tile_expert_M[used])
+
+
+def random_experts(
+    num: int, hidden: int, size: int, dtype: torch.dtype, device: str, is_fp8: bool = False
+) -> ExpertWeights:
+    up_gate = torch.randn(num, 2 * size, hidden, device=device) * hidden**-0.5
+    down = torch.randn(num, hidden, size, device=device) * size**-0.5
+    if not is_fp8:
+        return ExpertWeights(up_gate.to(dtype), down.to(dtype))
+    quantised = [[fp8.quantise(weight, (128, 128)) for weight in weights] for weights in (up_gate, down)]
+    values, scales = zip(
+        *[(torch.stack(a), torch.stack(b)) for a, b in (zip(*q, strict=True) for q in quantised)], strict=True
+    )
+    return ExpertWeights(values[0], values[1], scales[0], scales[1])
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 40])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (HALF, 1e-2)])
+def test_experts_give_the_weighted_sum(
+    num_tokens: int, dtype: torch.dtype, tolerance: float, device: str
+) -> None:
+    torch.manual_seed(3)
+    config = moe_config()
+    choice = random_choice(num_tokens, config, device)
+    weights = random_experts(14, 80, 48, dtype, device)
+    x = torch.randn(num_tokens, 80, dtype=dtype, device=device)
+    tiles = MoeTiles(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2, group=4))
+
+    found = run_experts(x, choice, gate_spec(config), weights, tiles)
+
+    expected = run_experts_reference(x, choice, gate_spec(config), weights)
+    assert found.dtype == dtype
+    assert relative_error(found, expected) < tolerance
+
+
+@pytest.mark.parametrize("quantises_inside", [True, False])
+def test_fp8_experts_stay_near_their_dequantised_weights(quantises_inside: bool, device: str) -> None:
+    torch.manual_seed(4)
+    config = moe_config(moe_intermediate_size=128)
+    choice = random_choice(20, config, device)
+    weights = random_experts(14, 256, 128, torch.bfloat16, device, is_fp8=True)
+    x = torch.randn(20, 256, dtype=torch.bfloat16, device=device)
+    tiles = MoeTiles(16, Tile(32, 128, 4, 2), Tile(64, 128, 4, 2), quantises_inside)
+
+    found = run_experts(x, choice, gate_spec(config), weights, tiles)
+
+    expected = run_experts_reference(x, choice, gate_spec(config), weights)
+    assert relative_error(found, expected) < FP8_ERROR
+
+
+def test_both_ways_to_quantise_give_the_same_bits(device: str) -> None:
+    torch.manual_seed(5)
+    config = moe_config(moe_intermediate_size=128)
+    choice = random_choice(9, config, device)
+    weights = random_experts(14, 256, 128, torch.bfloat16, device, is_fp8=True)
+    x = torch.randn(9, 256, dtype=torch.bfloat16, device=device)
+    inside, before = (
+        run_experts(
+            x,
+            choice,
+            gate_spec(config),
+            weights,
+            MoeTiles(16, Tile(32, 128, 4, 2), Tile(32, 128, 4, 2), quantises_inside),
+        )
+        for quantises_inside in (True, False)
+    )
+    assert torch.equal(inside, before)
+
+
+def test_quantised_rows_equal_the_reference(device: str) -> None:
+    x = torch.randn(5, 384, device=device)[:, :256]
+    x[1] = 0.0
+    found, expected = quantise_rows(x), quantise_rows_reference(x)
+    assert torch.equal(found.scales, expected.scales)
+    torch.testing.assert_close(found.values.float(), expected.values.float(), rtol=0.15, atol=2.0**-9)
+    assert relative_error(dequantise_rows(found), x) < FP8_ERROR
+
+
+def test_combine_sums_in_the_order_of_experts(device: str) -> None:
+    y = torch.randn(21, 70, dtype=torch.bfloat16, device=device)
+    weights = torch.rand(7, 3, device=device)
+    torch.testing.assert_close(
+        combine_pairs(y, weights), combine_pairs_reference(y, weights), rtol=1e-2, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_a_layer_gives_the_same_for_a_token_alone_and_in_a_batch(is_fp8: bool, device: str) -> None:
+    torch.manual_seed(6)
+    config = moe_config(moe_intermediate_size=128)
+    weights = random_experts(14, 128, 128, HALF, device, is_fp8)
+    layer = FusedMoeLayer(gate_spec(config), torch.randn(12, 128, device=device), None, weights)
+    x = torch.randn(12, 128, dtype=torch.bfloat16 if is_fp8 else HALF, device=device)
+
+    together = layer(x)
+
+    assert torch.equal(layer(x[3:4]), together[3:4])
+    assert layer(x[:0]).shape == (0, 128)
+    assert int(layer.take_load().sum()) == 13 * 3
+    assert int(layer.take_load().sum()) == 0
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_tiles_exist_for_every_number_of_tokens(is_fp8: bool) -> None:
+    for num_tokens in (1, 2, 16, 17, 1000, 100_000):
+        tiles = moe_tiles(num_tokens, is_fp8)
+        assert tiles.rows >= 16
+        assert not is_fp8 or tiles.up_gate.depth == tiles.down.depth == 128
