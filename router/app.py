@@ -30,6 +30,10 @@ from router.prompts import PromptReader
 from router.route_planner import RoutePlanner
 from router.settings import RouterSettings
 from router.tokenizer import Tokenizer
+from router.ui.access import UiAccess
+from router.ui.endpoints import add_ui
+from router.ui.publisher import Publisher
+from router.ui.snapshot import Snapshots
 from router.version import version
 from router.vllm_metrics import add_vllm_metrics
 from servicekit.errors import InvalidRequest
@@ -75,6 +79,7 @@ def build(
     app.state.created = int(time.time())
     install_error_handlers(app)
     _add_endpoints(app)
+    _add_ui(app)
     install_api_schema(app, {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest})
     return app
 
@@ -163,6 +168,16 @@ def _add_endpoints(app: FastAPI) -> None:
     @app.get("/version")
     async def show_version() -> dict[str, str]:
         return {"version": version()}
+
+
+def _add_ui(app: FastAPI) -> None:
+    serving: Serving = app.state.serving
+    drain = serving.drain
+    about = {"model": serving.settings.model_name, "version": version()}
+    snapshots = Snapshots(serving.fleet, drain, serving.metrics, about)
+    publisher = Publisher(snapshots, lambda: drain.is_draining and not drain.num_open)
+    app.state.ui_publisher = publisher
+    add_ui(app, UiAccess(serving.settings.admin_key), publisher)
 
 
 def _model_card(app: FastAPI) -> dict[str, Any]:

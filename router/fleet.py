@@ -64,6 +64,13 @@ class Fleet:
             and self._suspect_until.get(record.incarnation, 0.0) <= now
         ]
 
+    def workers(self) -> list[tuple[WorkerRecord, Link | None]]:
+        """All that are registered, in any state, with the links of those that decode; by worker id."""
+        return [(record, self._links.get(worker_id)) for worker_id, record in sorted(self._records.items())]
+
+    def is_suspected(self, record: WorkerRecord) -> bool:
+        return self._suspect_until.get(record.incarnation, 0.0) > time.monotonic()
+
     def max_model_len(self) -> int | None:
         """The shortest context among the decode workers; None while there is none."""
         lengths = [record.max_model_len for record in self._records.values() if record.role == "decode"]
