@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from engine.attention.device_plan import plan_on_device
 from engine.forward_batch import ForwardBatch
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
@@ -13,7 +14,11 @@ from engine.sequence import Sequence
 class BatchTensors:
     """Keeps its buffers from step to step: a ForwardBatch is good until the next build()."""
 
-    def __init__(self, token_budget: int, block_size: int, device: str) -> None:
+    def __init__(
+        self, token_budget: int, block_size: int, device: str, *, uses_kernels: bool = False
+    ) -> None:
+        """uses_kernels: batches come with a DevicePlan instead of padded block tables."""
+        self._uses_kernels = uses_kernels
         self._block_size = block_size
         self._device = device
         self._rows = np.zeros((3, token_budget), dtype=np.int64)  # token ids, positions, slots
@@ -27,7 +32,7 @@ class BatchTensors:
         num_tokens = query_start[-1]
         token_ids_T, positions_T, slots_T = self._rows_cpu[:, :num_tokens].to(self._device).unbind(0)
         decodes = batch.seqs[: batch.num_decodes]
-        return ForwardBatch(
+        forward_batch = ForwardBatch(
             token_ids_T=token_ids_T,
             positions_T=positions_T,
             slot_mapping_T=slots_T,
@@ -39,8 +44,11 @@ class BatchTensors:
             ],
             block_tables=[seq.block_table for seq in batch.seqs],
             logits_rows_N=torch.tensor(logits_rows, dtype=torch.int64, device=self._device),
-            block_tables_SB=self._padded_tables(decodes) if decodes else None,
+            block_tables_SB=self._padded_tables(decodes) if decodes and not self._uses_kernels else None,
         )
+        if self._uses_kernels:
+            forward_batch.device_plan = plan_on_device(forward_batch, self._block_size)
+        return forward_batch
 
     def _fill_rows(self, batch: ScheduledBatch) -> list[int]:
         """query_start."""

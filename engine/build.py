@@ -10,6 +10,7 @@ import torch
 from engine.checkpoint.hub_tensors import hub_tensors
 from engine.checkpoint.model_config import ModelConfig, load_model_config
 from engine.checkpoint.weights import model_fingerprint, open_weights
+from engine.decode_graphs import GraphLimits
 from engine.engine import Engine, EngineLimits
 from engine.engine_config import EngineConfig, EngineConfigError, check_weights_fit, resolve_cache_size
 from engine.ep.ep_group import EpGroup
@@ -49,7 +50,12 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
         eos_token_ids=model_config.eos_token_ids,
     )
     sampler = Sampler(model_config.eos_token_ids)
-    runner = Runner(model, kv_cache, sampler, scheduler_config.token_budget, config.device)
+    graph_limits = None
+    if config.uses_graphs and ep_size == 1:
+        graph_limits = GraphLimits(scheduler_config.max_running, size.max_model_len)
+    runner = Runner(
+        model, kv_cache, sampler, scheduler_config.token_budget, config.device, graph_limits=graph_limits
+    )
     return Engine(runner, kv_cache, limits, scheduler_config, ep)
 
 

@@ -42,6 +42,7 @@ class EngineConfig:
     token_budget: int | None = None  # tokens of one step
     max_running: int | None = None  # sequences of one step
     shares_kv_cache: bool = False  # with other processes of this host
+    uses_graphs: bool = True  # steps of decodes as CUDA graphs, where the model can
 
     def resolve_dtype(self) -> torch.dtype:
         try:

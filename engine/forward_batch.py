@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.attention.device_plan import DevicePlan
+
 
 @dataclass(slots=True)
 class ForwardBatch:
@@ -28,6 +30,7 @@ class ForwardBatch:
     block_tables: list[list[int]]  # S entries, block ids covering context_len
     logits_rows_N: torch.Tensor  # int64, rows of T whose logits are wanted
     block_tables_SB: torch.Tensor | None = None  # int64, padded with 0: of the decoding sequences
+    device_plan: DevicePlan | None = None  # for models whose attention is kernels
 
     @property
     def num_tokens(self) -> int:

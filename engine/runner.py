@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.batch_tensors import BatchTensors
+from engine.decode_graphs import DecodeGraphs, GraphLimits
 from engine.kv_cache import KvCache
+from engine.logits_edits import needs_edits
 from engine.logprobs import token_logprobs
 from engine.outputs import TokenLogprobs
-from engine.sampler import Sampler
+from engine.sampler import GREEDY_BELOW, Sampler
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
 
 LOGITS_ROWS_AT_ONCE = 64  # of prompt logprobs: bounds the memory of [rows, vocabulary]
+DEVICE_LOAD_STEPS = 256
 
 
 @dataclass(slots=True)
@@ -42,24 +45,80 @@ class _PromptRows:
 
 class Runner:
     def __init__(
-        self, model: CausalLM, kv_cache: KvCache, sampler: Sampler, token_budget: int, device: str
+        self,
+        model: CausalLM,
+        kv_cache: KvCache,
+        sampler: Sampler,
+        token_budget: int,
+        device: str,
+        *,
+        graph_limits: GraphLimits | None = None,
     ) -> None:
+        """With limits, and a model whose attention is kernels, decodes run apart from chunks, as graphs."""
         self._model = model
         self._kv_cache = kv_cache
         self._sampler = sampler
-        self._tensors = BatchTensors(token_budget, kv_cache.layout.block_size, device)
+        self._tensors = BatchTensors(
+            token_budget, kv_cache.layout.block_size, device, uses_kernels=model.uses_kernels
+        )
+        self._is_on_cpu = torch.device(device).type == "cpu"
+        self._num_steps = 0
+        self._graphs: DecodeGraphs | None = None
+        if graph_limits is not None and model.uses_kernels:
+            self._graphs = DecodeGraphs(model, kv_cache, graph_limits)
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch, layer_done: Callable[[int], None] | None = None) -> StepResult:
         """Computes the batch; a sequence whose last token is computed gets the next one, which is not
         appended. Prompt logprobs are appended to their sequences. An empty batch is an idle step."""
+        self._num_steps += 1
+        decodes = batch.seqs[: batch.num_decodes]
+        if self._graphs is None or not decodes or any(seq.wants_prompt_logprobs for seq in decodes):
+            result = self._run_eagerly(batch, layer_done)
+        else:
+            result = self._run_decodes_apart(self._graphs, decodes, batch, layer_done)
+        result.expert_load = self._take_expert_load()
+        return result
+
+    def _run_decodes_apart(
+        self,
+        graphs: DecodeGraphs,
+        decodes: list[Sequence],
+        batch: ScheduledBatch,
+        layer_done: Callable[[int], None] | None,
+    ) -> StepResult:
+        """The chunks are launched behind the decodes, before anybody waits."""
+        decodes = graphs.launch(decodes)
+        chunks = ScheduledBatch(
+            seqs=batch.seqs[batch.num_decodes :],
+            num_scheduled_tokens=batch.num_scheduled_tokens[batch.num_decodes :],
+        )
+        result = StepResult()
+        if chunks.seqs:
+            result = self._run_eagerly(chunks, layer_done)
+        elif layer_done is not None:
+            for layer in range(self._kv_cache.layout.num_layers):
+                layer_done(layer)
+        if all(map(_is_plain_greedy, decodes)):
+            token_ids: list[int] = graphs.likeliest(len(decodes))
+            logprobs: list[TokenLogprobs | None] = [None] * len(decodes)
+        else:
+            token_ids, logprobs = self._sampler.sample(graphs.logits(len(decodes)), decodes)
+        for seq, token_id, logprob in zip(decodes, token_ids, logprobs, strict=True):
+            if seq.num_remaining_tokens == 1:  # else: one row of a longer prompt
+                result.seqs.append(seq)
+                result.token_ids.append(token_id)
+                result.logprobs.append(logprob)
+        return result
+
+    def _run_eagerly(self, batch: ScheduledBatch, layer_done: Callable[[int], None] | None) -> StepResult:
         last_rows, prompt_rows = _wanted_rows(batch)
         rows = [row for _, row in last_rows]
         for part in prompt_rows:
             rows.extend(range(part.begin, part.end))
         forward_batch = self._tensors.build(batch, rows)
         hidden_TD = self._model.forward(forward_batch, self._kv_cache, layer_done)
-        result = StepResult(expert_load=self._take_expert_load())
+        result = StepResult()
         for part in prompt_rows:
             self._add_prompt_logprobs(hidden_TD, part)
         if last_rows:
@@ -79,8 +138,16 @@ class Runner:
             part.seq.prompt_logprobs += token_logprobs(logits, token_ids, [num_top] * len(token_ids))
 
     def _take_expert_load(self) -> tuple[tuple[int, ...], ...]:
+        """Off the CPU in some steps only, of all steps since: reading waits for the device."""
+        if not self._is_on_cpu and self._num_steps % DEVICE_LOAD_STEPS:
+            return ()
         load_LE = self._model.take_expert_load()
         return () if load_LE is None else tuple(tuple(layer) for layer in load_LE.tolist())
+
+
+def _is_plain_greedy(seq: Sequence) -> bool:
+    sampling = seq.sampling
+    return sampling.temperature < GREEDY_BELOW and sampling.num_logprobs is None and not needs_edits(seq)
 
 
 def _wanted_rows(batch: ScheduledBatch) -> tuple[list[tuple[Sequence, int]], list[_PromptRows]]:

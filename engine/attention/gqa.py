@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from engine.attention.causal import attend_causal
+from engine.attention.device_plan import DevicePlan
 from engine.attention.plan import AttentionPlan, Chunk, write_rows
 from engine.checkpoint.model_config import ModelConfig
 from engine.checkpoint.weights import WeightSource
@@ -25,8 +26,13 @@ class GqaAttention:
         self._head_dim = head_dim
 
     def __call__(
-        self, x_TD: torch.Tensor, cache: torch.Tensor, plan: AttentionPlan, rotations: torch.Tensor
+        self,
+        x_TD: torch.Tensor,
+        cache: torch.Tensor,
+        plan: AttentionPlan | DevicePlan,
+        rotations: torch.Tensor | None,
     ) -> torch.Tensor:
+        assert isinstance(plan, AttentionPlan) and rotations is not None, "no kernels for this attention"
         q_size = self._num_heads * self._head_dim
         qkv = self._qkv(x_TD)
         num_rotated = self._num_heads + self._num_kv_heads

@@ -12,12 +12,21 @@ from __future__ import annotations
 import torch
 
 from engine.attention.causal import attend_causal
+from engine.attention.device_plan import DevicePlan
+from engine.attention.mla_kernels import MlaKernels
 from engine.attention.plan import AttentionPlan, Chunk, write_rows
 from engine.checkpoint.model_config import MlaConfig, ModelConfig
 from engine.checkpoint.weights import WeightSource
+from engine.kernels.row_task import RowTask
 from engine.layers.linear import Linear
 from engine.layers.rms_norm import RmsNorm
-from engine.layers.rotary import interleave_rows, rotate_, yarn_mscale
+from engine.layers.rotary import (
+    attention_factor,
+    interleave_rows,
+    inverse_frequencies,
+    rotate_,
+    yarn_mscale,
+)
 
 _LATENT_NORM_EPS = 1e-6  # fixed in the published code, whatever rms_norm_eps says
 
@@ -40,13 +49,24 @@ class MlaAttention:
         self._latent_norm = latent_norm
         self._key_HNC, self._value_HCV = expansion
         self._out = out
+        self.kernels: MlaKernels | None = None
 
     def __call__(
-        self, x_TD: torch.Tensor, cache: torch.Tensor, plan: AttentionPlan, rotations: torch.Tensor
+        self,
+        x_TD: torch.Tensor,
+        cache: torch.Tensor,
+        plan: AttentionPlan | DevicePlan,
+        rotations: torch.Tensor | None,
     ) -> torch.Tensor:
+        """A DevicePlan needs kernels; an AttentionPlan needs rotations."""
         row_size = cache.shape[-1]
         down = self._down(x_TD)
         rows_T = down[:, :row_size]
+        if isinstance(plan, DevicePlan):
+            assert self.kernels is not None
+            heads = self.kernels(rows_T, self._split_queries(down[:, row_size:]), cache, plan)
+            return self._out(heads.flatten(1))
+        assert rotations is not None
         self._latent_norm.apply_(rows_T[:, : self._config.kv_lora_rank])
         rotate_(rows_T[:, self._config.kv_lora_rank :], rotations)
         write_rows(cache, plan.slot_mapping_T, rows_T)
@@ -62,11 +82,14 @@ class MlaAttention:
             heads_THV[chunk.start : chunk.end] = self._prefill(q_THQ[chunk.start : chunk.end], cache, chunk)
         return heads_THV
 
-    def _queries(self, down_q: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
+    def _split_queries(self, down_q: torch.Tensor) -> torch.Tensor:
         if self._query is not None:
             norm, up = self._query
             down_q = up(norm(down_q))
-        q_THQ = down_q.unflatten(-1, (self._key_HNC.shape[0], -1))
+        return down_q.unflatten(-1, (self._key_HNC.shape[0], -1))
+
+    def _queries(self, down_q: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
+        q_THQ = self._split_queries(down_q)
         rotate_(q_THQ[..., self._config.qk_nope_head_dim :], rotations.unsqueeze(1))
         return q_THQ
 
@@ -127,7 +150,7 @@ class MlaAttention:
 
 
 def load_mla_attention(
-    config: ModelConfig, mla: MlaConfig, weights: WeightSource, prefix: str
+    config: ModelConfig, mla: MlaConfig, weights: WeightSource, prefix: str, *, has_kernels: bool = False
 ) -> MlaAttention:
     hidden, heads, rank = config.hidden_size, config.num_heads, mla.kv_lora_rank
     row_size, q_size = rank + mla.qk_rope_head_dim, heads * config.head_dim
@@ -151,22 +174,27 @@ def load_mla_attention(
         )
     out_weight = weights.get(f"{prefix}.o_proj.weight", (hidden, heads * mla.v_head_dim))
     out_bias = weights.get(f"{prefix}.o_proj.bias", (hidden,)) if config.attention_bias else None
-    return MlaAttention(
+    head_size = mla.qk_nope_head_dim + mla.v_head_dim
+    expansion_KC = weights.get(f"{prefix}.kv_b_proj.weight", (heads * head_size, rank))
+    expansion = _split_expansion(mla, expansion_KC.unflatten(0, (heads, head_size)))
+    norm_weight = weights.get(f"{prefix}.kv_a_layernorm.weight", (rank,))
+    attention = MlaAttention(
         mla,
         Linear(torch.cat(down_weights), torch.cat(biases) if biases else None),
         query,
-        RmsNorm(weights.get(f"{prefix}.kv_a_layernorm.weight", (rank,)), _LATENT_NORM_EPS),
-        _load_expansion(config, mla, weights, prefix),
+        RmsNorm(norm_weight, _LATENT_NORM_EPS),
+        expansion,
         Linear(out_weight, out_bias),
     )
+    if has_kernels:
+        inverse_freq_R = inverse_frequencies(config.rope, mla.qk_rope_head_dim).to(norm_weight.device)
+        task = RowTask(norm_weight, _LATENT_NORM_EPS, inverse_freq_R, attention_factor(config.rope))
+        attention.kernels = MlaKernels(mla, task, expansion, expansion_KC)
+    return attention
 
 
-def _load_expansion(
-    config: ModelConfig, mla: MlaConfig, weights: WeightSource, prefix: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    nope, head_size = mla.qk_nope_head_dim, mla.qk_nope_head_dim + mla.v_head_dim
-    weight = weights.get(f"{prefix}.kv_b_proj.weight", (config.num_heads * head_size, mla.kv_lora_rank))
-    by_head = weight.unflatten(0, (config.num_heads, head_size))
+def _split_expansion(mla: MlaConfig, by_head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    nope = mla.qk_nope_head_dim
     return by_head[:, :nope].contiguous(), by_head[:, nope:].transpose(1, 2).contiguous()
 
 

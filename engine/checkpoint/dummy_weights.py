@@ -31,6 +31,10 @@ class DummyWeights:
     ) -> None:
         return None
 
+    def move_to(self, device: torch.device | str) -> None:
+        """Tensors are made there from now on, the same ones."""
+        self._pool = self._pool.to(device)
+
     def has(self, name: str) -> bool:
         if name.endswith(".bias"):
             return self._config.attention_bias if ".self_attn." in name else self._config.mlp_bias
@@ -41,13 +45,13 @@ class DummyWeights:
         if name == "lm_head.weight" and self._config.tie_word_embeddings:
             name = "model.embed_tokens.weight"
         if len(shape) == 1 and name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=dtype)
+            return torch.ones(shape, dtype=dtype, device=self._pool.device)
         scale = 1.0 / math.sqrt(shape[-1]) if len(shape) > 1 else 0.02
         return (self._window(name, math.prod(shape)).mul_(scale)).to(dtype).view(shape)
 
     def _window(self, name: str, num_values: int) -> torch.Tensor:
         start = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") % _POOL_SIZE
-        values = torch.empty(num_values, dtype=self._dtype)
+        values = torch.empty(num_values, dtype=self._dtype, device=self._pool.device)
         done = 0
         while done < num_values:
             piece = self._pool[start : start + num_values - done]

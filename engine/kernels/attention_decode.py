@@ -1,5 +1,5 @@
 # ruff: noqa: PLR0913 - a kernel takes its pointers, strides and sizes one by one
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 """Absorbed MLA attention of one query row a sequence over a paged cache of latents.
 
 Each program takes one share of one sequence's context for a group of heads, so that few sequences still fill
@@ -83,7 +83,17 @@ def mla_decode(
         num_stages=tuning.num_stages,
     )
     if shares > 1:
-        _merge_kernel[(num_seqs, num_heads)](parts, mass, out_SHC, num_heads, SHARES=shares, RANK=rank)
+        rank_tile = min(rank, 256)
+        _merge_kernel[(num_seqs, num_heads, rank // rank_tile)](
+            parts,
+            mass,
+            out_SHC,
+            num_heads,
+            SHARES=shares,
+            SHARES_TILE=triton.next_power_of_2(shares),
+            RANK=rank,
+            RANK_TILE=rank_tile,
+        )
     return out_SHC
 
 
@@ -158,20 +168,25 @@ def _decode_kernel(
 
 
 @triton.jit
-def _merge_kernel(parts_ptr, mass_ptr, out_ptr, num_heads, SHARES: tl.constexpr, RANK: tl.constexpr):
+def _merge_kernel(
+    parts_ptr,
+    mass_ptr,
+    out_ptr,
+    num_heads,
+    SHARES: tl.constexpr,
+    SHARES_TILE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_TILE: tl.constexpr,
+):
     place = tl.program_id(0).to(tl.int64) * num_heads + tl.program_id(1)
-    dims = tl.arange(0, RANK)
-    largest = -float("inf")
-    for share in tl.static_range(SHARES):
-        largest = tl.maximum(largest, tl.load(mass_ptr + place * SHARES + share))
-    is_empty = largest == -float("inf")
-    acc = tl.zeros([RANK], tl.float32)
-    total = 0.0
-    for share in tl.static_range(SHARES):
-        mass = tl.load(mass_ptr + place * SHARES + share)
-        weight = tl.where(is_empty, 0.0, tl.exp2(mass - tl.where(is_empty, 0.0, largest)))
-        part = tl.load(parts_ptr + (place * SHARES + share) * RANK + dims)
-        acc += weight * part
-        total += weight
-    acc = acc / tl.where(is_empty, 1.0, total)
-    tl.store(out_ptr + place * RANK + dims, acc.to(out_ptr.dtype.element_ty))
+    dims = tl.program_id(2) * RANK_TILE + tl.arange(0, RANK_TILE)
+    shares = tl.arange(0, SHARES_TILE)
+    is_share = shares < SHARES
+    mass = tl.load(mass_ptr + place * SHARES + shares, mask=is_share, other=-float("inf"))
+    largest = tl.max(mass, 0)
+    weights = tl.exp2(mass - tl.where(largest == -float("inf"), 0.0, largest))
+    total = tl.sum(weights, 0)
+    parts = parts_ptr + (place * SHARES + shares[:, None]) * RANK + dims[None, :]
+    values = tl.load(parts, mask=is_share[:, None], other=0.0)
+    merged = tl.sum(values * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + place * RANK + dims, merged.to(out_ptr.dtype.element_ty))

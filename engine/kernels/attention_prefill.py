@@ -1,5 +1,5 @@
 # ruff: noqa: PLR0913 - a kernel takes its pointers, strides and sizes one by one
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 """Causal MLA attention of prompt chunks, packed without padding, over expanded keys and values.
 
 Each program takes a tile of one sequence's queries and one head through the rows that they can see (the

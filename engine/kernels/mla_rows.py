@@ -1,5 +1,5 @@
 # ruff: noqa: PLR0913 - a kernel takes its pointers, strides and sizes one by one
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 """Between the projections of MLA and its attention, in one pass over a token's row: the latent's norm, the
 rotation of the shared key, their way into the cache, and the rotation of the queries.
 
@@ -8,23 +8,12 @@ T tokens, H heads, C latent rank, N query dims without position, R rotated dims 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.row_task import RowTask
 from engine.kernels.support import is_power_of_two
-
-
-@dataclass(frozen=True, slots=True)
-class RowTask:
-    """What stays the same from step to step."""
-
-    norm_weight_C: torch.Tensor
-    norm_eps: float
-    inverse_freq_R: torch.Tensor  # float32 [R / 2]
-    magnitude: float  # of the rotations
 
 
 def prepare_mla_rows(
@@ -95,7 +84,6 @@ def _rows_kernel(
 ):
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + t)
-    is_kept = slot >= 0
     dims = tl.arange(0, RANK)
     pairs = tl.arange(0, ROPE // 2)
     heads = tl.arange(0, HEADS)[:, None]
@@ -121,8 +109,8 @@ def _rows_kernel(
     rope_dims = tl.arange(0, ROPE)
     tl.store(row + dims, latent)
     tl.store(key + rope_dims, rotated)
-    tl.store(slot_row + dims, latent, mask=is_kept & (dims >= 0))
-    tl.store(slot_row + RANK + rope_dims, rotated, mask=is_kept & (rope_dims >= 0))
+    tl.store(slot_row + dims, latent, mask=dims * 0 + slot >= 0)
+    tl.store(slot_row + RANK + rope_dims, rotated, mask=rope_dims * 0 + slot >= 0)
     cos = cos[None, :]
     sin = sin[None, :]
     q_rotated = tl.interleave(q_even * cos - q_odd * sin, q_even * sin + q_odd * cos)

@@ -1,10 +1,10 @@
 """A matrix product with its weight laid out for this processor.
 
-On CPU the hub's [N, K] layout is the slowest of three (docs/log.md). For one or two rows a [K, N] copy reads
-memory fastest. For more rows oneDNN's packed form multiplies up to 1.7 times as fast, but a call costs 55 us.
-So small weights are kept as [K, N], large ones packed, and middle ones both ways: twice their memory for the
-speed of a single stream. The choice depends on shape, dtype and processor alone, so that equal workers
-compute equal bits.
+Off the CPU a weight stays as the hub has it. On CPU the hub's [N, K] layout is the slowest of three
+(docs/log.md). For one or two rows a [K, N] copy reads memory fastest. For more rows oneDNN's packed form
+multiplies up to 1.7 times as fast, but a call costs 55 us. So small weights are kept as [K, N], large ones
+packed, and middle ones both ways: twice their memory for the speed of a single stream. The choice depends on
+shape, dtype and processor alone, so that equal workers compute equal bits.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ class Linear:
         self._bias_N = bias_N
         self._packed: torch.Tensor | None = None
         self._weight_KN: torch.Tensor | None = None
+        if weight_NK.device.type != "cpu":
+            self._weight_KN = weight_NK.contiguous().t()  # as it is: cuBLAS takes either layout
+            return
         if _is_packing_faster(weight_NK):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), None)
         if self._packed is None or _is_worth_doubling(weight_NK):

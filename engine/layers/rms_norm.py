@@ -23,6 +23,11 @@ class RmsNorm:
             return torch.mul(x_TD, self._inverse_rms(x_TD)).mul_(self._weight_D)
         return (x_TD.float() * self._inverse_rms(x_TD)).to(x_TD.dtype).mul_(self._weight_D)
 
+    def add_(self, x_TD: torch.Tensor, delta_TD: torch.Tensor) -> torch.Tensor:
+        """x += delta in place; the norm of the sum."""
+        x_TD += delta_TD
+        return self(x_TD)
+
     def apply_(self, x_TD: torch.Tensor) -> None:
         """In place; x_TD may be a slice of columns."""
         if x_TD.device.type == "cpu" and x_TD.dtype == torch.float32:

@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import torch
 
+from engine.checkpoint.dummy_weights import DummyWeights
 from engine.checkpoint.model_config import ModelConfig
 from engine.checkpoint.weights import WeightSource
+from engine.kernels.support import has_kernels
 from engine.models.causal_lm import CausalLM
 from engine.models.deepseek import build_deepseek
 from engine.models.llama import build_llama
@@ -18,20 +20,42 @@ def build_model(
     dispatcher_for: Callable[[int], Dispatcher] | None,
     dtype: torch.dtype,
     device: torch.device | str,
+    *,
+    uses_kernels: bool | None = None,
 ) -> CausalLM:
-    """dispatcher_for(layer) gives the dispatcher of each MoE layer; None keeps all experts on this rank."""
+    """dispatcher_for(layer) gives the dispatcher of each MoE layer; None keeps all experts on this rank.
+    uses_kernels None: where the device has them."""
     placed = PlacedWeights(weights, dtype, device)
+    if uses_kernels is None:
+        uses_kernels = has_kernels(device)
+    model = _build(config, placed, dispatcher_for, device, uses_kernels)
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # what loading left over counts as taken when the KV cache is sized
+    return model
+
+
+def _build(
+    config: ModelConfig,
+    placed: PlacedWeights,
+    dispatcher_for: Callable[[int], Dispatcher] | None,
+    device: torch.device | str,
+    uses_kernels: bool,
+) -> CausalLM:
     if config.mla is None:
         return build_llama(config, placed, device)
     num_experts = config.moe.num_routed_experts if config.moe else 0
     local = LocalDispatcher(num_experts)
-    return build_deepseek(config, config.mla, placed, dispatcher_for or (lambda _: local), device)
+    return build_deepseek(
+        config, config.mla, placed, dispatcher_for or (lambda _: local), device, uses_kernels
+    )
 
 
 class PlacedWeights:
     """A weight source whose tensors are on the model's device, in its dtype."""
 
     def __init__(self, source: WeightSource, dtype: torch.dtype, device: torch.device | str) -> None:
+        if isinstance(source, DummyWeights):
+            source.move_to(device)
         self._source = source
         self._dtype = dtype
         self._device = device

@@ -16,6 +16,9 @@ LayerDone = Callable[[int], None]
 
 
 class CausalLM(Protocol):
+    vocab_size: int
+    uses_kernels: bool  # a batch must come with a DevicePlan, and a step of decodes can be a CUDA graph
+
     def forward(
         self, batch: ForwardBatch, kv_cache: KvCache, layer_done: LayerDone | None = None
     ) -> torch.Tensor:
@@ -25,6 +28,10 @@ class CausalLM(Protocol):
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """float32 [N, V]."""
+        ...
+
+    def logits_into(self, out_NV: torch.Tensor, hidden_ND: torch.Tensor) -> None:
+        """As logits(), into a tensor of the model's dtype."""
         ...
 
     def take_expert_load(self) -> torch.Tensor | None:

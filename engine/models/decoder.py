@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch.nn import functional
 
+from engine.attention.device_plan import DevicePlan
 from engine.attention.plan import AttentionPlan, plan_attention
 from engine.checkpoint.model_config import ModelConfig
 from engine.checkpoint.weights import WeightSource
@@ -17,7 +18,7 @@ from engine.layers.linear import Linear
 from engine.layers.rms_norm import RmsNorm
 from engine.layers.rotary import Rotary
 from engine.models.causal_lm import LayerDone
-from engine.moe.moe_layer import MoeLayer
+from engine.moe.moe_layer import CountsExperts
 
 if TYPE_CHECKING:
     from engine.kv_cache import KvCache
@@ -25,9 +26,14 @@ if TYPE_CHECKING:
 
 class Attention(Protocol):
     def __call__(
-        self, x_TD: torch.Tensor, cache: torch.Tensor, plan: AttentionPlan, rotations: torch.Tensor
+        self,
+        x_TD: torch.Tensor,
+        cache: torch.Tensor,
+        plan: AttentionPlan | DevicePlan,
+        rotations: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Write the batch's rows to this layer's cache and attend. rotations: complex64 [T, R / 2]."""
+        """Write the batch's rows to this layer's cache and attend. rotations: complex64 [T, R / 2]; none for
+        kernels, which have a DevicePlan and rotate by themselves."""
         ...
 
 
@@ -51,13 +57,15 @@ class Decoder:
         norm: RmsNorm,
         head: Linear,
     ) -> None:
+        self.vocab_size = embedding_VD.shape[0]
+        self.uses_kernels = False
         self._embedding_VD = embedding_VD
         self._rotary = rotary
         self._layers = layers
         self._norm = norm
         self._head = head
         self._moe_layers = [
-            layer.feed_forward for layer in layers if isinstance(layer.feed_forward, MoeLayer)
+            layer.feed_forward for layer in layers if isinstance(layer.feed_forward, CountsExperts)
         ]
 
     @torch.inference_mode()
@@ -65,18 +73,32 @@ class Decoder:
         self, batch: ForwardBatch, kv_cache: KvCache, layer_done: LayerDone | None = None
     ) -> torch.Tensor:
         x_TD = functional.embedding(batch.token_ids_T, self._embedding_VD)
-        rotations = self._rotary.rotations(batch.positions_T)
-        plan = plan_attention(batch, kv_cache.layer(0))
+        plan: AttentionPlan | DevicePlan
+        if batch.device_plan is not None:
+            plan, rotations = batch.device_plan, None
+        else:
+            plan, rotations = (
+                plan_attention(batch, kv_cache.layer(0)),
+                self._rotary.rotations(batch.positions_T),
+            )
+        normed_TD = self._layers[0].attention_norm(x_TD)
         for i, layer in enumerate(self._layers):
-            x_TD += layer.attention(layer.attention_norm(x_TD), kv_cache.layer(i), plan, rotations)
-            x_TD += layer.feed_forward(layer.feed_forward_norm(x_TD))
+            attended_TD = layer.attention(normed_TD, kv_cache.layer(i), plan, rotations)
+            fed_TD = layer.feed_forward(layer.feed_forward_norm.add_(x_TD, attended_TD))
+            next_norm = self._layers[i + 1].attention_norm if i + 1 < len(self._layers) else self._norm
+            normed_TD = next_norm.add_(x_TD, fed_TD)
             if layer_done is not None:
                 layer_done(i)
-        return self._norm(x_TD)
+        return normed_TD
 
     @torch.inference_mode()
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         return self._head(hidden_ND).float()
+
+    @torch.inference_mode()
+    def logits_into(self, out_NV: torch.Tensor, hidden_ND: torch.Tensor) -> None:
+        """As logits(), in the dtype of the model."""
+        self._head.into(out_NV, hidden_ND)
 
     def take_expert_load(self) -> torch.Tensor | None:
         if not self._moe_layers:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 
 from engine.attention.mla import load_mla_attention
+from engine.attention.mla_kernels import kernels_fit
 from engine.checkpoint.model_config import MlaConfig, ModelConfig, MoeConfig
 from engine.checkpoint.weights import WeightSource
 from engine.layers.mlp import load_gated_mlp
 from engine.layers.rotary import Rotary
 from engine.models.decoder import Decoder, DecoderLayer, FeedForward, load_decoder, load_norm
-from engine.moe.dispatch import Dispatcher
+from engine.moe.dispatch import Dispatcher, LocalDispatcher
 from engine.moe.experts import load_experts
 from engine.moe.gate import load_gate
 from engine.moe.moe_layer import MoeLayer
@@ -24,24 +25,41 @@ def build_deepseek(
     weights: WeightSource,
     dispatcher_for: Callable[[int], Dispatcher],
     device: torch.device | str,
+    has_kernels: bool,
 ) -> Decoder:
+    uses_kernels = has_kernels and kernels_fit(mla)
+
     def load_layer(i: int) -> DecoderLayer:
         prefix = f"model.layers.{i}"
         feed_forward: FeedForward
         if config.moe is not None and config.is_moe_layer(i):
-            feed_forward = _load_moe_layer(config, config.moe, weights, f"{prefix}.mlp", dispatcher_for(i))
+            dispatcher = dispatcher_for(i)
+            if has_kernels and isinstance(dispatcher, LocalDispatcher) and not config.mlp_bias:
+                feed_forward = _load_fused_moe(config, config.moe, weights, f"{prefix}.mlp")
+            else:
+                feed_forward = _load_moe_layer(config, config.moe, weights, f"{prefix}.mlp", dispatcher)
         else:
             feed_forward = load_gated_mlp(
                 weights, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, config.mlp_bias
             )
         return DecoderLayer(
             load_norm(config, weights, f"{prefix}.input_layernorm"),
-            load_mla_attention(config, mla, weights, f"{prefix}.self_attn"),
+            load_mla_attention(config, mla, weights, f"{prefix}.self_attn", has_kernels=uses_kernels),
             load_norm(config, weights, f"{prefix}.post_attention_layernorm"),
             feed_forward,
         )
 
-    return load_decoder(config, weights, load_layer, Rotary(config.rope, mla.qk_rope_head_dim, device))
+    decoder = load_decoder(config, weights, load_layer, Rotary(config.rope, mla.qk_rope_head_dim, device))
+    decoder.uses_kernels = uses_kernels
+    return decoder
+
+
+def _load_fused_moe(
+    config: ModelConfig, moe: MoeConfig, weights: WeightSource, prefix: str
+) -> FeedForward:
+    from engine.moe.fused_experts import load_fused_moe  # needs Triton, which a CPU has no use for
+
+    return load_fused_moe(moe, weights, prefix, config.hidden_size, is_fp8=False)
 
 
 def _load_moe_layer(

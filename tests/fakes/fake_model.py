@@ -27,6 +27,8 @@ _MODULUS = 1_000_003
 class FakeModel:
     """KV of a token in a layer: (token id, position * NUM_LAYERS + layer)."""
 
+    uses_kernels = False
+
     def __init__(self, vocab_size: int = VOCAB_SIZE) -> None:
         self.vocab_size = vocab_size
         self.num_forwards = 0
@@ -48,6 +50,9 @@ class FakeModel:
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         tokens_1V = torch.arange(self.vocab_size).unsqueeze(0)
         return ((hidden_ND * 7919 + (tokens_1V + 1) * (hidden_ND % 977 + 13)) % 10_007).float() / 2000.0
+
+    def logits_into(self, out_NV: torch.Tensor, hidden_ND: torch.Tensor) -> None:
+        out_NV.copy_(self.logits(hidden_ND))
 
     def take_expert_load(self) -> torch.Tensor | None:
         return None

@@ -11,7 +11,8 @@ pytest.importorskip("triton", reason="kernel tests need the package triton (pip 
 
 from engine.kernels.attention_decode import DecodeTuning, mla_decode, num_shares
 from engine.kernels.attention_prefill import PrefillTuning, Segments, mla_prefill
-from engine.kernels.mla_rows import RowTask, prepare_mla_rows
+from engine.kernels.mla_rows import prepare_mla_rows
+from engine.kernels.row_task import RowTask
 from engine.layers.rms_norm import RmsNorm
 from engine.layers.rotary import rotate_
 from tests.engine.kernels.kernel_batches import padded_tables, scattered_batch

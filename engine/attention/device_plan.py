@@ -1,0 +1,84 @@
+"""Where the sequences of one batch find their rows, as tensors that kernels read.
+
+T tokens, S decoding sequences, B blocks of a table, L context rows of all chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from engine.forward_batch import ForwardBatch
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRows:
+    """Rows num_decodes .. T of the batch: all chunks of it."""
+
+    query_start: torch.Tensor  # int32 [chunks + 1], from 0
+    context_start: torch.Tensor  # int32 [chunks + 1], from 0
+    max_queries: int
+    context_slots_L: torch.Tensor | None  # int64; None: nothing was cached, the context is the chunks' rows
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    positions_T: torch.Tensor  # int64
+    slot_mapping_T: torch.Tensor  # int64; below 0: padding
+    num_decodes: int  # the first num_decodes rows
+    block_tables_SB: torch.Tensor  # int32
+    context_len_S: torch.Tensor  # int32; 0: padding
+    chunks: ChunkRows | None
+
+
+def plan_on_device(batch: ForwardBatch, block_size: int) -> DevicePlan:
+    """Copies what the batch holds as lists to the device of its tensors."""
+    device = batch.token_ids_T.device
+    num_decodes = batch.num_decodes
+    if num_decodes:
+        tables = [batch.block_tables[s] for s in range(num_decodes)]
+        width = max(len(table) for table in tables)
+        padded = np.zeros((num_decodes, width), dtype=np.int32)
+        for row, table in zip(padded, tables, strict=True):
+            row[: len(table)] = table
+        context = torch.tensor(batch.context_len[:num_decodes], dtype=torch.int32)
+        block_tables_SB, context_len_S = torch.from_numpy(padded).to(device), context.to(device)
+    else:
+        block_tables_SB = torch.empty(0, 1, dtype=torch.int32, device=device)
+        context_len_S = torch.empty(0, dtype=torch.int32, device=device)
+    return DevicePlan(
+        positions_T=batch.positions_T,
+        slot_mapping_T=batch.slot_mapping_T,
+        num_decodes=num_decodes,
+        block_tables_SB=block_tables_SB,
+        context_len_S=context_len_S,
+        chunks=_plan_chunks(batch, block_size) if batch.num_seqs > num_decodes else None,
+    )
+
+
+def _plan_chunks(batch: ForwardBatch, block_size: int) -> ChunkRows:
+    device = batch.token_ids_T.device
+    query_start = np.array(batch.query_start[batch.num_decodes :], dtype=np.int32) - batch.num_decodes
+    lengths = np.array(batch.context_len[batch.num_decodes :], dtype=np.int32)
+    num_queries = np.diff(query_start)
+    starts = np.zeros((2, len(query_start)), dtype=np.int32)
+    starts[0] = query_start
+    np.cumsum(lengths, out=starts[1, 1:])
+    slots = None
+    if (lengths > num_queries).any():
+        tables = batch.block_tables[batch.num_decodes :]
+        slots = torch.from_numpy(
+            np.concatenate([_slots(t, int(n), block_size) for t, n in zip(tables, lengths, strict=True)])
+        ).to(device)
+    query_start_here, context_start = torch.from_numpy(starts).to(device).unbind()
+    return ChunkRows(query_start_here, context_start, int(num_queries.max()), slots)
+
+
+def _slots(table: list[int], num_tokens: int, block_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    blocks = np.array(table[: -(-num_tokens // block_size)], dtype=np.int64)
+    slots = blocks[:, None] * block_size + np.arange(block_size)
+    return slots.reshape(-1)[:num_tokens]

@@ -1,0 +1,73 @@
+"""Which row of a fixed batch each decoding sequence has, and what stands in it, on the host.
+
+A sequence keeps its row while it decodes: then a step changes two numbers of it, and now and then one block
+of its table. Rows are dense: where one leaves, a new sequence or the last row moves in.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from engine.sequence import Sequence
+
+
+class DecodeRows:
+    def __init__(self, max_seqs: int, max_blocks: int, *, is_pinned: bool) -> None:
+        self.tokens_2N = torch.zeros(2, max_seqs, dtype=torch.int64, pin_memory=is_pinned)
+        self.tables_NB = torch.zeros(max_seqs, max_blocks, dtype=torch.int32, pin_memory=is_pinned)
+        self._tokens = self.tokens_2N.numpy()
+        self._tables = self.tables_NB.numpy()
+        self._row_of: dict[Sequence, int] = {}
+        self._known: list[list[int]] = []  # the block table of each row, and how much of it is written
+        self._lengths: list[int] = []
+
+    def update(self, seqs: list[Sequence], num_rows: int) -> tuple[list[Sequence], bool]:
+        """The sequences in the order of their rows, and whether a table has changed. Rows beyond them, up to
+        num_rows, get position -1."""
+        self._drop_others(seqs)
+        for seq in seqs:
+            if seq not in self._row_of:
+                self._row_of[seq] = len(self._known)
+                self._known.append([])
+                self._lengths.append(0)
+        has_changed = self._write_tables()
+        placed = list(self._row_of)
+        placed.sort(key=self._row_of.__getitem__)
+        positions = [seq.num_computed_tokens for seq in placed]
+        num_seqs = len(placed)
+        self._tokens[0, :num_seqs] = [
+            seq.token_ids[position] for seq, position in zip(placed, positions, strict=True)
+        ]
+        self._tokens[1, :num_seqs] = positions
+        self._tokens[1, num_seqs:num_rows] = -1
+        return placed, has_changed
+
+    def _drop_others(self, seqs: list[Sequence]) -> None:
+        wanted = set(seqs)
+        gone = [seq for seq in self._row_of if seq not in wanted]
+        if not gone:
+            return
+        seq_at = {row: seq for seq, row in self._row_of.items()}
+        for row in sorted((self._row_of.pop(seq) for seq in gone), reverse=True):
+            last = len(self._known) - 1
+            if row != last:
+                self._row_of[seq_at[last]] = row
+                seq_at[row] = seq_at[last]
+                self._known[row] = self._known[last]
+                self._lengths[row] = 0  # written anew
+            self._known.pop()
+            self._lengths.pop()
+
+    def _write_tables(self) -> bool:
+        has_changed = False
+        for seq, row in self._row_of.items():
+            table = seq.block_table
+            if self._known[row] is not table:
+                self._known[row], self._lengths[row] = table, 0
+            first, end = self._lengths[row], len(table)
+            if first != end:
+                self._tables[row, first:end] = np.array(table[first:], dtype=np.int32)
+                self._lengths[row] = end
+                has_changed = True
+        return has_changed

@@ -1,0 +1,98 @@
+"""A whole model by kernels gives the tokens that the plain form of it gives."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="kernel tests need the package triton (pip install triton)")
+
+from engine.checkpoint.model_config import load_model_config
+from engine.checkpoint.random_presets import hub_config
+from engine.checkpoint.weights import open_weights
+from engine.decode_graphs import GraphLimits, batch_ladder
+from engine.engine import Engine, EngineLimits
+from engine.kernels import attention_decode
+from engine.kv_cache import KvCache
+from engine.kv_layout import KvLayout
+from engine.models import build_model
+from engine.runner import Runner
+from engine.sampler import Sampler
+from engine.sampling_params import SamplingParams
+from engine.scheduler import SchedulerConfig
+from engine.sequence import Sequence
+
+BLOCK_SIZE, MAX_RUNNING, MAX_MODEL_LEN = 4, 3, 64
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As small as kernels allow: the interpreter is slow."""
+    path = tmp_path_factory.mktemp("model")
+    config = hub_config("deepseek_v2", "tiny", "float32")
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config |= {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "vocab_size": 512}
+    config |= {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def build(checkpoint: Path, device: str, *, uses_kernels: bool, uses_graphs: bool) -> Engine:
+    config = load_model_config(checkpoint)
+    with open_weights(checkpoint, "dummy", torch.float32, config) as weights:
+        model = build_model(config, weights, None, torch.float32, device, uses_kernels=uses_kernels)
+    layout = KvLayout(
+        model_fingerprint="test",
+        num_layers=config.num_layers,
+        token_shape=config.kv_token_shape,
+        dtype="float32",
+        block_size=BLOCK_SIZE,
+    )
+    cache = KvCache(layout, 64, device=device)
+    limits = EngineLimits(
+        max_model_len=MAX_MODEL_LEN, vocab_size=config.vocab_size, eos_token_ids=frozenset()
+    )
+    graph_limits = GraphLimits(MAX_RUNNING, MAX_MODEL_LEN) if uses_graphs else None
+    runner = Runner(model, cache, Sampler(frozenset()), 24, device, graph_limits=graph_limits)
+    return Engine(runner, cache, limits, SchedulerConfig(token_budget=24, max_running=MAX_RUNNING))
+
+
+def answers(engine: Engine, prompts: list[list[int]], *, temperature: float) -> dict[int, list[int]]:
+    """Four answers of different lengths for three places: rows are left and taken over."""
+    for seq_id, prompt in enumerate(prompts):
+        sampling = SamplingParams(
+            temperature=temperature, seed=seq_id, max_tokens=2 + seq_id, ignore_eos=True
+        )
+        engine.add(Sequence(seq_id, prompt, sampling))
+    found: dict[int, list[int]] = {seq_id: [] for seq_id in range(len(prompts))}
+    while engine.has_work:
+        for output in engine.step().outputs:
+            found[output.seq_id] += output.token_ids
+        engine.check_integrity()
+    return found
+
+
+@pytest.mark.parametrize(("uses_graphs", "temperature"), [(False, 0.0), (True, 0.0), (True, 1.0)])
+def test_kernels_give_the_tokens_of_the_plain_model(
+    checkpoint: Path, device: str, uses_graphs: bool, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
+    rng = random.Random(0)
+    shared = [rng.randrange(512) for _ in range(9)]  # two blocks of prefix that later prompts hit
+    prompts = [shared + [rng.randrange(512) for _ in range(n)] for n in (5, 9, 3, 12)]
+    plain = build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False)
+    by_kernels = build(checkpoint, device, uses_kernels=True, uses_graphs=uses_graphs)
+
+    expected = answers(plain, prompts, temperature=temperature)
+
+    assert answers(by_kernels, prompts, temperature=temperature) == expected
+
+
+def test_the_ladder_ends_at_the_largest_batch() -> None:
+    assert batch_ladder(3) == [1, 2, 3]
+    assert batch_ladder(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert batch_ladder(400)[-3:] == [320, 384, 400]
