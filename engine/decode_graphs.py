@@ -35,6 +35,9 @@ class DecodeGraphs:
 
     def __init__(self, model: CausalLM, kv_cache: KvCache, limits: GraphLimits) -> None:
         """Captures all graphs; off CUDA the same step runs without them. The cache does not change."""
+        from engine.kernels.sampling import greedy_tokens  # Triton is not everywhere
+
+        self._pick = greedy_tokens
         device = kv_cache.data.device
         self._model = model
         self._kv_cache = kv_cache
@@ -124,7 +127,7 @@ class DecodeGraphs:
         )
         logits_NV = self._logits_NV[:num_rows]
         self._model.logits_into(logits_NV, self._model.forward(batch, self._kv_cache))
-        torch.argmax(logits_NV, dim=1, out=self._next_N[:num_rows])
+        self._pick(logits_NV, self._next_N[:num_rows])
 
 
 def batch_ladder(max_seqs: int) -> list[int]:

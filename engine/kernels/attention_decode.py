@@ -72,7 +72,8 @@ def mla_decode(
         q_SHC.stride(1),
         block_tables_SB.stride(0),
         num_heads,
-        SHARES=shares,
+        shares,
+        IS_SHARED=shares > 1,
         RANK=rank,
         ROPE=row_size - rank,
         BLOCK_SIZE=cache.shape[1],
@@ -89,7 +90,7 @@ def mla_decode(
             mass,
             out_SHC,
             num_heads,
-            SHARES=shares,
+            shares,
             SHARES_TILE=triton.next_power_of_2(shares),
             RANK=rank,
             RANK_TILE=rank_tile,
@@ -114,7 +115,8 @@ def _decode_kernel(
     q_stride_h,
     table_stride,
     num_heads,
-    SHARES: tl.constexpr,
+    num_shares,
+    IS_SHARED: tl.constexpr,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -129,7 +131,7 @@ def _decode_kernel(
     latent_dims = tl.arange(0, RANK)
     rope_dims = tl.arange(0, ROPE)
     context = tl.load(context_ptr + s)
-    rows_per_share = tl.cdiv(tl.cdiv(context, SHARES), ROWS) * ROWS
+    rows_per_share = tl.cdiv(tl.cdiv(context, num_shares), ROWS) * ROWS
     begin = share * rows_per_share
     end = tl.minimum(begin + rows_per_share, context)
 
@@ -159,10 +161,10 @@ def _decode_kernel(
 
     mass = tl.where(total > 0, total, 1.0)
     acc = acc / mass[:, None]
-    place = (s.to(tl.int64) * num_heads + heads) * SHARES + share
+    place = (s.to(tl.int64) * num_heads + heads) * num_shares + share
     out = parts_ptr + place[:, None] * RANK + latent_dims[None, :]
     tl.store(out, acc.to(parts_ptr.dtype.element_ty), mask=is_head[:, None])
-    if SHARES > 1:
+    if IS_SHARED:
         log_mass = tl.where(total > 0, largest + tl.log2(mass), -float("inf"))
         tl.store(mass_ptr + place, log_mass, mask=is_head)
 
@@ -173,7 +175,7 @@ def _merge_kernel(
     mass_ptr,
     out_ptr,
     num_heads,
-    SHARES: tl.constexpr,
+    num_shares,
     SHARES_TILE: tl.constexpr,
     RANK: tl.constexpr,
     RANK_TILE: tl.constexpr,
@@ -181,12 +183,12 @@ def _merge_kernel(
     place = tl.program_id(0).to(tl.int64) * num_heads + tl.program_id(1)
     dims = tl.program_id(2) * RANK_TILE + tl.arange(0, RANK_TILE)
     shares = tl.arange(0, SHARES_TILE)
-    is_share = shares < SHARES
-    mass = tl.load(mass_ptr + place * SHARES + shares, mask=is_share, other=-float("inf"))
+    is_share = shares < num_shares
+    mass = tl.load(mass_ptr + place * num_shares + shares, mask=is_share, other=-float("inf"))
     largest = tl.max(mass, 0)
     weights = tl.exp2(mass - tl.where(largest == -float("inf"), 0.0, largest))
     total = tl.sum(weights, 0)
-    parts = parts_ptr + (place * SHARES + shares[:, None]) * RANK + dims[None, :]
+    parts = parts_ptr + (place * num_shares + shares[:, None]) * RANK + dims[None, :]
     values = tl.load(parts, mask=is_share[:, None], other=0.0)
     merged = tl.sum(values * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out_ptr + place * RANK + dims, merged.to(out_ptr.dtype.element_ty))

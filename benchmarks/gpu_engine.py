@@ -1,0 +1,278 @@
+"""The engine on one GPU, in process, with DeepSeek-V2-Lite's shape and made-up weights.
+
+    python -m benchmarks.gpu_engine table   [--rows 0 4 7] [--json FILE]   the table of rates
+    python -m benchmarks.gpu_engine profile [--streams 1 32 256]           what a step's time goes to
+    python -m benchmarks.gpu_engine check                                  same tokens as the plain CPU form
+    python -m benchmarks.gpu_engine publish FILE                           benchmarks/results/ from such a FILE
+
+The load is a closed loop: as many requests at a time as the concurrency says, each with its own random
+prompt, greedy, to its full length. Times are wall-clock from Engine.add() to the step that gave the token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu_shape import write_shape
+from engine.build import build_engine
+from engine.engine import Engine
+from engine.engine_config import EngineConfig
+from engine.sampling_params import SamplingParams
+from engine.sequence import Sequence
+
+ROWS = (  # concurrency, prompt, output, requests
+    (1, 1024, 256, 4),
+    (8, 1024, 256, 32),
+    (32, 1024, 256, 128),
+    (128, 1024, 256, 512),
+    (256, 1024, 256, 768),
+    (256, 128, 512, 768),
+    (64, 4096, 256, 192),
+    (16, 4096, 1, 64),
+    (1, 4096, 1, 8),
+)
+COLUMNS = ("concurrency", "prompt", "output", "output tok/s", "prompt tok/s", "TTFT p50 ms", "TPOT p50 ms")
+VOCAB_SIZE = 102400
+
+
+@dataclass
+class Answer:
+    added: float
+    first: float = 0.0
+    last: float = 0.0
+    num_tokens: int = 0
+
+
+@dataclass
+class Row:
+    concurrency: int
+    prompt: int
+    output: int
+    requests: int
+    seconds: float
+    answers: list[Answer] = field(repr=False)
+
+    def columns(self) -> dict[str, float | int | None]:
+        gaps = [(a.last - a.first) / (a.num_tokens - 1) for a in self.answers if a.num_tokens > 1]
+        return {
+            "concurrency": self.concurrency,
+            "prompt": self.prompt,
+            "output": self.output,
+            "output tok/s": round(sum(a.num_tokens for a in self.answers) / self.seconds, 1),
+            "prompt tok/s": round(self.requests * self.prompt / self.seconds),
+            "TTFT p50 ms": round(1e3 * median(a.first - a.added for a in self.answers), 1),
+            "TPOT p50 ms": round(1e3 * median(gaps), 2) if gaps else None,
+        }
+
+
+class ClosedLoop:
+    def __init__(self, engine: Engine, seed: int = 0) -> None:
+        self._engine = engine
+        self._rng = np.random.default_rng(seed)
+        self._next_id = 0
+
+    def add(self, prompt_len: int, output_len: int) -> int:
+        seq_id = self._next_id
+        self._next_id += 1
+        prompt = self._rng.integers(0, VOCAB_SIZE, prompt_len).tolist()
+        sampling = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
+        self._engine.add(Sequence(seq_id, prompt, sampling))
+        return seq_id
+
+    def run(self, concurrency: int, prompt_len: int, output_len: int, num_requests: int) -> Row:
+        answers: dict[int, Answer] = {}
+
+        def start() -> None:
+            seq_id = self.add(prompt_len, output_len)
+            answers[seq_id] = Answer(time.perf_counter())
+
+        began = time.perf_counter()
+        for _ in range(min(concurrency, num_requests)):
+            start()
+        while self._engine.has_work:
+            outputs = self._engine.step().outputs
+            now = time.perf_counter()
+            for output in outputs:
+                answer = answers[output.seq_id]
+                answer.first = answer.first or now
+                answer.last = now
+                answer.num_tokens += len(output.token_ids)
+                if output.finish_reason is not None and len(answers) < num_requests:
+                    start()
+        seconds = time.perf_counter() - began
+        return Row(concurrency, prompt_len, output_len, num_requests, seconds, list(answers.values()))
+
+
+def build(directory: Path, *, uses_graphs: bool = True, token_budget: int = 8192) -> Engine:
+    config = EngineConfig(
+        model_dir=write_shape(directory),
+        load_format="dummy",
+        dtype="bfloat16",
+        device="cuda",
+        max_model_len=4608,
+        max_running=256,
+        token_budget=token_budget,
+        uses_graphs=uses_graphs,
+    )
+    began = time.perf_counter()
+    engine = build_engine(config)
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    print(
+        f"built in {time.perf_counter() - began:.1f} s; {engine.num_blocks} KV blocks; "
+        f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB left",
+        flush=True,
+    )
+    return engine
+
+
+def table(engine: Engine, rows: list[int], path: Path | None) -> None:
+    loop = ClosedLoop(engine)
+    loop.run(8, 1024, 8, 16)  # kernels of chunks are compiled
+    loop.run(2, 4096, 4, 4)
+    found: list[dict[str, Any]] = []
+    print("| " + " | ".join(COLUMNS) + " |", flush=True)
+    for i in rows:
+        columns = loop.run(*ROWS[i]).columns()
+        found.append(columns)
+        print("| " + " | ".join(str(columns[name]) for name in COLUMNS) + " |", flush=True)
+        if path is not None:
+            facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+            path.write_text(json.dumps({**facts, "rows": found}, indent=1))
+
+
+def profile(engine: Engine, streams: list[int], num_kernels: int) -> None:
+    loop = ClosedLoop(engine, seed=1)
+    loop.run(8, 1024, 4, 8)
+    loop.run(1, 4096, 1, 1)
+    for num_streams in streams:
+        for _ in range(num_streams):
+            loop.add(1024, 64)
+        while engine.load().num_waiting_tokens:
+            engine.step()
+        for _ in range(3):
+            engine.step()
+        _profile_steps(engine, f"decode of {num_streams}", 10, num_kernels)
+        engine.abort_all()
+    loop.add(4096, 1)
+    _profile_steps(engine, "prompt of 4096", 1, num_kernels)
+    for _ in range(8):
+        loop.add(1024, 1)
+    _profile_steps(engine, "8 prompts of 1024", 1, num_kernels)
+
+
+def _profile_steps(engine: Engine, title: str, num_steps: int, num_kernels: int) -> None:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    kinds = [torch.profiler.ProfilerActivity.CUDA]
+    walls = []
+    with torch.profiler.profile(activities=kinds) as trace:
+        for _ in range(num_steps):
+            began = time.perf_counter()
+            engine.step()
+            walls.append(time.perf_counter() - began)
+    events = [e for e in trace.key_averages() if e.self_device_time_total > 0]
+    events.sort(key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events) / num_steps
+    print(f"{title}: wall {1e3 * median(walls):.2f} ms a step, device {total / 1e3:.2f} ms")
+    for event in events[:num_kernels]:
+        time_us = event.self_device_time_total / num_steps
+        share = f"{100 * time_us / total:5.1f} % x{event.count / num_steps:<6.1f}"
+        print(f"  {time_us:9.1f} us {share} {event.key[:80]}")
+    sys.stdout.flush()
+
+
+def check(directory: Path) -> None:
+    """A small random checkpoint: float32 must agree, bfloat16 is reported."""
+    from engine.checkpoint.random_checkpoint import make_random_checkpoint
+
+    make_random_checkpoint(directory, "deepseek_v2", "small576", seed=5)
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(3, 32000, n).tolist() for n in (17, 130, 333, 600, 64, 1)]
+    expected = _answers(directory, prompts, "cpu", "float32", uses_graphs=False)
+    for dtype in ("float32", "bfloat16"):
+        for uses_graphs in (False, True):
+            found = _answers(directory, prompts, "cuda", dtype, uses_graphs=uses_graphs)
+            pairs = [(e, f) for i in expected for e, f in zip(expected[i], found[i], strict=True)]
+            same = sum(e == f for e, f in pairs)
+            whole = sum(expected[i] == found[i] for i in expected)
+            print(
+                f"check {dtype}, {'graphs' if uses_graphs else 'eager'}: {same} of {len(pairs)} tokens, "
+                f"{whole} of {len(prompts)} answers the same as on the CPU",
+                flush=True,
+            )
+
+
+def _answers(
+    directory: Path, prompts: list[list[int]], device: str, dtype: str, *, uses_graphs: bool
+) -> dict[int, list[int]]:
+    config = EngineConfig(
+        model_dir=directory,
+        device=device,
+        dtype=dtype,
+        num_blocks=400,
+        max_model_len=1024,
+        max_running=8,
+        token_budget=256,
+        uses_graphs=uses_graphs,
+    )
+    engine = build_engine(config)
+    for seq_id, prompt in enumerate(prompts):
+        sampling = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
+        engine.add(Sequence(seq_id, prompt, sampling))
+    found: dict[int, list[int]] = {seq_id: [] for seq_id in range(len(prompts))}
+    while engine.has_work:
+        for output in engine.step().outputs:
+            found[output.seq_id] += output.token_ids
+    return found
+
+
+def publish(path: Path) -> None:
+    from benchmarks.results_file import write_result
+
+    document = json.loads(path.read_text())
+    name = document["device"].lower().replace(" ", "-")
+    notes = [f"device: {document['device']}, torch {document['torch']}", *document.get("notes", [])]
+    notes.append("the processor named above wrote this file; the rates are the device's")
+    title = f"Engine in process on one {document['device']}, DeepSeek-V2-Lite's shape, bfloat16"
+    print(write_result(f"gpu-engine-{name}", title, COLUMNS, document["rows"], notes))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_engine", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    modes = parser.add_subparsers(dest="mode", required=True)
+    tables = modes.add_parser("table")
+    tables.add_argument("--rows", type=int, nargs="+", default=list(range(len(ROWS))))
+    tables.add_argument("--json", type=Path)
+    profiles = modes.add_parser("profile")
+    profiles.add_argument("--streams", type=int, nargs="+", default=[1, 32, 256])
+    profiles.add_argument("--kernels", type=int, default=16)
+    modes.add_parser("check")
+    modes.add_parser("publish").add_argument("file", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name) / "model"
+        if args.mode == "table":
+            table(build(directory), args.rows, args.json)
+        elif args.mode == "profile":
+            profile(build(directory), args.streams, args.kernels)
+        elif args.mode == "check":
+            check(directory)
+        else:
+            publish(args.file)
+
+
+if __name__ == "__main__":
+    main()
