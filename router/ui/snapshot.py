@@ -81,7 +81,7 @@ class Snapshots:
         return _event("state", state)
 
     def _worker(self, record: WorkerRecord, link: Link | None) -> dict[str, Any]:
-        load = record.load if link is None or link.load is None else link.load
+        load = record.load
         return {
             "id": record.worker_id,
             "role": record.role,
