@@ -29,7 +29,9 @@ def soak(**changes: float) -> Soak:
     return Soak(**(fast | changes))
 
 
-async def test_a_quarter_of_an_hour_of_traffic_leaks_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_quarter_of_an_hour_of_traffic_leaks_nothing(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(keys, "MAX_STREAM_EVENTS", 200)  # as full as it gets after hours
     simulation = Simulation(url, soak())
     await simulation.run()
