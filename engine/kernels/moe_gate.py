@@ -136,7 +136,7 @@ def _close_groups(choice, ids, E: tl.constexpr, GROUPS: tl.constexpr, TOPK_GROUP
     return tl.where(is_open, choice, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _gate_kernel(
     x_ptr,
     w_ptr,

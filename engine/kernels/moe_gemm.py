@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.kernels.fp8_quantise import FP8_GROUP, Fp8Rows
 from engine.kernels.moe_route import Route
@@ -31,7 +32,7 @@ class Tile:
     num_warps: int
     num_stages: int
     group: int = 1  # tiles of rows that share their weights' way through the cache
-    max_registers: int | None = None
+    is_bulk: bool = False  # blocks come by the tensor copy engine: needs a depth that fills its blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,12 @@ def _launch(
 ) -> None:
     rows, a_scale = (a.values, a.scales) if isinstance(a, Fp8Rows) else (a, None)
     depth = b_ENK.shape[2]
+    assert not tile.is_bulk or depth % tile.depth == 0
     assert b_scale is None or tile.depth == FP8_GROUP and FP8_GROUP % tile.columns == 0
+    a_blocks = b_blocks = None
+    if tile.is_bulk:
+        b_blocks = _blocks(b_ENK.flatten(0, 1), tile.columns, tile.depth)
+        a_blocks = None if experts_per_token else _blocks(rows, route.tile_rows, tile.depth)
     num_columns = triton.cdiv(out.shape[1], tile.columns)
     num_tiles = route.tile_expert_M.shape[0]
     _grouped_kernel[(num_tiles * num_columns,)](
@@ -91,6 +97,8 @@ def _launch(
         a_scale,
         b_ENK,
         b_scale,
+        a_blocks,
+        b_blocks,
         out,
         route.sorted_pairs_P,
         route.tile_expert_M,
@@ -110,10 +118,14 @@ def _launch(
         DEPTH=tile.depth,
         GROUP=tile.group,
         PRECISION="ieee" if b_ENK.dtype == torch.float32 else "tf32",
+        IS_BULK=tile.is_bulk,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **({} if tile.max_registers is None else {"maxnreg": tile.max_registers}),
     )
+
+
+def _blocks(matrix: torch.Tensor, num_rows: int, num_columns: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(matrix, [num_rows, num_columns])
 
 
 @triton.jit
@@ -124,12 +136,14 @@ def quantise_tile(a):
     return (a / scale[:, None]).to(tl.float8e4nv), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _grouped_kernel(
     a_ptr,
     a_scale_ptr,
     b_ptr,
     b_scale_ptr,
+    a_blocks,
+    b_blocks,
     out_ptr,
     pairs_ptr,
     tile_expert_ptr,
@@ -149,6 +163,7 @@ def _grouped_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
+    IS_BULK: tl.constexpr,
 ):
     pid = tl.program_id(0)
     num_column_blocks = tl.cdiv(num_out, COLUMNS)
@@ -178,6 +193,7 @@ def _grouped_kernel(
     # Columns past the last read the last again: no mask in the loop, and what they give is not stored.
     b_columns = tl.minimum(columns, num_out - 1)
     b = b_ptr + expert * b_rows * depth + b_columns[None, :] * depth + ks[:, None]
+    b_row = (expert * b_rows + n * COLUMNS).to(tl.int32)
     scale_columns = tl.cdiv(depth, 128)
     if IS_FP8:
         b_scale = b_scale_ptr + expert * tl.cdiv(b_rows, 128) * scale_columns
@@ -187,7 +203,14 @@ def _grouped_kernel(
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     acc_gate = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(tl.cdiv(depth, DEPTH)):
-        if IS_EVEN:
+        if IS_BULK:
+            if IS_GATED:
+                a_block = tl.load(a, mask=is_row[:, None], other=0.0)
+                gate_block = b_blocks.load([b_row + num_out, k * DEPTH]).T
+            else:
+                a_block = a_blocks.load([start, k * DEPTH])
+            b_block = b_blocks.load([b_row, k * DEPTH]).T
+        elif IS_EVEN:
             a_block = tl.load(a, mask=is_row[:, None], other=0.0)
             b_block = tl.load(b)
             if IS_GATED:

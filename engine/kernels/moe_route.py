@@ -34,10 +34,11 @@ class Route:
 
 
 def max_tiles(num_tokens: int, top_k: int, num_shared: int, num_experts: int, tile_rows: int) -> int:
-    """However the tokens choose: a function of the batch's shape alone."""
+    """However the tokens choose: a function of the batch's shape alone. A multiple of 4, so that the columns of
+    a route start at addresses as even as those of other tensors: kernels are compiled for that."""
     num_pairs = num_tokens * top_k
     routed = min(num_pairs, num_pairs // tile_rows + min(num_experts, num_pairs))
-    return routed + num_shared * triton.cdiv(num_tokens, tile_rows)
+    return 4 * triton.cdiv(routed + num_shared * triton.cdiv(num_tokens, tile_rows), 4)
 
 
 def route_pairs(choice: Choice, num_tiles: int, tile_rows: int) -> Route:
@@ -59,7 +60,7 @@ def route_pairs(choice: Choice, num_tiles: int, tile_rows: int) -> Route:
         E_PAD=padded,
         TILE_ROWS=tile_rows,
         BLOCK=min(triton.next_power_of_2(choice.group_size * k), max(1, _MAX_ONE_HOT // padded)),
-        BLOCK_G=min(triton.next_power_of_2(num_groups), max(1, 4096 // padded)),
+        BLOCK_G=1 if num_groups == 1 else min(16, max(1, 4096 // padded)),
         BLOCK_M=_TILES_AT_ONCE,
         num_warps=8,
     )
@@ -81,7 +82,7 @@ def route_pairs_reference(choice: Choice, num_tiles: int, tile_rows: int) -> Rou
     return Route(sorted_pairs, tiles[0], tiles[1], tiles[2], tile_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_groups", "num_tiles"])
 def _route_kernel(
     ids_ptr,
     counts_ptr,

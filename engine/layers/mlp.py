@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional
 
 from engine.checkpoint.weights import WeightSource
+from engine.kernels.support import has_kernels
 from engine.layers.linear import Linear
 
 
@@ -20,6 +21,10 @@ class GatedMlp:
 
 def gated_silu(up_gate: torch.Tensor) -> torch.Tensor:
     """[..., up | gate] -> up * gate * sigmoid(gate)."""
+    if up_gate.dim() == 2 and has_kernels(up_gate.device):
+        from engine.kernels.gated_silu import gated_silu_rows  # needs Triton
+
+        return gated_silu_rows(up_gate)
     return functional.glu(up_gate).mul_(up_gate[..., up_gate.shape[-1] // 2 :])
 
 

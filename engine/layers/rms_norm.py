@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch.nn import functional
+
+from engine.kernels.support import has_kernels
 
 
 class RmsNorm:
@@ -15,8 +19,11 @@ class RmsNorm:
         self._weight_D = weight_D
         self._eps = eps
         self._eps_tensor = torch.tensor(eps, dtype=torch.float32, device=weight_D.device)
+        self._kernels = _load_kernels() if has_kernels(weight_D.device) else None
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        if self._kernels is not None and x_TD.dim() == 2:
+            return self._kernels.rms_norm(x_TD, self._weight_D, self._eps)
         if x_TD.device.type != "cpu":
             return functional.rms_norm(x_TD, x_TD.shape[-1:], self._weight_D, self._eps)
         if x_TD.dtype == torch.float32:
@@ -25,6 +32,8 @@ class RmsNorm:
 
     def add_(self, x_TD: torch.Tensor, delta_TD: torch.Tensor) -> torch.Tensor:
         """x += delta in place; the norm of the sum."""
+        if self._kernels is not None:
+            return self._kernels.add_rms_norm_(x_TD, delta_TD, self._weight_D, self._eps)
         x_TD += delta_TD
         return self(x_TD)
 
@@ -38,3 +47,9 @@ class RmsNorm:
     def _inverse_rms(self, x_TD: torch.Tensor) -> torch.Tensor:
         norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True, dtype=torch.float32)
         return torch.addcmul(self._eps_tensor, norm_T1, norm_T1, value=1.0 / x_TD.shape[-1]).rsqrt_()
+
+
+def _load_kernels() -> ModuleType:
+    from engine.kernels import rms_norm  # needs Triton, which a CPU has no use for
+
+    return rms_norm

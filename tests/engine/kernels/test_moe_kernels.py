@@ -19,10 +19,11 @@ from engine.kernels.moe_route import max_tiles, route_pairs, route_pairs_referen
 from engine.kernels.moe_tiles import MoeTiles, moe_tiles
 from engine.moe.fused_experts import FusedMoeLayer, gate_spec, run_experts, run_experts_reference
 
-# Triton's interpreter multiplies the bits of bfloat16 as if they were integers, and cuts off what does not
-# fit in FP8 where a device rounds.
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers, and rounds to FP8 without the
+# carry into the exponent, so that a few values in a hundred come out at half their size.
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 FP8_ERROR = 0.05 if torch.cuda.is_available() else 0.12
+SAME_FP8 = 1.0 if torch.cuda.is_available() else 0.95
 
 
 def moe_config(**changes: object) -> MoeConfig:
@@ -161,15 +162,16 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 40])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (HALF, 1e-2)])
+@pytest.mark.parametrize(("depth", "is_bulk"), [(32, False), (16, True)])
 def test_experts_give_the_weighted_sum(
-    num_tokens: int, dtype: torch.dtype, tolerance: float, device: str
+    num_tokens: int, dtype: torch.dtype, tolerance: float, depth: int, is_bulk: bool, device: str
 ) -> None:
     torch.manual_seed(3)
     config = moe_config()
     choice = random_choice(num_tokens, config, device)
     weights = random_experts(14, 80, 48, dtype, device)
     x = torch.randn(num_tokens, 80, dtype=dtype, device=device)
-    tiles = MoeTiles(16, Tile(32, 32, 4, 2), Tile(64, 32, 4, 2, group=4))
+    tiles = MoeTiles(16, Tile(32, depth, 4, 2, is_bulk=is_bulk), Tile(64, depth, 4, 2, 4, is_bulk))
 
     found = run_experts(x, choice, gate_spec(config), weights, tiles)
 
@@ -217,7 +219,8 @@ def test_quantised_rows_equal_the_reference(device: str) -> None:
     x[1] = 0.0
     found, expected = quantise_rows(x), quantise_rows_reference(x)
     assert torch.equal(found.scales, expected.scales)
-    torch.testing.assert_close(found.values.float(), expected.values.float(), rtol=0.15, atol=2.0**-9)
+    is_same = found.values.float() == expected.values.float()
+    assert float(is_same.float().mean()) >= SAME_FP8
     assert relative_error(dequantise_rows(found), x) < FP8_ERROR
 
 

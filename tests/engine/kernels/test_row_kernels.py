@@ -1,0 +1,74 @@
+"""Norms, activations and dense products against their references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.checkpoint import fp8
+from engine.layers.mlp import gated_silu
+
+pytest.importorskip("triton", reason="the kernels need triton")
+
+from engine.kernels.gated_silu import gated_silu_rows
+from engine.kernels.linear import multiply_fp8, multiply_into
+from engine.kernels.linear_tiles import LinearTile
+from engine.kernels.rms_norm import add_rms_norm_, rms_norm, rms_norm_reference
+
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
+HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+FP8_ERROR = 0.05 if torch.cuda.is_available() else 0.12  # it also rounds to FP8 badly
+
+
+@pytest.mark.parametrize("hidden", [64, 100, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_of_a_sum_leaves_the_sum(hidden: int, dtype: torch.dtype, device: str) -> None:
+    x = torch.randn(5, hidden, dtype=dtype, device=device)
+    delta = torch.randn(5, hidden + 8, dtype=dtype, device=device)[:, :hidden]
+    weight = torch.rand(hidden, dtype=dtype, device=device)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 1e-3}
+    alone = rms_norm(delta, weight, 1e-6)
+    torch.testing.assert_close(alone, rms_norm_reference(delta, weight, 1e-6), **tolerance)
+    total = x + delta
+
+    normed = add_rms_norm_(x, delta, weight, 1e-6)
+
+    torch.testing.assert_close(x, total, rtol=0.01 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    torch.testing.assert_close(normed, rms_norm_reference(x, weight, 1e-6), **tolerance)
+
+
+def test_norm_of_no_rows_is_empty(device: str) -> None:
+    assert rms_norm(torch.empty(0, 64, device=device), torch.ones(64, device=device), 1e-6).shape == (0, 64)
+
+
+@pytest.mark.parametrize("width", [6, 200])
+def test_gated_silu_equals_the_layer(width: int, device: str) -> None:
+    x = torch.randn(7, width, device=device)
+    torch.testing.assert_close(gated_silu_rows(x), gated_silu(x.clone()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_rows", [1, 19])
+@pytest.mark.parametrize(("depth", "num_out"), [(128, 48), (200, 33)])
+def test_few_rows_times_a_weight(num_rows: int, depth: int, num_out: int, device: str) -> None:
+    x = torch.randn(num_rows, depth, dtype=HALF, device=device)
+    weight = torch.randn(num_out, depth, dtype=HALF, device=device)
+    out = torch.empty(num_rows, num_out, dtype=HALF, device=device)
+
+    multiply_into(out, x, weight, None, LinearTile(16, 32, 64, 4, 2, 2))
+
+    expected = x.float() @ weight.float().t()
+    assert (out.float() - expected).norm() / expected.norm() < 5e-3
+
+
+@pytest.mark.parametrize("quantises_inside", [True, False])
+@pytest.mark.parametrize("num_out", [128, 320])
+def test_fp8_product_is_near_the_dequantised_one(quantises_inside: bool, num_out: int, device: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(20, 256, dtype=torch.bfloat16, device=device)
+    weight = torch.randn(num_out, 256, device=device)
+    value, scale = fp8.quantise(weight, (128, 128))
+
+    found = multiply_fp8(x, value, scale, LinearTile(16, 64, 128, 4, 2, 1, quantises_inside))
+
+    expected = x.float() @ fp8.dequantise(value, scale, (128, 128), torch.float32).t()
+    assert (found.float() - expected).norm() / expected.norm() < FP8_ERROR
