@@ -13,7 +13,7 @@ import orjson
 from baton.bench import dataset
 from baton.bench.load import Target, closed_sessions, open_sessions, served_model
 from baton.bench.measurement import RequestMeasurement, Summary, by_class, summarize
-from baton.bench.report import render, render_rows
+from baton.bench.report import ROWS_LEGEND, render, render_rows
 from baton.bench.workload import Session
 from baton.errors import CommandError
 from baton.http_client import HttpStatusError, NoAnswer
@@ -139,13 +139,14 @@ def _show(title: str, runs: list[Run]) -> None:
         [only] = runs
         print(render(f"{title}; {only.load}", only.summary))
         if only.classes:
-            print("\n" + render_rows("class", only.classes))
+            print("\n" + render_rows("class", only.classes) + "\n" + ROWS_LEGEND)
         return
     print(title)
     print(render_rows("rate", {f"{r.rate_per_s:g}": r.summary for r in runs}))
     for name in runs[0].classes:
         rows = {f"{r.rate_per_s:g}": r.classes[name] for r in runs if name in r.classes}
         print(f"\n{name}\n" + render_rows("rate", rows))
+    print("\n" + ROWS_LEGEND)
 
 
 def _write_json(args: argparse.Namespace, runs: list[Run]) -> None:

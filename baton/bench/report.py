@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from baton.bench.measurement import Distribution, Summary
 
 _ROW_COLUMNS = ("ok", "TTFT", "TPOT", "output tok/s", "hit rate", "requests/s", "goodput")
+ROWS_LEGEND = "TTFT and TPOT: p50/p99 in ms; goodput: requests a second within the limits"
 _COLUMNS = ("mean", "p50", "p90", "p95", "p99", "max")
 
 
@@ -21,7 +22,7 @@ def render(title: str, summary: Summary) -> str:
 
 
 def render_rows(label: str, summaries: Mapping[str, Summary]) -> str:
-    """One line for each summary."""
+    """One line for each summary; ROWS_LEGEND says what they hold."""
     lines = [f"{label:<12}" + "".join(f"{column:>14}" for column in _ROW_COLUMNS)]
     for name, s in summaries.items():
         values = [
@@ -33,7 +34,6 @@ def render_rows(label: str, summaries: Mapping[str, Summary]) -> str:
             "" if s.goodput_per_s is None else f"{s.goodput_per_s:.2f}",
         ]
         lines.append(f"{name:<12}" + "".join(f"{value:>14}" for value in values))
-    lines.append("TTFT and TPOT: p50/p99 in ms; goodput: requests a second within the limits")
     return "\n".join(lines)
 
 
