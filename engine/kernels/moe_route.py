@@ -34,8 +34,8 @@ class Route:
 
 
 def max_tiles(num_tokens: int, top_k: int, num_shared: int, num_experts: int, tile_rows: int) -> int:
-    """However the tokens choose: a function of the batch's shape alone. A multiple of 4, so that the columns of
-    a route start at addresses as even as those of other tensors: kernels are compiled for that."""
+    """However the tokens choose: a function of the batch's shape alone. A multiple of 4, so that the columns
+    of a route start at addresses as even as those of other tensors: kernels are compiled for that."""
     num_pairs = num_tokens * top_k
     routed = min(num_pairs, num_pairs // tile_rows + min(num_experts, num_pairs))
     return 4 * triton.cdiv(routed + num_shared * triton.cdiv(num_tokens, tile_rows), 4)

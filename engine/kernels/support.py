@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import torch
 
 
 def has_kernels(device: torch.device | str) -> bool:
-    return torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None
+    return torch.device(device).type == "cuda" and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def is_power_of_two(n: int) -> bool:
