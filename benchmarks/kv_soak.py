@@ -5,8 +5,8 @@
 Real engines on a fake model, a real Redis, a router's mirror of the index; chats come, think, are cancelled,
 are handed off between workers, and workers are restarted, half of them without a word to Redis. A simulated
 second is one step of every worker. Checked again and again: free + cached + used = total on every worker;
-Redis and the mirror hold exactly the blocks that the workers have; sampled answers are what a cache without a
-wrong block gives. Checked in the end: memory of Redis and size of the mirror did not grow.
+Redis, the mirror and that of a router that starts now hold exactly the blocks that the workers have; sampled
+answers are what a cache without a wrong block gives. Checked in the end: memory of Redis and size of the mirror did not grow.
 """
 
 from __future__ import annotations
@@ -139,6 +139,9 @@ class Simulation:
                 await worker.index.flush()
         await self._mirror.catch_up()
         check_index(self.fleet, self.index)
+        of_new_router = MemoryIndex()
+        await IndexMirror(self._store, MODEL, of_new_router).catch_up()
+        check_index(self.fleet, of_new_router)
         return await self._sample(tick)
 
     async def _sample(self, tick: int) -> Sample:

@@ -24,9 +24,9 @@ class Sizes:
     num_shared: int = 50  # requests
     shared_per_s: float = 1.25
     num_unshared: int = 20
-    unshared_per_s: float = 0.8
+    unshared_per_s: float = 0.9
     num_sessions: int = 8
-    sessions_per_s: float = 0.5
+    sessions_per_s: float = 0.8
     num_turns: int = 4
     num_traced: int = 24
     vocab_size: int = 4_000
