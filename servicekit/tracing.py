@@ -11,19 +11,23 @@ through a bounded queue: a collector that is slow or away costs spans, never a r
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from servicekit.errors import ServingError
+from servicekit.logging import get_logger
+
+log = get_logger(__name__)
 
 Attributes = Mapping[str, str | int | float | bool]
 
 _TRACES_PATH = "/v1/traces"  # OTLP over HTTP
 _EXPORT_TIMEOUT_S = 5.0
-_CLOSE_S = 3.0  # for what is still queued when the process ends
+_CLOSE_S = 1.5  # for what is still queued when the process ends
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 
@@ -116,8 +120,34 @@ def build_tracer(endpoint: str, service: str, instance: str = "") -> Tracer:
     except ImportError as error:
         raise ValueError("otlp_endpoint needs more packages: pip install 'baton-serve[tracing]'") from error
     url = endpoint if "/" in rest.rstrip("/") else endpoint.rstrip("/") + _TRACES_PATH
-    exporter = OTLPSpanExporter(endpoint=url, timeout=_EXPORT_TIMEOUT_S)
+    # It would complain with every batch; we say once that the collector is away, and once that it is back.
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL)
+    exporter: Any = ReportingExporter(OTLPSpanExporter(endpoint=url, timeout=_EXPORT_TIMEOUT_S))
     return OtelTracer(BatchSpanProcessor(exporter), service, instance)
+
+
+class ReportingExporter:
+    """A SpanExporter whose failures are one line in the log each time they begin, and one when they end."""
+
+    def __init__(self, exporter: Any) -> None:
+        self._exporter = exporter
+        self._is_failing = False
+
+    def export(self, spans: Sequence[Any]) -> Any:
+        result = self._exporter.export(spans)
+        is_failing = result.name != "SUCCESS"
+        if is_failing and not self._is_failing:
+            log.warning("traces_lost", num_spans=len(spans), reason="the collector did not take them")
+        elif self._is_failing and not is_failing:
+            log.info("traces_delivered_again")
+        self._is_failing = is_failing
+        return result
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        return bool(self._exporter.force_flush(timeout_millis))
 
 
 class OtelTracer:

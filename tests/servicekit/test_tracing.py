@@ -3,11 +3,12 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from collections.abc import Sequence
 
 import pytest
 
 from servicekit.errors import HandoffFailed
-from servicekit.tracing import NO_TRACER, OtelTracer, build_tracer
+from servicekit.tracing import NO_TRACER, OtelTracer, ReportingExporter, build_tracer
 
 sdk_export = pytest.importorskip("opentelemetry.sdk.trace.export")
 in_memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
@@ -110,6 +111,25 @@ def test_a_span_of_the_past_has_its_times(tracer: OtelTracer, exporter: object) 
 def test_an_endpoint_that_is_no_http_url_is_a_mistake(endpoint: str) -> None:
     with pytest.raises(ValueError, match=r"^otlp_endpoint must be a URL like http://collector:4318"):
         build_tracer(endpoint, "router")
+
+
+def test_a_collector_that_is_away_is_one_line_and_its_return_another(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    success, failure = sdk_export.SpanExportResult.SUCCESS, sdk_export.SpanExportResult.FAILURE
+    results = [success, failure, failure, success, success]
+
+    class Exporter:
+        def export(self, spans: Sequence[object]) -> object:
+            return results[len(seen)]
+
+    caplog.set_level(logging.INFO)
+    exporter = ReportingExporter(Exporter())
+    seen: list[object] = []
+    for _ in results:
+        seen.append(exporter.export([object()]))
+    assert seen == results
+    assert [record.getMessage() for record in caplog.records] == ["traces_lost", "traces_delivered_again"]
 
 
 def test_a_collector_that_never_answers_delays_neither_spans_nor_the_end(
