@@ -1,146 +1,87 @@
-"""Attention kernels of the GPU path, timed over their tilings, beside what the chip could do.
+"""Every kernel of the GPU engine but attention: checked against its reference, then timed against its floor
+and against plain torch. One command, on a machine with one CUDA device:
 
-    python -m benchmarks.gpu_kernels [ceilings decode prefill rows]
+    python -m benchmarks.gpu_kernels [--tune [SECONDS]] [--out DIR]
 
-DeepSeek-V2-Lite's shape in bfloat16. Each decode is timed over 27 caches in turn, so that none is in L2.
+The floor is the larger of the bytes that must move over 3.35 TB/s and of the operations over 790 TFLOP/s
+(twice that in FP8). --tune first searches the tiles of the expert products and prints them as Python.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import json
+import time
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 
 import torch
-import triton
 
-from engine.kernels.attention_decode import DEFAULT_TUNING, DecodeTuning, mla_decode, num_shares
-from engine.kernels.attention_prefill import PrefillTuning, Segments, mla_prefill
-from engine.kernels.mla_rows import prepare_mla_rows
-from engine.kernels.row_task import RowTask
+from benchmarks.gpu_checks import run_checks
+from benchmarks.gpu_moe import TUNED_TOKENS, MoeBench, compile_all
+from benchmarks.gpu_rows import Row, dense_rows, moe_rows, norm_rows, sampling_rows
 
-HEADS, RANK, ROPE, NOPE, VALUE, BLOCK_SIZE, LAYERS = 16, 512, 64, 128, 128, 16, 27
-SECTIONS = ("ceilings", "decode", "prefill", "rows")
-
-
-def milliseconds(call: Callable[[], object]) -> float:
-    """Median, of launches replayed from a graph."""
-    call()
-    found: float = triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median")
-    return found
-
-
-def ceilings() -> None:
-    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    b = torch.empty_like(a)
-    copy = milliseconds(lambda: b.copy_(a))
-    print(f"copy {2 * a.numel() / copy / 1e9:.2f} TB/s")
-    x = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    product = milliseconds(lambda: x @ x)
-    print(f"matrix product {2 * 8192**3 / product / 1e9:.0f} TFLOP/s", flush=True)
-
-
-def _time_all(calls: dict[str, Callable[[], object]]) -> list[tuple[float, str]]:
-    """Fastest first. A tiling that does not fit the chip is no result."""
-    found = []
-    for name, call in calls.items():
-        try:
-            found.append((milliseconds(call), name))
-        except Exception as error:  # noqa: BLE001 - Triton's own, of the compiler or of the driver
-            print(f"  {name} {type(error).__name__}: {str(error)[:80]}")
-    return sorted(found)
-
-
-def decode() -> None:
-    tilings = [
-        DecodeTuning(rows, warps, stages)
-        for rows, warps, stages in itertools.product((16, 32, 64), (4, 8), (1, 2, 3))
-        if rows * stages <= 128
-    ]
-    shapes = ((1, 1150), (8, 1150), (32, 1150), (128, 1150), (256, 1150), (256, 400), (64, 4200))
-    for num_seqs, context in shapes:
-        call = _decode_call(num_seqs, context)
-        default = num_shares(num_seqs, HEADS)
-        calls = {
-            _name(tiling, shares): partial(call, tiling, shares)
-            for tiling in tilings
-            for shares in sorted({default, max(1, default // 2), min(64, default * 2)})
-        }
-        found = _time_all(calls)
-        floor_us = num_seqs * context * (RANK + ROPE) * 2 / 3.0e6
-        print(f"decode {num_seqs} x {context}: floor {floor_us:.1f} us at 3 TB/s")
-        own = _name(DEFAULT_TUNING, default)
-        for time_ms, name in found[:4] + [entry for entry in found[4:] if entry[1] == own]:
-            print(f"  {1e3 * time_ms / LAYERS:8.1f} us {name}", flush=True)
-
-
-def _name(t: DecodeTuning, shares: int) -> str:
-    return f"shares {shares} rows {t.num_rows} warps {t.num_warps} stages {t.num_stages}"
-
-
-def _decode_call(num_seqs: int, context: int) -> Callable[[DecodeTuning, int], None]:
-    width = -(-context // BLOCK_SIZE)
-    num_blocks = num_seqs * width
-    cache = torch.randn(LAYERS, num_blocks, BLOCK_SIZE, RANK + ROPE, dtype=torch.bfloat16, device="cuda")
-    tables = torch.randperm(num_blocks, device="cuda", dtype=torch.int32).view(num_seqs, width)
-    lengths = torch.full((num_seqs,), context, dtype=torch.int32, device="cuda")
-    q = torch.randn(num_seqs, HEADS, RANK + ROPE, dtype=torch.bfloat16, device="cuda") / 8
-
-    def call(tuning: DecodeTuning, shares: int) -> None:
-        for layer in cache:
-            mla_decode(q, layer, tables, lengths, RANK, shares=shares, tuning=tuning)
-
-    return call
-
-
-def prefill() -> None:
-    tilings = [
-        PrefillTuning(queries, keys, warps, stages)
-        for queries, keys, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (2, 3))
-        if not (queries == 128 and warps == 4)
-    ]
-    for num_seqs, length in ((1, 4096), (8, 1024)):
-        inputs = _prefill_inputs(num_seqs, length)
-        flops = num_seqs * HEADS * length**2 * (NOPE + ROPE + VALUE)
-        print(f"prefill {num_seqs} x {length}: floor {flops / 790e6:.0f} us at 790 TFLOP/s")
-        for time_ms, name in _time_all({str(t): partial(mla_prefill, *inputs, t) for t in tilings})[:5]:
-            print(f"  {1e3 * time_ms:8.0f} us {flops / time_ms / 1e9:4.0f} TFLOP/s {name}", flush=True)
-
-
-def _prefill_inputs(num_seqs: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Segments]:
-    total = num_seqs * length
-    options = {"dtype": torch.bfloat16, "device": "cuda"}
-    q = torch.randn(total, HEADS, NOPE + ROPE, **options) / 14
-    key_value = torch.randn(total, HEADS, NOPE + VALUE, **options)
-    rope = torch.randn(total, RANK + ROPE, **options)[:, RANK:]
-    starts = torch.arange(0, total + 1, length, dtype=torch.int32, device="cuda")
-    return q, key_value, rope, Segments(starts, starts, length)
-
-
-def rows() -> None:
-    options = {"dtype": torch.bfloat16, "device": "cuda"}
-    task = RowTask(torch.ones(RANK, **options), 1e-6, torch.rand(ROPE // 2, device="cuda"), 1.0)
-    for num_tokens in (1, 256, 8192):
-        down = torch.randn(num_tokens, RANK + ROPE + HEADS * (NOPE + ROPE), **options)
-        cache = torch.zeros(1024, BLOCK_SIZE, RANK + ROPE, **options)
-        places = torch.arange(num_tokens, device="cuda")
-        q = down[:, RANK + ROPE :].unflatten(-1, (HEADS, -1))
-        time_ms = milliseconds(
-            lambda d=down, c=cache, p=places, q=q: prepare_mla_rows(
-                task, d[:, : RANK + ROPE], q, q[..., NOPE:], p, p, c
-            )
-        )
-        moved = num_tokens * 2 * (3 * (RANK + ROPE) + 2 * HEADS * ROPE)
-        print(f"rows {num_tokens}: {1e3 * time_ms:.1f} us, floor {moved / 3e6:.1f} us", flush=True)
+COLUMNS = ("kernel", "rows", "floor_us", "measured_us", "gap", "torch_us")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("sections", nargs="*", default=list(SECTIONS), choices=[*SECTIONS, []])
-    for section in parser.parse_args().sections:
-        {"ceilings": ceilings, "decode": decode, "prefill": prefill, "rows": rows}[section]()
+    parser.add_argument("--tune", type=float, nargs="?", const=240.0, metavar="SECONDS")
+    parser.add_argument("--out", type=Path, help="directory for results as JSON")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    num_failed = run_checks()
+    tuned: dict[bool, dict[int, object]] = {}
+    details: list[object] = []
+    if args.tune:
+        tuned = _tune(time.monotonic() + args.tune, details)
+    rows: list[Row] = []
+    for section in (norm_rows, dense_rows, sampling_rows, lambda: moe_rows(tuned)):
+        rows += _guarded(section)
+    print("| " + " | ".join(COLUMNS) + " |\n" + "| --- " * len(COLUMNS) + "|")
+    for row in rows:
+        print(row.line(), flush=True)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        document = {"rows": [row.fields() for row in rows], "tuning": details}
+        (args.out / "gpu_kernels.json").write_text(json.dumps(document, indent=0, default=repr))
+    if num_failed:
+        raise SystemExit(f"{num_failed} checks failed")
+
+
+def _guarded(section: Callable[[], list[Row]]) -> list[Row]:
+    """One kernel that fails does not hide the others."""
+    try:
+        return section()
+    except Exception as error:  # noqa: BLE001
+        print(f"{section}: {error!r}"[:600], flush=True)
+        torch.cuda.synchronize()
+        return []
+
+
+def _tune(deadline: float, details: list[object]) -> dict[bool, dict[int, object]]:
+    num_compiled, seconds = compile_all()
+    print(f"{num_compiled} kernels compiled in {seconds:.0f} s", flush=True)
+    tuned: dict[bool, dict[int, object]] = {}
+    for is_fp8 in (False, True):
+        bench = MoeBench(is_fp8)
+        # FP8 gets what is left: half of the time at most goes to bf16.
+        limit = deadline if is_fp8 else time.monotonic() + (deadline - time.monotonic()) / 2
+        tuned[is_fp8] = {}
+        for num_tokens in TUNED_TOKENS:
+            try:
+                tiles, seconds, results = bench.tune(num_tokens, limit)
+            except Exception as error:  # noqa: BLE001
+                print(f"tune {num_tokens}: {error!r}"[:300], flush=True)
+                continue
+            tuned[is_fp8][num_tokens] = tiles
+            details.append([is_fp8, num_tokens, [(round(s * 1e6, 1), repr(c)) for s, c in results]])
+            print(f"fp8={is_fp8} {num_tokens}: {tiles}  # {seconds * 1e6:.0f} us", flush=True)
+        del bench
+        torch.cuda.empty_cache()
+    return tuned
 
 
 if __name__ == "__main__":
