@@ -20,7 +20,7 @@ from worker.admission import Admission
 from worker.async_engine import AsyncEngine
 from worker.conversions import layout_from_pb
 from worker.deadline import Deadline
-from worker.prefill_frames import PREFILL_METHOD, PREFILL_SERVICE
+from worker.kv_frames import PREFILL_METHOD, PREFILL_SERVICE
 
 log = get_logger(__name__)
 
@@ -53,8 +53,12 @@ class PrefillService:
 
     async def prefill(self, _requests: object, context: ServicerContext[Any, Any]) -> None:
         outcome = "cancelled"
+        request_id: str | None = None
         try:
-            outcome = "committed" if await self._serve(context) else "uncommitted"
+            request_pb = await read_request(context)
+            request_id = request_pb.sequence.request_id
+            with PrefillTrace(self._tracer, request_pb.sequence) as trace:
+                outcome = "committed" if await self._serve(request_pb, context, trace) else "uncommitted"
         except ServingError as error:
             outcome = type(error).__name__
             await abort_with(context, error)
@@ -65,25 +69,14 @@ class PrefillService:
             )
         except Exception as error:
             outcome = "ServingError"
-            log.exception("prefill_failed")
+            log.exception("prefill_failed", request_id=request_id)
             await abort_with(context, ServingError(f"prefill failed: {type(error).__name__}"))
         finally:
             self._metrics.count_request(outcome)
+            if outcome not in ("committed", "uncommitted"):
+                log.info("prefill_ended_early", request_id=request_id, outcome=outcome)
 
-    async def _serve(self, context: ServicerContext[Any, Any]) -> bool:
-        request_pb = await read_request(context)
-        try:
-            with PrefillTrace(self._tracer, request_pb.sequence) as trace:
-                return await self._serve_request(request_pb, context, trace)
-        except BaseException as error:
-            log.info(
-                "prefill_ended_early",
-                request_id=request_pb.sequence.request_id,
-                reason=str(error) if isinstance(error, ServingError) else type(error).__name__,
-            )
-            raise
-
-    async def _serve_request(
+    async def _serve(
         self, request_pb: PrefillRequest, context: ServicerContext[Any, Any], trace: PrefillTrace
     ) -> bool:
         self._check_layout(request_pb)

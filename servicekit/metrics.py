@@ -58,6 +58,9 @@ class TokenHistogram(Collector):
         self.counts[0] += num_zeros
         self._sum += value * num_tokens
 
+    def describe(self) -> Iterable[Metric]:
+        return [Metric(self._name, self._doc, "histogram")]
+
     def collect(self) -> Iterator[HistogramMetricFamily]:
         bounds = [*map(str, self.bounds), "+Inf"]
         buckets = list(zip(bounds, accumulate(self.counts), strict=True))

@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry
 from decode_svc.handoff import HandoffEnvironment
 from decode_svc.link_service import LINK_METHOD, LINK_SERVICE, LinkService
 from decode_svc.metrics import DecodeMetrics
-from decode_svc.prefill_channels import PrefillChannels
+from worker.peer_channels import PeerChannels
 from decode_svc.request import RequestEnvironment
-from decode_svc.shared_caches import SharedCaches
+from worker.shared_caches import SharedCaches
 from engine.engine import Engine
 from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KvCache
@@ -27,6 +27,7 @@ from prefill_svc.prefill_service import PrefillService
 from proto.common_pb2 import SamplingParams, SequenceSpec
 from proto.link_pb2 import Cancel, LinkRequest, LinkResponse, SequenceUpdate, Submit
 from servicekit.rpc import build_channel, build_server
+from servicekit.tracing import NO_TRACER, Tracer
 from tests.fakes.fake_model import FakeModel
 from worker.admission import Admission
 from worker.async_engine import AsyncEngine
@@ -103,12 +104,13 @@ async def prefill_worker(
     host_id: str = "this",
     max_requests: int = 64,
     port: int = 0,
+    tracer: Tracer = NO_TRACER,
 ) -> AsyncIterator[FakeWorker]:
     def build(
         engine: AsyncEngine, admission: Admission, load: LoadMeter, metrics: CollectorRegistry
     ) -> PrefillService:
         return PrefillService(
-            engine, admission, PrefillMetrics(metrics), worker_id=worker_id, host_id=host_id
+            engine, admission, PrefillMetrics(metrics), worker_id=worker_id, host_id=host_id, tracer=tracer
         )
 
     async with _worker(engine, build, max_requests, port) as worker:
@@ -117,17 +119,23 @@ async def prefill_worker(
 
 @asynccontextmanager
 async def decode_worker(
-    engine: Engine, *, host_id: str = "that", accepts_shared_memory: bool = False, max_requests: int = 64
+    engine: Engine,
+    *,
+    host_id: str = "that",
+    accepts_shared_memory: bool = False,
+    max_requests: int = 64,
+    tracer: Tracer = NO_TRACER,
 ) -> AsyncIterator[FakeWorker]:
     def build(
         engine: AsyncEngine, admission: Admission, load: LoadMeter, metrics: CollectorRegistry
     ) -> LinkService:
         handoffs = HandoffEnvironment(
             engine=engine,
-            channels=PrefillChannels(),
+            channels=PeerChannels(),
             shared_caches=SharedCaches(engine.engine.kv_layout),
             host_id=host_id,
             accepts_shared_memory=accepts_shared_memory,
+            tracer=tracer,
         )
         environment = RequestEnvironment(
             handoffs=handoffs, admission=admission, metrics=DecodeMetrics(metrics)

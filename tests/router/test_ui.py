@@ -99,7 +99,6 @@ async def test_without_a_key_a_client_behind_a_local_proxy_is_refused(router: Ro
     [
         None,
         "Bearer",
-        "Bearer ",
         "Bearer wrong",
         "Basic open sesame",
         "open sesame",

@@ -92,10 +92,14 @@ def test_numbers_have_another_name_with_their_labels_renamed_and_more_added() ->
     Gauge("baton_test_running", "Running.", registry=registry).set(3)
     finished = Counter("baton_test_finished", "Finished.", ["reason"], registry=registry)
     seconds = Histogram("baton_test_seconds", "Seconds.", buckets=[1.0, 2.0], registry=registry)
+    gaps = TokenHistogram("baton_test_itl_seconds", "Gaps.", [1.0], registry)
+    gaps.observe(0.5, num_tokens=4)
     names = [
         OtherName("baton_test_running", "other:running", "r"),
         OtherName("baton_test_finished", "other:success", "s", {"reason": "finished_reason"}),
         OtherName("baton_test_seconds", "other:latency_seconds", "l"),
+        OtherName("baton_test_itl_seconds", "other:itl_seconds", "g"),
+        OtherName("baton_test_itl_seconds", "other:old_itl_seconds", "g"),
         OtherName("baton_test_missing", "other:missing", "m"),
     ]
     OtherNames(registry, names, {"model_name": "tiny"})
@@ -107,6 +111,8 @@ def test_numbers_have_another_name_with_their_labels_renamed_and_more_added() ->
     assert 'other:latency_seconds_bucket{le="1.0",model_name="tiny"} 0.0' in page
     assert 'other:latency_seconds_bucket{le="2.0",model_name="tiny"} 1.0' in page
     assert 'other:latency_seconds_count{model_name="tiny"} 1.0' in page
+    for name in ("itl", "old_itl"):
+        assert f'other:{name}_seconds_count{{model_name="tiny"}} 4.0' in page
     assert "other:missing" not in page
     assert page.count("# TYPE other:success_total counter") == 1
 
