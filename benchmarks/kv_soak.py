@@ -6,7 +6,8 @@ Real engines on a fake model, a real Redis, a router's mirror of the index; chat
 are handed off between workers, and workers are restarted, half of them without a word to Redis. A simulated
 second is one step of every worker. Checked again and again: free + cached + used = total on every worker;
 Redis, the mirror and that of a router that starts now hold exactly the blocks that the workers have; sampled
-answers are what a cache without a wrong block gives. Checked in the end: memory of Redis and size of the mirror did not grow.
+answers are what a cache without a wrong block gives. Checked in the end: memory of Redis and size of the
+mirror did not grow.
 """
 
 from __future__ import annotations
