@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from engine.block_pool import BlockPool
-from kvstore.block_hash import BlockHash
+from kvstore.block_hash import BlockHash, BlockTier
 
 
 def block_hash(number: int) -> BlockHash:
@@ -104,7 +104,7 @@ def test_a_second_block_with_the_same_content_stays_private() -> None:
     first, second = pool.allocate(1), pool.allocate(1)
     pool.register(first[0], block_hash(1))
     pool.register(second[0], block_hash(1))
-    assert pool.take_events().stored == (block_hash(1),)
+    assert pool.take_events().placed == ((block_hash(1), BlockTier.DEVICE),)
     pool.release(second)
     assert (pool.num_free, pool.num_cached) == (3, 0)
     pool.check_integrity({first[0]: 1})
@@ -117,7 +117,7 @@ def test_what_was_stored_and_evicted_between_two_calls_is_no_event() -> None:
     pool.release(block)
     pool.allocate(1)
     events = pool.take_events()
-    assert (events.stored, events.removed) == ((), ())
+    assert (events.placed, events.removed) == ((), ())
 
 
 def test_what_left_and_came_back_between_two_calls_is_no_event() -> None:
@@ -125,11 +125,11 @@ def test_what_left_and_came_back_between_two_calls_is_no_event() -> None:
     block = pool.allocate(1)
     pool.register(block[0], block_hash(1))
     pool.release(block)
-    assert pool.take_events().stored == (block_hash(1),)
+    assert pool.take_events().placed == ((block_hash(1), BlockTier.DEVICE),)
     block = pool.allocate(1)
     pool.register(block[0], block_hash(1))
     events = pool.take_events()
-    assert (events.stored, events.removed) == ((), ())
+    assert (events.placed, events.removed) == ((), ())
 
 
 def test_integrity_check_sees_a_reference_that_nobody_holds() -> None:

@@ -210,7 +210,9 @@ def test_block_events_tell_the_hashes_of_full_blocks() -> None:
     engine = build_fake_engine()
     engine.add(Sequence(1, list(range(10)), greedy(3), cache_salt="tenant"))
     events = engine.step().block_events
-    assert list(events.stored) == engine.hash_chain.hashes(list(range(10)), "tenant")
+    assert [block_hash for block_hash, _ in events.placed] == engine.hash_chain.hashes(
+        list(range(10)), "tenant"
+    )
     assert events.removed == ()
 
 

@@ -167,7 +167,7 @@ class EngineLifecycle(RuleBasedStateMachine):
             self.tokens[item.seq_id] += item.token_ids
             if item.finish_reason is not None:
                 self.finished.add(item.seq_id)
-        self.index |= set(output.block_events.stored)
+        self.index |= {block_hash for block_hash, _ in output.block_events.placed}
         self.index -= set(output.block_events.removed)
         assert self.index == set(self.engine.cached_hashes())
 
