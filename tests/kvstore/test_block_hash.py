@@ -14,10 +14,10 @@ TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=64)
 WHOLE_BLOCKS = st.lists(st.integers(0, 2**32 - 1), min_size=4, max_size=64)
 
 
-def reference_hashes(chain: HashChain, token_ids: list[int], cache_salt: str) -> list[bytes]:
+def reference_hashes(chain: HashChain, token_ids: list[int], cache_salt: str, tenant: str) -> list[bytes]:
     """The scheme from its description, without sharing code."""
     root = b""
-    for part in (HASH_SCHEME, chain.model_fingerprint, str(chain.block_size), cache_salt):
+    for part in (HASH_SCHEME, chain.model_fingerprint, str(chain.block_size), tenant, cache_salt):
         raw = part.encode()
         root += struct.pack("<I", len(raw)) + raw
     parent = blake2b(root, digest_size=16).digest()
@@ -44,10 +44,12 @@ def test_vectors_stay_what_other_versions_computed(
     assert CHAIN.hashes(token_ids, cache_salt)[-1].hex() == expected
 
 
-@given(TOKENS, st.text(max_size=8), st.integers(1, 9))
-def test_hashes_follow_the_documented_scheme(token_ids: list[int], salt: str, block_size: int) -> None:
+@given(TOKENS, st.text(max_size=8), st.text(max_size=8), st.integers(1, 9))
+def test_hashes_follow_the_documented_scheme(
+    token_ids: list[int], salt: str, tenant: str, block_size: int
+) -> None:
     chain = HashChain(model_fingerprint="model-a", block_size=block_size)
-    assert chain.hashes(token_ids, salt) == reference_hashes(chain, token_ids, salt)
+    assert chain.hashes(token_ids, salt, tenant) == reference_hashes(chain, token_ids, salt, tenant)
 
 
 @given(TOKENS)
@@ -84,6 +86,11 @@ def test_model_salt_and_block_size_separate_equal_tokens() -> None:
     firsts = {hashes[0] for hashes in chains}
     assert len(firsts) == len(chains)
     assert {len(first) for first in firsts} == {HASH_SIZE_BYTES}
+
+
+def test_tenant_and_salt_separate_equal_tokens_and_do_not_run_together() -> None:
+    pairs = [("", ""), ("a", ""), ("", "a"), ("ab", "c"), ("a", "bc")]
+    assert len({CHAIN.hashes([1] * 4, salt, tenant)[0] for salt, tenant in pairs}) == len(pairs)
 
 
 def test_a_partial_last_block_has_no_hash() -> None:
