@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.batch_tensors import BatchTensors
+from engine.chunk_graphs import ChunkGraphs
 from engine.decode_graphs import DecodeGraphs, GraphLimits
 from engine.kv_cache import KvCache
 from engine.logits_edits import needs_edits
@@ -64,8 +65,10 @@ class Runner:
         self._is_on_cpu = torch.device(device).type == "cpu"
         self._num_steps = 0
         self._graphs: DecodeGraphs | None = None
+        self._chunk_graphs: ChunkGraphs | None = None
         if graph_limits is not None and model.uses_kernels:
             self._graphs = DecodeGraphs(model, kv_cache, graph_limits)
+            self._chunk_graphs = ChunkGraphs(model, kv_cache, token_budget)
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch, layer_done: Callable[[int], None] | None = None) -> StepResult:
@@ -96,9 +99,8 @@ class Runner:
         result = StepResult()
         if chunks.seqs:
             result = self._run_eagerly(chunks, layer_done)
-        elif layer_done is not None:
-            for layer in range(self._kv_cache.layout.num_layers):
-                layer_done(layer)
+        else:
+            self._announce_layers(layer_done)
         if all(map(_is_plain_greedy, decodes)):
             token_ids: list[int] = graphs.likeliest(len(decodes))
             logprobs: list[TokenLogprobs | None] = [None] * len(decodes)
@@ -117,6 +119,13 @@ class Runner:
         for part in prompt_rows:
             rows.extend(range(part.begin, part.end))
         forward_batch = self._tensors.build(batch, rows)
+        if self._chunk_graphs is not None and not prompt_rows and self._chunk_graphs.fits(forward_batch):
+            logits_NV = self._chunk_graphs.run(forward_batch, len(last_rows))
+            self._announce_layers(layer_done)
+            result = StepResult(seqs=[seq for seq, _ in last_rows])
+            if last_rows:
+                result.token_ids, result.logprobs = self._sampler.sample(logits_NV.float(), result.seqs)
+            return result
         hidden_TD = self._model.forward(forward_batch, self._kv_cache, layer_done)
         result = StepResult()
         for part in prompt_rows:
@@ -128,6 +137,12 @@ class Runner:
             logits_NV = self._model.logits(hidden_TD if is_all else hidden_TD.index_select(0, rows_N))
             result.token_ids, result.logprobs = self._sampler.sample(logits_NV, result.seqs)
         return result
+
+    def _announce_layers(self, layer_done: Callable[[int], None] | None) -> None:
+        """All at once, behind what was launched: a graph cannot call back."""
+        if layer_done is not None:
+            for layer in range(self._kv_cache.layout.num_layers):
+                layer_done(layer)
 
     def _add_prompt_logprobs(self, hidden_TD: torch.Tensor, part: _PromptRows) -> None:
         num_top = part.seq.sampling.num_prompt_logprobs or 0

@@ -21,7 +21,6 @@ class ChunkRows:
 
     query_start: torch.Tensor  # int32 [chunks + 1], from 0
     context_start: torch.Tensor  # int32 [chunks + 1], from 0
-    max_queries: int
     context_slots_L: torch.Tensor | None  # int64; None: nothing was cached, the context is the chunks' rows
 
 
@@ -75,7 +74,7 @@ def _plan_chunks(batch: ForwardBatch, block_size: int) -> ChunkRows:
             np.concatenate([_slots(t, int(n), block_size) for t, n in zip(tables, lengths, strict=True)])
         ).to(device)
     query_start_here, context_start = torch.from_numpy(starts).to(device).unbind()
-    return ChunkRows(query_start_here, context_start, int(num_queries.max()), slots)
+    return ChunkRows(query_start_here, context_start, slots)
 
 
 def _slots(table: list[int], num_tokens: int, block_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

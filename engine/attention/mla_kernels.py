@@ -77,7 +77,7 @@ class MlaKernels:
         if chunks.context_slots_L is not None:
             rows_LC = cache.flatten(0, 1).index_select(0, chunks.context_slots_L)
         expanded = functional.linear(rows_LC[:, : self._rank], self._expansion_KC)
-        segments = Segments(chunks.query_start, chunks.context_start, chunks.max_queries)
+        segments = Segments(chunks.query_start, chunks.context_start)
         key_value_LHK = expanded.unflatten(-1, (q_THQ.shape[1], -1))
         return mla_prefill(q_THQ, key_value_LHK, rows_LC[:, self._rank :], segments)
 

@@ -34,11 +34,10 @@ FP32_TUNING = PrefillTuning(num_queries=32, num_keys=32, num_warps=4, num_stages
 @dataclass(frozen=True, slots=True)
 class Segments:
     """Sequence s has query rows query_start[s] .. query_start[s + 1], the last ones of its context rows
-    context_start[s] .. context_start[s + 1]."""
+    context_start[s] .. context_start[s + 1]. A sequence may be empty."""
 
     query_start: torch.Tensor  # int32 [S + 1]
     context_start: torch.Tensor  # int32 [S + 1]
-    max_queries: int  # of a sequence
 
 
 def mla_prefill(
@@ -49,17 +48,18 @@ def mla_prefill(
     tuning: PrefillTuning | None = None,
 ) -> torch.Tensor:
     """[T, H, V] of queries [T, H, N + R] that carry the softmax scale; key_value [L, H, N + V]. Last
-    dimensions must be contiguous."""
+    dimensions must be contiguous. Rows that belong to no sequence are 0. The launch depends on the shapes
+    alone, so it can be part of a CUDA graph."""
     if tuning is None:
         tuning = FP32_TUNING if q_THQ.dtype == torch.float32 else BF16_TUNING
     rope = rope_LR.shape[1]
     num_rows, num_heads, q_size = q_THQ.shape
     nope = q_size - rope
     value = key_value_LHK.shape[2] - nope
-    out_THV = q_THQ.new_empty(num_rows, num_heads, value)
-    num_tiles = triton.cdiv(segments.max_queries, tuning.num_queries)
+    out_THV = q_THQ.new_zeros(num_rows, num_heads, value)
     num_seqs = segments.query_start.shape[0] - 1
-    _prefill_kernel[(num_heads, num_tiles, num_seqs)](
+    most_tiles = num_rows // tuning.num_queries + num_seqs  # each sequence may end in a part of a tile
+    _prefill_kernel[(num_heads, most_tiles)](
         q_THQ,
         key_value_LHK,
         rope_LR,
@@ -72,6 +72,7 @@ def mla_prefill(
         key_value_LHK.stride(1),
         rope_LR.stride(0),
         num_heads,
+        num_seqs,
         NOPE=nope,
         ROPE=rope,
         VALUE=value,
@@ -149,6 +150,7 @@ def _prefill_kernel(
     kv_stride_h,
     rope_stride,
     num_heads,
+    num_seqs,
     NOPE: tl.constexpr,
     ROPE: tl.constexpr,
     VALUE: tl.constexpr,
@@ -157,14 +159,23 @@ def _prefill_kernel(
     PRECISION: tl.constexpr,
 ):
     head = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest first
-    s = tl.program_id(2)
+    place = tl.program_id(1)  # among the tiles of all sequences
+    s = -1
+    tile = 0
+    tiles_before = 0
+    for i in range(num_seqs):
+        num_rows = tl.load(query_start_ptr + i + 1) - tl.load(query_start_ptr + i)
+        num_tiles = tl.cdiv(num_rows, QUERIES)
+        is_here = (place >= tiles_before) & (place < tiles_before + num_tiles)
+        s = tl.where(is_here, i, s)
+        tile = tl.where(is_here, num_tiles - 1 - (place - tiles_before), tile)  # the longest first
+        tiles_before += num_tiles
+    if s < 0:
+        return
     first_query = tl.load(query_start_ptr + s)
     num_queries = tl.load(query_start_ptr + s + 1) - first_query
     first_key = tl.load(context_start_ptr + s)
     num_keys = tl.load(context_start_ptr + s + 1) - first_key
-    if tile * QUERIES >= num_queries:
-        return
     queries = tile * QUERIES + tl.arange(0, QUERIES)
     is_query = (queries < num_queries)[:, None]
     rows = (first_query + queries).to(tl.int64)

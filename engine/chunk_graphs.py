@@ -1,0 +1,113 @@
+"""Prompt chunks as CUDA graphs over a ladder of token counts: for chunks so short that launching their
+kernels takes the host longer than computing them takes the device.
+
+A graph has room for a few chunks and for any division of its tokens among them. Padding rows belong to no
+chunk, store nothing, and their attention is 0. Contexts must be computed whole in the same step: what the
+cache already holds would have to be gathered, and that has no fixed size.
+
+T tokens, S chunks, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.attention.device_plan import ChunkRows, DevicePlan
+from engine.forward_batch import ForwardBatch
+from engine.kv_cache import KvCache
+from engine.models.causal_lm import CausalLM
+
+LADDER = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
+MAX_CHUNKS = 16
+
+
+class ChunkGraphs:
+    """One batch after another: the logits of a run are good until the next run."""
+
+    def __init__(self, model: CausalLM, kv_cache: KvCache, token_budget: int) -> None:
+        """Captures all graphs; off CUDA the same step runs without them. The cache does not change."""
+        device = kv_cache.data.device
+        self._model = model
+        self._kv_cache = kv_cache
+        self._ladder = [size for size in LADDER if size <= token_budget]
+        most = self._ladder[-1] if self._ladder else 0
+        self._rows_3T = torch.zeros(3, most, dtype=torch.int64, device=device)  # ids, positions, slots
+        self._rows_3T[2] = -1
+        self._starts_S = torch.zeros(MAX_CHUNKS + 1, dtype=torch.int32, device=device)
+        self._wanted_S = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=device)
+        self._logits_SV = torch.empty(MAX_CHUNKS, model.vocab_size, dtype=kv_cache.data.dtype, device=device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        if device.type == "cuda":
+            self._capture()
+
+    def fits(self, batch: ForwardBatch) -> bool:
+        plan = batch.device_plan
+        return (
+            plan is not None
+            and plan.chunks is not None
+            and plan.num_decodes == 0
+            and plan.chunks.context_slots_L is None
+            and batch.num_seqs <= MAX_CHUNKS
+            and bool(self._ladder)
+            and batch.num_tokens <= self._ladder[-1]
+        )
+
+    @torch.inference_mode()
+    def run(self, batch: ForwardBatch, num_wanted: int) -> torch.Tensor:
+        """Logits [num_wanted, V] of the first of the batch's logits rows, in the model's dtype."""
+        assert batch.device_plan is not None and batch.device_plan.chunks is not None
+        num_tokens = batch.num_tokens
+        size = next(size for size in self._ladder if size >= num_tokens)
+        self._rows_3T[0, :num_tokens] = batch.token_ids_T
+        self._rows_3T[1, :num_tokens] = batch.positions_T
+        self._rows_3T[2, :num_tokens] = batch.slot_mapping_T
+        self._rows_3T[2, num_tokens:size] = -1
+        self._starts_S.fill_(num_tokens)
+        self._starts_S[: batch.num_seqs + 1] = batch.device_plan.chunks.query_start
+        self._wanted_S[:num_wanted] = batch.logits_rows_N[:num_wanted]
+        graph = self._graphs.get(size)
+        if graph is None:
+            self._step(size)
+        else:
+            graph.replay()
+        return self._logits_SV[:num_wanted]
+
+    def _capture(self) -> None:
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        for size in reversed(self._ladder):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._step(size)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                self._step(size)
+            self._graphs[size] = graph
+        torch.cuda.synchronize()
+        self._model.take_expert_load()
+
+    @torch.inference_mode()
+    def _step(self, size: int) -> None:
+        token_ids_T, positions_T, slots_T = self._rows_3T[:, :size].unbind()
+        plan = DevicePlan(
+            positions_T=positions_T,
+            slot_mapping_T=slots_T,
+            num_decodes=0,
+            block_tables_SB=torch.empty(0, 1, dtype=torch.int32, device=token_ids_T.device),
+            context_len_S=torch.empty(0, dtype=torch.int32, device=token_ids_T.device),
+            chunks=ChunkRows(self._starts_S, self._starts_S, None),
+        )
+        batch = ForwardBatch(
+            token_ids_T=token_ids_T,
+            positions_T=positions_T,
+            slot_mapping_T=slots_T,
+            num_decodes=0,
+            query_start=[],
+            context_len=[],
+            block_tables=[],
+            logits_rows_N=self._wanted_S,
+            device_plan=plan,
+        )
+        hidden_TD = self._model.forward(batch, self._kv_cache)
+        self._model.logits_into(self._logits_SV, hidden_TD.index_select(0, self._wanted_S))
