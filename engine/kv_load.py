@@ -58,6 +58,15 @@ class KvLoad:
 
     # the source's side
 
+    def shorten(self, end_block: int) -> None:
+        """Before the first claim: the source has only the blocks before this one. What is behind them is not
+        part of the load any more."""
+        with self._lock:
+            assert self._back == self.end_block, "shortened after a claim"
+            if end_block < self.end_block:
+                self.end_block = self._back = max(self._front, end_block)
+        self._on_change()
+
     def claim(self, first_block: int) -> range:
         """The blocks from `first_block` up to what was claimed before, without those that compute has: the
         caller may write them, and must complete() exactly that range or fail(). Empty: stop."""

@@ -40,6 +40,9 @@ class SequenceOutput:
     queue_s: float = 0.0  # added -> first scheduled; set with the first token
     prefill_s: float = 0.0  # first scheduled -> first token sampled; set with the first token
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # set with the first token: of prompt tokens 1, 2, ...
+    num_loaded_tokens: int = 0  # of num_hit_tokens: from host memory or disk; set with the first token
+    num_fetched_tokens: int = 0  # of num_hit_tokens: from a peer; set with the first token
+    load_s: float = 0.0  # first scheduled -> the last of those was there; set with the first token
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from engine.kv_load import KvSource
 from engine.outputs import FinishReason, TokenLogprobs
 from engine.sampling_params import SamplingParams
 from kvstore.block_hash import BlockHash, HashChain
@@ -79,6 +80,7 @@ class Sequence:
         "has_started",
         "keeps_blocks",
         "kv_listener",
+        "kv_source",
         "max_output_tokens",
         "num_computed_tokens",
         "num_hit_tokens",
@@ -94,7 +96,7 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(  # noqa: PLR0913 - four of them are rare and keyword-only
+    def __init__(  # noqa: PLR0913 - most of them are rare and keyword-only
         self,
         seq_id: int,
         prompt_ids: list[int],
@@ -105,6 +107,7 @@ class Sequence:
         tenant: str = "",
         keeps_blocks: bool = False,
         kv_listener: KvListener | None = None,
+        kv_source: KvSource | None = None,
     ) -> None:
         """output_ids were generated elsewhere and count against max_tokens. A keeps_blocks sequence ends with
         its next token, whatever max_tokens says, and holds its blocks until release() or abort()."""
@@ -115,6 +118,7 @@ class Sequence:
         self.tenant = tenant
         self.keeps_blocks = keeps_blocks
         self.kv_listener = kv_listener
+        self.kv_source = kv_source  # a peer that holds leading blocks
         self.token_ids: array[int] = array("q", prompt_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.token_ids.extend(output_ids)
