@@ -95,7 +95,7 @@ def _experts() -> Iterator[Check]:
         for num_tokens in (1, 33, 300, 700, 3000):
             x = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
             choice = choose_experts_fused(x, gate, None, SPEC, load)
-            tiles = moe_tiles(num_tokens, is_fp8)
+            tiles = moe_tiles(num_tokens, weights.up_gate.dtype)
             found = run_experts(x, choice, SPEC, weights, tiles)
             again = run_experts(x, choice, SPEC, weights, tiles)
             expected = run_experts_reference(x, choice, SPEC, weights)

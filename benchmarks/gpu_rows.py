@@ -205,7 +205,7 @@ def _nearest(tuned: dict[int, MoeTiles], num_tokens: int) -> MoeTiles | None:
 
 
 def _moe(bench: MoeBench, num_tokens: int, tiles: MoeTiles | None) -> Iterator[Row]:
-    tiles = tiles or moe_tiles(num_tokens, bench.is_fp8)
+    tiles = tiles or moe_tiles(num_tokens, bench.sets[0].up_gate.dtype)
     name = "fp8" if bench.is_fp8 else "bf16"
     choices = [random_choice(num_tokens) for _ in bench.sets]
     xs = [torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in bench.sets]

@@ -32,7 +32,7 @@ class Tile:
     num_warps: int
     num_stages: int
     group: int = 1  # tiles of rows that share their weights' way through the cache
-    is_bulk: bool = False  # blocks come by the tensor copy engine: needs a depth that fills its blocks
+    is_bulk: bool = False  # blocks come by the tensor copy engine, where the depth fills them
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +84,10 @@ def _launch(
 ) -> None:
     rows, a_scale = (a.values, a.scales) if isinstance(a, Fp8Rows) else (a, None)
     depth = b_ENK.shape[2]
-    assert not tile.is_bulk or depth % tile.depth == 0
+    is_bulk = tile.is_bulk and depth % tile.depth == 0
     assert b_scale is None or tile.depth == FP8_GROUP and FP8_GROUP % tile.columns == 0
     a_blocks = b_blocks = None
-    if tile.is_bulk:
+    if is_bulk:
         b_blocks = _blocks(b_ENK.flatten(0, 1), tile.columns, tile.depth)
         a_blocks = None if experts_per_token else _blocks(rows, route.tile_rows, tile.depth)
     num_columns = triton.cdiv(out.shape[1], tile.columns)
@@ -118,7 +118,7 @@ def _launch(
         DEPTH=tile.depth,
         GROUP=tile.group,
         PRECISION="ieee" if b_ENK.dtype == torch.float32 else "tf32",
-        IS_BULK=tile.is_bulk,
+        IS_BULK=is_bulk,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
+import torch
+
 from engine.kernels.moe_gemm import Tile
 
 
@@ -20,21 +22,39 @@ class MoeTiles:
     quantises_inside: bool = True  # FP8 only: no separate pass over the rows
 
 
+# Up to so many tokens.
 _BF16: dict[int, MoeTiles] = {
-    16: MoeTiles(16, Tile(32, 128, 4, 4), Tile(32, 128, 4, 4)),
-    512: MoeTiles(32, Tile(64, 64, 4, 4, 8), Tile(64, 64, 4, 4, 8)),
-    1024: MoeTiles(64, Tile(64, 64, 4, 4, 8), Tile(128, 64, 4, 4, 8)),
-    1 << 30: MoeTiles(128, Tile(128, 64, 8, 4, 8), Tile(256, 64, 8, 4, 8)),
+    1: MoeTiles(16, Tile(32, 128, 4, 3), Tile(64, 128, 4, 3)),
+    8: MoeTiles(16, Tile(128, 128, 4, 3, is_bulk=True), Tile(64, 128, 4, 4, is_bulk=True)),
+    24: MoeTiles(16, Tile(128, 128, 4, 3), Tile(64, 128, 4, 4, is_bulk=True)),
+    48: MoeTiles(32, Tile(64, 128, 4, 4), Tile(128, 128, 4, 3, is_bulk=True)),
+    192: MoeTiles(32, Tile(128, 128, 4, 3), Tile(128, 128, 4, 3, is_bulk=True)),
+    384: MoeTiles(64, Tile(64, 64, 4, 3, is_bulk=True), Tile(128, 64, 8, 3, is_bulk=True)),
+    768: MoeTiles(64, Tile(64, 64, 4, 3, 8, is_bulk=True), Tile(256, 64, 4, 3, 8, is_bulk=True)),
+    1536: MoeTiles(128, Tile(64, 64, 8, 3, 8), Tile(128, 64, 8, 3, 8, is_bulk=True)),
+    1 << 40: MoeTiles(128, Tile(128, 64, 8, 4, 8, is_bulk=True), Tile(256, 64, 8, 4, 8, is_bulk=True)),
 }
 _FP8: dict[int, MoeTiles] = {
-    16: MoeTiles(16, Tile(32, 128, 4, 4), Tile(32, 128, 4, 4)),
-    512: MoeTiles(32, Tile(64, 128, 4, 3, 8), Tile(64, 128, 4, 3, 8)),
-    1024: MoeTiles(64, Tile(64, 128, 4, 3, 8), Tile(128, 128, 4, 3, 8)),
-    1 << 30: MoeTiles(128, Tile(64, 128, 8, 3, 8), Tile(128, 128, 8, 3, 8), quantises_inside=False),
+    1: MoeTiles(16, Tile(128, 128, 4, 4, is_bulk=True), Tile(64, 128, 4, 4, is_bulk=True)),
+    8: MoeTiles(16, Tile(128, 128, 4, 4, is_bulk=True), Tile(128, 128, 4, 3, is_bulk=True)),
+    24: MoeTiles(16, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3, is_bulk=True)),
+    48: MoeTiles(16, Tile(128, 128, 4, 3, is_bulk=True), Tile(128, 128, 4, 3, is_bulk=True)),
+    96: MoeTiles(16, Tile(128, 128, 4, 3), Tile(128, 128, 4, 4, is_bulk=True)),
+    192: MoeTiles(32, Tile(128, 128, 4, 3, is_bulk=True), Tile(128, 128, 4, 3, is_bulk=True), False),
+    384: MoeTiles(64, Tile(64, 128, 4, 3, is_bulk=True), Tile(128, 128, 4, 3, is_bulk=True), False),
+    768: MoeTiles(64, Tile(64, 128, 4, 4, 8), Tile(128, 128, 4, 4, 8, is_bulk=True), False),
+    4096: MoeTiles(64, Tile(64, 128, 4, 3, 8, is_bulk=True), Tile(128, 128, 4, 3, 8, is_bulk=True), False),
+    1 << 40: MoeTiles(
+        128, Tile(64, 128, 4, 3, 8, is_bulk=True), Tile(128, 128, 8, 4, 8, is_bulk=True), False
+    ),
 }
 
 
-def moe_tiles(num_tokens: int, is_fp8: bool) -> MoeTiles:
-    table = _FP8 if is_fp8 else _BF16
+_FLOAT32 = {1 << 40: MoeTiles(32, Tile(32, 32, 4, 3), Tile(64, 32, 4, 3))}
+
+
+def moe_tiles(num_tokens: int, dtype: torch.dtype) -> MoeTiles:
+    """dtype is that of the weights."""
+    table = _FLOAT32 if dtype == torch.float32 else _FP8 if dtype == torch.float8_e4m3fn else _BF16
     limits = list(table)
     return table[limits[bisect_left(limits, num_tokens)]]

@@ -224,8 +224,8 @@ def _draw_kernel(
     values = tl.load(values_ptr + row * num_shares + shares, mask=is_share, other=float("-inf"))
     temperature = tl.load(temperature_ptr + row)
     if temperature <= 0.0:
-        ids = tl.load(ids_ptr + row * num_shares + shares, mask=is_share, other=0)
-        tl.store(out_ptr + row, _likeliest(values, ids, vocab_size))
+        likeliest_ids = tl.load(ids_ptr + row * num_shares + shares, mask=is_share, other=0)
+        tl.store(out_ptr + row, _likeliest(values, likeliest_ids, vocab_size))
     else:
         mass = tl.load(mass_ptr + row * num_shares + shares, mask=is_share, other=0.0).to(tl.float64)
         mass = mass * _weights(values, tl.max(values, 0), temperature).to(tl.float64)

@@ -41,7 +41,7 @@ class FusedMoeLayer:
             return torch.empty_like(x_TD)
         choice = choose_experts_fused(x_TD, self._gate_PED, self._bias_E, self._spec, self._load_E)
         return run_experts(
-            x_TD, choice, self._spec, self._weights, moe_tiles(num_tokens, self._weights.is_fp8)
+            x_TD, choice, self._spec, self._weights, moe_tiles(num_tokens, self._weights.up_gate.dtype)
         )
 
     def take_load(self) -> torch.Tensor:

@@ -248,9 +248,9 @@ def test_a_layer_gives_the_same_for_a_token_alone_and_in_a_batch(is_fp8: bool, d
     assert int(layer.take_load().sum()) == 0
 
 
-@pytest.mark.parametrize("is_fp8", [False, True])
-def test_tiles_exist_for_every_number_of_tokens(is_fp8: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_tiles_exist_for_every_number_of_tokens(dtype: torch.dtype) -> None:
     for num_tokens in (1, 2, 16, 17, 1000, 100_000):
-        tiles = moe_tiles(num_tokens, is_fp8)
+        tiles = moe_tiles(num_tokens, dtype)
         assert tiles.rows >= 16
-        assert not is_fp8 or tiles.up_gate.depth == tiles.down.depth == 128
+        assert dtype != torch.float8_e4m3fn or tiles.up_gate.depth == tiles.down.depth == 128
