@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     config = hub_config("deepseek_v2", "tiny", "float32")
     config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config |= {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "vocab_size": 512}
+    config |= {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "vocab_size": 512}
     config |= {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 16}
     (path / "config.json").write_text(json.dumps(config))
     return path
