@@ -20,7 +20,7 @@ from worker.admission import Admission
 from worker.async_engine import AsyncEngine
 from worker.conversions import layout_from_pb
 from worker.deadline import Deadline
-from worker.kv_frames import PREFILL_METHOD, PREFILL_SERVICE
+from worker.prefill_frames import PREFILL_METHOD, PREFILL_SERVICE
 
 log = get_logger(__name__)
 

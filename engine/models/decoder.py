@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch.nn import functional
@@ -65,7 +65,9 @@ class Decoder:
         self._norm = norm
         self._head = head
         self._moe_layers = [
-            layer.feed_forward for layer in layers if isinstance(layer.feed_forward, CountsExperts)
+            cast(CountsExperts, layer.feed_forward)
+            for layer in layers
+            if isinstance(layer.feed_forward, CountsExperts)
         ]
 
     @torch.inference_mode()

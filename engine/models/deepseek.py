@@ -54,9 +54,7 @@ def build_deepseek(
     return decoder
 
 
-def _load_fused_moe(
-    config: ModelConfig, moe: MoeConfig, weights: WeightSource, prefix: str
-) -> FeedForward:
+def _load_fused_moe(config: ModelConfig, moe: MoeConfig, weights: WeightSource, prefix: str) -> FeedForward:
     from engine.moe.fused_experts import load_fused_moe  # needs Triton, which a CPU has no use for
 
     return load_fused_moe(moe, weights, prefix, config.hidden_size, is_fp8=False)

@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry
 from decode_svc.handoff import HandoffEnvironment
 from decode_svc.link_service import LINK_METHOD, LINK_SERVICE, LinkService
 from decode_svc.metrics import DecodeMetrics
-from worker.peer_channels import PeerChannels
+from decode_svc.prefill_channels import PrefillChannels
 from decode_svc.request import RequestEnvironment
-from worker.shared_caches import SharedCaches
+from decode_svc.shared_caches import SharedCaches
 from engine.engine import Engine
 from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KvCache
@@ -131,7 +131,7 @@ async def decode_worker(
     ) -> LinkService:
         handoffs = HandoffEnvironment(
             engine=engine,
-            channels=PeerChannels(),
+            channels=PrefillChannels(),
             shared_caches=SharedCaches(engine.engine.kv_layout),
             host_id=host_id,
             accepts_shared_memory=accepts_shared_memory,
