@@ -14,7 +14,7 @@ from engine.kernels.fp8_quantise import quantise_rows, quantise_rows_reference
 from engine.kernels.gated_silu import gated_silu_rows
 from engine.kernels.linear import multiply_fp8, multiply_into
 from engine.kernels.linear_tiles import linear_tile
-from engine.kernels.moe_gate import choose_experts_fused, split_weight
+from engine.kernels.moe_gate import choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_tiles import moe_tiles
 from engine.kernels.rms_norm import add_rms_norm_, rms_norm_reference
 from engine.kernels.sampling import RowSampling, draw_tokens, greedy_tokens
@@ -75,8 +75,8 @@ def _gate() -> Iterator[Check]:
     weight = torch.randn(NUM_EXPERTS, HIDDEN, device="cuda") * HIDDEN**-0.5
     for num_tokens in (1, 100, 5000):
         x = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
-        load = torch.zeros(NUM_EXPERTS, dtype=torch.int64, device="cuda")
-        choice = choose_experts_fused(x, split_weight(weight, torch.bfloat16), None, SPEC, load)
+        state = new_gate_state(NUM_EXPERTS, "cuda")
+        choice = choose_experts_fused(x, split_weight(weight, torch.bfloat16), None, SPEC, state)
         scores = (x.double() @ weight.double().t()).softmax(1)
         best = scores.topk(SPEC.top_k, dim=1)
         differs = (choice.ids_TK[:, : SPEC.top_k] != best.indices).any(1).double().mean()
@@ -84,17 +84,17 @@ def _gate() -> Iterator[Check]:
         error = relative_error(choice.weights_TK[:, : SPEC.top_k], best.values)
         yield f"gate of {num_tokens}: weights", error, 1e-4
         counts = torch.bincount(choice.ids_TK[:, : SPEC.top_k].flatten(), minlength=NUM_EXPERTS)
-        yield f"gate of {num_tokens}: load", float((load != counts).sum()), 0.0
+        yield f"gate of {num_tokens}: load", float((state.load_E != counts).sum()), 0.0
 
 
 def _experts() -> Iterator[Check]:
     gate = split_weight(torch.randn(NUM_EXPERTS, HIDDEN, device="cuda") * HIDDEN**-0.5, torch.bfloat16)
-    load = torch.zeros(NUM_EXPERTS, dtype=torch.int64, device="cuda")
+    state = new_gate_state(NUM_EXPERTS, "cuda")
     for is_fp8, tolerance in ((False, 8e-3), (True, 0.06)):
         weights = random_weights(is_fp8)
         for num_tokens in (1, 33, 300, 700, 3000):
             x = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
-            choice = choose_experts_fused(x, gate, None, SPEC, load)
+            choice = choose_experts_fused(x, gate, None, SPEC, state)
             tiles = moe_tiles(num_tokens, weights.up_gate.dtype)
             found = run_experts(x, choice, SPEC, weights, tiles)
             again = run_experts(x, choice, SPEC, weights, tiles)

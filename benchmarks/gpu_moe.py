@@ -14,7 +14,8 @@ import torch
 from benchmarks.gpu_timing import BF16_FLOPS_PER_S, BYTES_PER_S, FP8_FLOPS_PER_S, graph_time
 from engine.checkpoint import fp8
 from engine.kernels.fp8_quantise import FP8_GROUP, quantise_rows
-from engine.kernels.moe_gate import Choice, GateSpec, choose_experts_fused, split_weight
+from engine.kernels.moe_choice import Choice
+from engine.kernels.moe_gate import GateSpec, choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_gemm import ExpertWeights, Tile, multiply_down, multiply_up_gate
 from engine.kernels.moe_route import max_tiles, route_pairs
 from engine.kernels.moe_tiles import MoeTiles
@@ -55,8 +56,8 @@ def random_choice(num_tokens: int) -> Choice:
     """Of random tokens by a random gate."""
     x = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
     gate = split_weight(torch.randn(NUM_EXPERTS, HIDDEN, device="cuda").bfloat16().float(), torch.bfloat16)
-    load = torch.zeros(NUM_EXPERTS, dtype=torch.int64, device="cuda")
-    return choose_experts_fused(x, gate, None, SPEC, load)
+    state = new_gate_state(NUM_EXPERTS, "cuda")
+    return choose_experts_fused(x, gate, None, SPEC, state)
 
 
 def floor_s(num_tokens: int, choice: Choice, is_fp8: bool) -> float:

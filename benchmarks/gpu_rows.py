@@ -22,7 +22,7 @@ from engine.kernels.gated_silu import gated_silu_rows
 from engine.kernels.linear import multiply_fp8, multiply_into
 from engine.kernels.linear_tiles import LinearTile
 from engine.kernels.moe_combine import combine_pairs
-from engine.kernels.moe_gate import choose_experts_fused, split_weight
+from engine.kernels.moe_gate import choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_route import max_tiles, route_pairs
 from engine.kernels.moe_tiles import MoeTiles, moe_tiles
 from engine.kernels.rms_norm import add_rms_norm_
@@ -221,9 +221,9 @@ def _moe(bench: MoeBench, num_tokens: int, tiles: MoeTiles | None) -> Iterator[R
     if bench.is_fp8:
         return
     gate = split_weight(torch.randn(NUM_EXPERTS, HIDDEN, device="cuda").bfloat16().float(), torch.bfloat16)
-    load = torch.zeros(NUM_EXPERTS, dtype=torch.int64, device="cuda")
+    state = new_gate_state(NUM_EXPERTS, "cuda")
     measured = graph_time(
-        [lambda x=x: choose_experts_fused(x, gate, None, SPEC, load) for x in xs], num_rounds=4
+        [lambda x=x: choose_experts_fused(x, gate, None, SPEC, state) for x in xs], num_rounds=4
     )
     row_bytes = 2 * num_tokens * HIDDEN
     yield Row("gate", num_tokens, (row_bytes + 2 * NUM_EXPERTS * HIDDEN) / BYTES_PER_S, measured)

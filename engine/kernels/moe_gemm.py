@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.kernels.fp8_quantise import FP8_GROUP, Fp8Rows
-from engine.kernels.moe_route import Route
+from engine.kernels.moe_choice import Route
 
 
 @dataclass(frozen=True, slots=True)

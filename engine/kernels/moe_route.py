@@ -10,27 +10,14 @@ P pairs (token * K + k), E experts (shared ones included), M tiles.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.moe_gate import Choice
+from engine.kernels.moe_choice import Choice, Route
 
 _MAX_ONE_HOT = 16384  # elements of the matrix that ranks pairs
 _TILES_AT_ONCE = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Tile m covers sorted pairs start[m] .. end[m] of one expert; unused tiles are empty."""
-
-    sorted_pairs_P: torch.Tensor  # int32
-    tile_expert_M: torch.Tensor  # int32
-    tile_start_M: torch.Tensor  # int32
-    tile_end_M: torch.Tensor  # int32, at most start + tile_rows
-    tile_rows: int
 
 
 def max_tiles(num_tokens: int, top_k: int, num_shared: int, num_experts: int, tile_rows: int) -> int:
@@ -117,21 +104,25 @@ def _route_kernel(
         pairs = g * PAIRS + inside
         is_pair = (inside < PAIRS) & (pairs < num_pairs)
         ids = tl.load(ids_ptr + pairs, mask=is_pair, other=E_PAD)
-        one_hot = (ids[:, None] == experts[None, :]).to(tl.int32)
-        places = tl.cumsum(one_hot, 0) - one_hot + place[None, :]
-        tl.store(pairs_ptr + tl.sum(one_hot * places, 1), pairs, mask=is_pair)
-        place += tl.sum(one_hot, 0)
+        others = tl.arange(0, BLOCK)
+        is_other = (first + others < PAIRS) & (g * PAIRS + first + others < num_pairs)
+        other_ids = tl.load(ids_ptr + g * PAIRS + first + others, mask=is_other, other=E_PAD)
+        is_before = (ids[:, None] == other_ids[None, :]) & (inside[:, None] > first + others[None, :])
+        is_mine = ids[:, None] == experts[None, :]
+        mine = tl.sum(tl.where(is_mine, place[None, :], 0), 1) + tl.sum(is_before.to(tl.int32), 1)
+        tl.store(pairs_ptr + mine, pairs, mask=is_pair)
+        place += tl.sum(is_mine.to(tl.int32), 0)
 
     tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
     tile_ends = tl.cumsum(tiles, 0)
     for first in range(g * BLOCK_M, num_tiles, num_groups * BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
-        is_mine = (m[:, None] >= (tile_ends - tiles)[None, :]) & (m[:, None] < tile_ends[None, :])
+        holds = (m[:, None] >= (tile_ends - tiles)[None, :]) & (m[:, None] < tile_ends[None, :])
         is_used = m < tl.max(tile_ends, 0)
-        expert = tl.sum(tl.where(is_mine, experts[None, :], 0), 1)
-        index = m - tl.sum(tl.where(is_mine, (tile_ends - tiles)[None, :], 0), 1)
-        start = tl.sum(tl.where(is_mine, starts[None, :], 0), 1) + index * TILE_ROWS
-        end = tl.sum(tl.where(is_mine, (starts + counts)[None, :], 0), 1)
+        expert = tl.sum(tl.where(holds, experts[None, :], 0), 1)
+        index = m - tl.sum(tl.where(holds, (tile_ends - tiles)[None, :], 0), 1)
+        start = tl.sum(tl.where(holds, starts[None, :], 0), 1) + index * TILE_ROWS
+        end = tl.sum(tl.where(holds, (starts + counts)[None, :], 0), 1)
         end = tl.minimum(end, start + TILE_ROWS)
         tl.store(tiles_ptr + m, expert, mask=m < num_tiles)
         tl.store(tiles_ptr + num_tiles + m, tl.where(is_used, start, 0), mask=m < num_tiles)

@@ -13,8 +13,9 @@ from engine.checkpoint import fp8
 from engine.checkpoint.model_config import MoeConfig
 from engine.checkpoint.weights import WeightSource
 from engine.kernels.fp8_quantise import FP8_GROUP, quantise_rows
+from engine.kernels.moe_choice import Choice
 from engine.kernels.moe_combine import combine_pairs
-from engine.kernels.moe_gate import Choice, GateSpec, choose_experts_fused, split_weight
+from engine.kernels.moe_gate import GateSpec, choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_gemm import ExpertWeights, multiply_down, multiply_up_gate
 from engine.kernels.moe_route import max_tiles, route_pairs
 from engine.kernels.moe_tiles import MoeTiles, moe_tiles
@@ -22,7 +23,8 @@ from engine.layers.mlp import load_up_gate
 
 
 class FusedMoeLayer:
-    """What MoeLayer computes when all experts are local, in kernels."""
+    """What MoeLayer computes when all experts are local, in kernels. Its calls follow each other on one
+    stream."""
 
     def __init__(
         self, spec: GateSpec, gate_ED: torch.Tensor, bias_E: torch.Tensor | None, weights: ExpertWeights
@@ -33,21 +35,21 @@ class FusedMoeLayer:
         self._gate_PED = split_weight(gate_ED, dtype)
         self._bias_E = bias_E
         self._weights = weights
-        self._load_E = torch.zeros(spec.num_experts, dtype=torch.int64, device=gate_ED.device)
+        self._state = new_gate_state(spec.num_experts, gate_ED.device)
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         num_tokens = x_TD.shape[0]
         if num_tokens == 0:
             return torch.empty_like(x_TD)
-        choice = choose_experts_fused(x_TD, self._gate_PED, self._bias_E, self._spec, self._load_E)
+        choice = choose_experts_fused(x_TD, self._gate_PED, self._bias_E, self._spec, self._state)
         return run_experts(
             x_TD, choice, self._spec, self._weights, moe_tiles(num_tokens, self._weights.up_gate.dtype)
         )
 
     def take_load(self) -> torch.Tensor:
         """int64 [E] on the device: tokens by logical expert since the last call. Waits for nothing."""
-        load_E = self._load_E.clone()
-        self._load_E.zero_()
+        load_E = self._state.load_E.clone()
+        self._state.load_E.zero_()
         return load_E
 
 
@@ -55,8 +57,10 @@ def run_experts(
     x_TD: torch.Tensor, choice: Choice, spec: GateSpec, weights: ExpertWeights, tiles: MoeTiles
 ) -> torch.Tensor:
     num_tokens = x_TD.shape[0]
-    num_tiles = max_tiles(num_tokens, spec.top_k, spec.num_shared, spec.num_experts, tiles.rows)
-    route = route_pairs(choice, num_tiles, tiles.rows)
+    route = choice.route
+    if route is None:
+        num_tiles = max_tiles(num_tokens, spec.top_k, spec.num_shared, spec.num_experts, tiles.rows)
+        route = route_pairs(choice, num_tiles, tiles.rows)
     is_quantised = weights.is_fp8 and not tiles.quantises_inside
     x = quantise_rows(x_TD) if is_quantised else x_TD
     h_PI = multiply_up_gate(x, weights, route, spec.experts_per_token, tiles.up_gate)

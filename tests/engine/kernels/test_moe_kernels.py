@@ -12,8 +12,9 @@ from engine.moe.gate import choose_experts
 pytest.importorskip("triton", reason="the kernels need triton")
 
 from engine.kernels.fp8_quantise import dequantise_rows, quantise_rows, quantise_rows_reference
+from engine.kernels.moe_choice import Choice
 from engine.kernels.moe_combine import combine_pairs, combine_pairs_reference
-from engine.kernels.moe_gate import Choice, choose_experts_fused, split_weight
+from engine.kernels.moe_gate import choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_gemm import ExpertWeights, Tile
 from engine.kernels.moe_route import max_tiles, route_pairs, route_pairs_reference
 from engine.kernels.moe_tiles import MoeTiles, moe_tiles
@@ -57,10 +58,13 @@ GATES = {
 }
 
 
-def choose(config: MoeConfig, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
-    load = torch.zeros(config.num_routed_experts, dtype=torch.int64, device=x.device)
-    parts = split_weight(weight, x.dtype)
-    return choose_experts_fused(x, parts, bias, gate_spec(config), load), load
+def choose(
+    config: MoeConfig, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[Choice, torch.Tensor]:
+    state = new_gate_state(config.num_routed_experts, x.device)
+    choice = choose_experts_fused(x, split_weight(weight, x.dtype), bias, gate_spec(config), state)
+    assert not state.arrivals_G.any()
+    return choice, state.load_E
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -89,6 +93,22 @@ def test_gate_chooses_as_the_reference_does(name: str, dtype: torch.dtype, devic
         torch.bincount(part.flatten(), minlength=num_experts + shared) for part in choice.ids_TK.split(16)
     ]
     assert torch.equal(choice.counts_GE.long(), torch.stack(by_group))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 16])
+def test_the_route_of_few_tokens_is_the_sort(num_tokens: int, device: str) -> None:
+    torch.manual_seed(num_tokens)
+    x = torch.randn(num_tokens, 80, device=device)
+    choice, _ = choose(GATES["group_limited"], x, torch.randn(12, 80, device=device), None)
+    found = choice.route
+    assert found is not None
+    cpu = Choice(choice.weights_TK.cpu(), choice.ids_TK.cpu(), choice.counts_GE.cpu(), 16)
+    expected = route_pairs_reference(cpu, found.tile_expert_M.shape[0], found.tile_rows)
+    assert torch.equal(found.sorted_pairs_P.cpu(), expected.sorted_pairs_P)
+    assert torch.equal(found.tile_start_M.cpu(), expected.tile_start_M)
+    assert torch.equal(found.tile_end_M.cpu(), expected.tile_end_M)
+    used = expected.tile_end_M > expected.tile_start_M
+    assert torch.equal(found.tile_expert_M.cpu()[used], expected.tile_expert_M[used])
 
 
 def test_a_gate_weight_of_bf16_is_one_part_and_any_other_three() -> None:
