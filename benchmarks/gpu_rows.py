@@ -16,8 +16,11 @@ from benchmarks.gpu_timing import (
     FP8_FLOPS_PER_S,
     eager_time,
     graph_time,
+    relative_error,
 )
 from engine.checkpoint import fp8
+from engine.kernels.few_rows import MAX_ROWS, FewRowsTile, multiply_few_rows
+from engine.kernels.fp8_quantise import quantise_rows
 from engine.kernels.gated_silu import gated_silu_rows
 from engine.kernels.linear import multiply_fp8, multiply_into
 from engine.kernels.linear_tiles import LinearTile
@@ -82,6 +85,7 @@ _FEW_ROW_TILES = (
     LinearTile(16, 16, 128, 4, 5),
     LinearTile(16, 16, 256, 4, 4),
     LinearTile(16, 32, 128, 4, 5),
+    LinearTile(16, 32, 256, 4, 4),
     LinearTile(16, 64, 128, 4, 4),
     LinearTile(32, 32, 128, 4, 4),
     LinearTile(32, 64, 128, 4, 4),
@@ -107,13 +111,14 @@ def dense_rows() -> list[Row]:
         ]
         if num_out != VOCAB:
             quantised = [fp8.quantise(w, (128, 128)) for w in weight]
-        for num_rows in (1, 8, 32, 128, 4096):
+        for num_rows in (1, 2, 4, 8, 32, 128, 4096):
             if num_out == VOCAB and num_rows > 128:
                 continue
             xs = [torch.randn(num_rows, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in weight]
             plain = graph_time(
                 [lambda x=x, w=w: x @ w.t() for x, w in zip(xs, weight, strict=True)], num_rounds=4
             )
+            rows += _few_rows(xs, weight, plain)
             rows += _bf16_linear(xs, weight, plain)
             if num_out != VOCAB:
                 rows += _fp8_linear(xs, quantised, plain)
@@ -147,6 +152,24 @@ def _bf16_linear(xs: list[torch.Tensor], weights: list[torch.Tensor], plain: flo
     yield Row(f"bf16 linear {HIDDEN} -> {num_out}", num_rows, floor, ours, plain, str(tile))
 
 
+_FEW = [FewRowsTile(n, w) for n in (1, 2, 4, 8) for w in (1, 2, 4, 8) if n * 8 >= w]
+
+
+def _few_rows(xs: list[torch.Tensor], weights: list[torch.Tensor], plain: float) -> Iterator[Row]:
+    num_rows, num_out = xs[0].shape[0], weights[0].shape[0]
+    if num_rows > MAX_ROWS:
+        return
+    out = torch.empty(num_rows, num_out, device="cuda", dtype=torch.bfloat16)
+    pairs = list(zip(xs, weights, strict=True))
+    found = []
+    for tile in _FEW:
+        calls = [lambda p=p, t=tile: multiply_few_rows(*p, out, t) for p in pairs]
+        found.append((graph_time(calls, num_rounds=4), tile))
+    ours, tile = min(found, key=lambda pair: pair[0])
+    floor = 2 * (num_out * HIDDEN + num_rows * (HIDDEN + num_out)) / BYTES_PER_S
+    yield Row(f"few rows {HIDDEN} -> {num_out}", num_rows, floor, ours, plain, str(tile))
+
+
 def _fp8_linear(
     xs: list[torch.Tensor], weights: list[tuple[torch.Tensor, torch.Tensor]], plain: float
 ) -> Iterator[Row]:
@@ -160,7 +183,37 @@ def _fp8_linear(
 
     tiles = tuple(t for t in _FP8_TILES if t.rows <= max(16, num_rows) and (t.rows > 16 or num_rows <= 64))
     ours, tile = _best(time_of, tiles)
-    yield Row(f"fp8 linear {HIDDEN} -> {num_out}", num_rows, floor, ours, plain, str(tile))
+    by_torch, note = _torch_fp8(xs, weights)
+    yield Row(f"fp8 linear {HIDDEN} -> {num_out}", num_rows, floor, ours, by_torch or plain, f"{tile} {note}")
+
+
+def _torch_fp8(
+    xs: list[torch.Tensor], weights: list[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[float | None, str]:
+    """torch's block-scaled product of rows that are quantised already, where this torch has one."""
+    try:
+        kinds = functional.ScalingType
+        rows = [quantise_rows(x) for x in xs]
+        scales = [r.scales.t().contiguous().t() for r in rows]
+        weight_scales = [s.t().contiguous().t() for _, s in weights]
+
+        def call(i: int) -> torch.Tensor:
+            return functional.scaled_mm(
+                rows[i].values,
+                weights[i][0].t(),
+                scales[i],
+                kinds.BlockWise1x128,
+                weight_scales[i].t(),
+                kinds.BlockWise128x128,
+                output_dtype=torch.bfloat16,
+            )
+
+        exact = xs[0].double() @ fp8.dequantise(*weights[0], (128, 128), torch.float32).double().t()
+        error = relative_error(call(0), exact)
+        seconds = graph_time([lambda i=i: call(i) for i in range(len(xs))], num_rounds=4)
+        return seconds, f"torch fp8 error {error:.3f}"
+    except Exception as error:  # noqa: BLE001 - it is not in every version
+        return None, f"torch fp8: {error!r}"[:160]
 
 
 def sampling_rows() -> list[Row]:
@@ -227,9 +280,11 @@ def _moe(bench: MoeBench, num_tokens: int, tiles: MoeTiles | None) -> Iterator[R
     )
     row_bytes = 2 * num_tokens * HIDDEN
     yield Row("gate", num_tokens, (row_bytes + 2 * NUM_EXPERTS * HIDDEN) / BYTES_PER_S, measured)
-    num_tiles = max_tiles(num_tokens, TOP_K, NUM_SHARED, NUM_EXPERTS, tiles.rows)
-    measured = graph_time([lambda c=c: route_pairs(c, num_tiles, tiles.rows) for c in choices], num_rounds=4)
-    yield Row("route", num_tokens, 8 * num_tokens * SPEC.experts_per_token / BYTES_PER_S, measured)
+    if choices[0].route is None:
+        num_tiles = max_tiles(num_tokens, TOP_K, NUM_SHARED, NUM_EXPERTS, tiles.rows)
+        calls = [lambda c=c: route_pairs(c, num_tiles, tiles.rows) for c in choices]
+        floor = 8 * num_tokens * SPEC.experts_per_token / BYTES_PER_S
+        yield Row("route", num_tokens, floor, graph_time(calls, num_rounds=4))
     y = torch.randn(num_tokens * SPEC.experts_per_token, HIDDEN, device="cuda", dtype=torch.bfloat16)
     measured = graph_time([lambda c=c: combine_pairs(y, c.weights_TK) for c in choices], num_rounds=4)
     yield Row("combine", num_tokens, (1 + SPEC.experts_per_token) * row_bytes / BYTES_PER_S, measured)

@@ -10,6 +10,7 @@ from engine.layers.mlp import gated_silu
 
 pytest.importorskip("triton", reason="the kernels need triton")
 
+from engine.kernels.few_rows import FewRowsTile, multiply_few_rows
 from engine.kernels.gated_silu import gated_silu_rows
 from engine.kernels.linear import multiply_fp8, multiply_into
 from engine.kernels.linear_tiles import LinearTile
@@ -72,3 +73,17 @@ def test_fp8_product_is_near_the_dequantised_one(quantises_inside: bool, num_out
 
     expected = x.float() @ fp8.dequantise(value, scale, (128, 128), torch.float32).t()
     assert (found.float() - expected).norm() / expected.norm() < FP8_ERROR
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("depth", [96, 5000])
+def test_few_rows_without_matrix_units(num_rows: int, depth: int, device: str) -> None:
+    x = torch.randn(num_rows, depth + 8, dtype=torch.bfloat16, device=device)[:, :depth]
+    weight = torch.randn(50, depth, dtype=torch.bfloat16, device=device)
+
+    found = multiply_few_rows(x, weight, tile=FewRowsTile(4, 4))
+
+    expected = x.float() @ weight.float().t()
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=0.05)
+    out = torch.empty(num_rows, 60, dtype=torch.bfloat16, device=device)[:, :50]
+    assert torch.equal(multiply_few_rows(x, weight, out), found)
