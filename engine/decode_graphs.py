@@ -30,8 +30,41 @@ class GraphLimits:
     max_model_len: int
 
 
+class DecodeLaunch:
+    """A step that was started."""
+
+    def __init__(
+        self,
+        seqs: list[Sequence],
+        positions: list[int],
+        results_N: torch.Tensor,
+        done: torch.cuda.Event | None,
+    ) -> None:
+        """seqs and the positions computed, by row; the results are on the host once it is done."""
+        self.seqs = seqs
+        self.positions = positions
+        self._results_N = results_N
+        self._done = done
+        self._places = {
+            seq: (position, seq.block_table) for seq, position in zip(seqs, positions, strict=True)
+        }
+
+    def has(self, seq: Sequence) -> bool:
+        """Whether what it computed for the sequence is what the sequence needs now, where it needs it."""
+        position, table = self._places.get(seq, (-1, None))
+        return position == seq.num_computed_tokens and table is seq.block_table
+
+    def token_ids(self) -> list[int]:
+        """Greedy, by row. Waits for them."""
+        if self._done is not None:
+            self._done.synchronize()
+        token_ids: list[int] = self._results_N[: len(self.seqs)].tolist()
+        return token_ids
+
+
 class DecodeGraphs:
-    """Steps are one after another: launch(), then the results, then the next launch()."""
+    """Steps are one after another. Usually the next one is started before anybody reads the tokens of this
+    one (run_ahead): the host plans while the device computes."""
 
     def __init__(self, model: CausalLM, kv_cache: KvCache, limits: GraphLimits) -> None:
         """Captures all graphs; off CUDA the same step runs without them. The cache does not change."""
@@ -44,8 +77,13 @@ class DecodeGraphs:
         self._block_size = kv_cache.layout.block_size
         self._ladder = batch_ladder(limits.max_seqs)
         max_blocks = -(-limits.max_model_len // self._block_size)
-        is_cuda = device.type == "cuda"
+        self._is_cuda = is_cuda = device.type == "cuda"
         self._host = DecodeRows(limits.max_seqs, max_blocks, is_pinned=is_cuda)
+        # Two launches can be under way, and the one before is being read.
+        self._results_3N = torch.zeros(3, limits.max_seqs, dtype=torch.int64, pin_memory=is_cuda)
+        self._num_launches = 0
+        self._uploaded: torch.cuda.Event | None = None
+        self._ahead: DecodeLaunch | None = None
         self._tokens_2N = torch.full((2, limits.max_seqs), -1, dtype=torch.int64, device=device)
         self._tokens_2N[0] = 0
         self._tables_NB = torch.zeros(limits.max_seqs, max_blocks, dtype=torch.int32, device=device)
@@ -58,29 +96,73 @@ class DecodeGraphs:
             self._capture()
 
     @torch.inference_mode()
-    def launch(self, seqs: list[Sequence]) -> list[Sequence]:
-        """Starts the step; the sequences in the order of the results."""
+    def launch(self, seqs: list[Sequence]) -> DecodeLaunch:
+        """Starts the step from what the host knows."""
+        self._ahead = None
         num_rows = next(size for size in self._ladder if size >= len(seqs))
+        self._wait_for_upload()
         placed, has_changed = self._host.update(seqs, num_rows)
         self._tokens_2N.copy_(self._host.tokens_2N, non_blocking=True)
         if has_changed:
-            num_seqs = len(placed)
-            self._tables_NB[:num_seqs].copy_(self._host.tables_NB[:num_seqs], non_blocking=True)
+            self._upload_tables(len(placed))
+        self._uploaded = self._event()
+        return self._start(placed, [seq.num_computed_tokens for seq in placed])
+
+    @torch.inference_mode()
+    def run_ahead(self, last: DecodeLaunch) -> None:
+        """Starts the step after `last`, the latest launch: its tokens go in without a way over the host.
+        Nothing happens if a sequence lacks the place of its next token."""
+        num_seqs = len(last.seqs)
+        if any(
+            len(seq.block_table) * self._block_size <= position + 1
+            for seq, position in zip(last.seqs, last.positions, strict=True)
+        ):
+            return
+        self._wait_for_upload()
+        if self._host.write_tables():
+            self._upload_tables(num_seqs)
+        self._tokens_2N[0, :num_seqs] = self._next_N[:num_seqs]
+        self._tokens_2N[1, :num_seqs] += 1
+        self._ahead = self._start(last.seqs, [position + 1 for position in last.positions])
+
+    def take_ahead(self, seqs: list[Sequence]) -> DecodeLaunch | None:
+        """The step that was run ahead, if some of seqs are in it; those that are not need a launch()."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or not any(ahead.has(seq) for seq in seqs):
+            return None
+        return ahead
+
+    def logits(self, num_seqs: int) -> torch.Tensor:
+        """float32 [num_seqs, V] of the last launch, a copy."""
+        return self._logits_NV[:num_seqs].to(torch.float32, copy=True)
+
+    def _wait_for_upload(self) -> None:
+        """Then the host's buffers may change."""
+        if self._uploaded is not None:
+            self._uploaded.synchronize()
+
+    def _upload_tables(self, num_rows: int) -> None:
+        self._tables_NB[:num_rows].copy_(self._host.tables_NB[:num_rows], non_blocking=True)
+        self._uploaded = self._event()
+
+    def _start(self, placed: list[Sequence], positions: list[int]) -> DecodeLaunch:
+        num_rows = next(size for size in self._ladder if size >= len(placed))
         graph = self._graphs.get(num_rows)
         if graph is None:
             self._step(num_rows)
         else:
             graph.replay()
-        return placed
+        self._num_launches += 1
+        results_N = self._results_3N[self._num_launches % 3]
+        results_N[:num_rows].copy_(self._next_N[:num_rows], non_blocking=True)
+        return DecodeLaunch(placed, positions, results_N, self._event())
 
-    def likeliest(self, num_seqs: int) -> list[int]:
-        """The greedy tokens of the last launch. Waits for it."""
-        token_ids: list[int] = self._next_N[:num_seqs].tolist()
-        return token_ids
-
-    def logits(self, num_seqs: int) -> torch.Tensor:
-        """float32 [num_seqs, V] of the last launch, a copy."""
-        return self._logits_NV[:num_seqs].to(torch.float32, copy=True)
+    def _event(self) -> torch.cuda.Event | None:
+        if not self._is_cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
 
     def _capture(self) -> None:
         pool = torch.cuda.graph_pool_handle()

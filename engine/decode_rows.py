@@ -31,7 +31,7 @@ class DecodeRows:
                 self._row_of[seq] = len(self._known)
                 self._known.append([])
                 self._lengths.append(0)
-        has_changed = self._write_tables()
+        has_changed = self.write_tables()
         placed = list(self._row_of)
         placed.sort(key=self._row_of.__getitem__)
         positions = [seq.num_computed_tokens for seq in placed]
@@ -59,7 +59,8 @@ class DecodeRows:
             self._known.pop()
             self._lengths.pop()
 
-    def _write_tables(self) -> bool:
+    def write_tables(self) -> bool:
+        """Brings the tables up to date; whether one has changed."""
         has_changed = False
         for seq, row in self._row_of.items():
             table = seq.block_table

@@ -58,7 +58,11 @@ class EngineConfig:
         token_budget = self.token_budget
         if token_budget is None:
             token_budget = max(DEFAULT_TOKEN_BUDGET, max_running + self.block_size)
-        config = SchedulerConfig(token_budget=token_budget, max_running=max_running)
+        config = SchedulerConfig(
+            token_budget=token_budget,
+            max_running=max_running,
+            lookahead_tokens=int(torch.device(self.device).type == "cuda"),
+        )
         try:
             config.check(self.block_size)
         except ValueError as error:

@@ -10,7 +10,7 @@ import torch
 
 from engine.batch_tensors import BatchTensors
 from engine.chunk_graphs import ChunkGraphs
-from engine.decode_graphs import DecodeGraphs, GraphLimits
+from engine.decode_graphs import DecodeGraphs, DecodeLaunch, GraphLimits
 from engine.kv_cache import KvCache
 from engine.logits_edits import needs_edits
 from engine.logprobs import token_logprobs
@@ -90,8 +90,13 @@ class Runner:
         batch: ScheduledBatch,
         layer_done: Callable[[int], None] | None,
     ) -> StepResult:
-        """The chunks are launched behind the decodes, before anybody waits."""
-        decodes = graphs.launch(decodes)
+        """The chunks are launched behind the decodes, before anybody waits. Without chunks the next step is,
+        too: it holds unless a sequence joins, and one that ends costs a row."""
+        ahead = graphs.take_ahead(decodes)
+        launches = [] if ahead is None else [ahead]
+        others = decodes if ahead is None else [seq for seq in decodes if not ahead.has(seq)]
+        if others:
+            launches.append(graphs.launch(others))
         chunks = ScheduledBatch(
             seqs=batch.seqs[batch.num_decodes :],
             num_scheduled_tokens=batch.num_scheduled_tokens[batch.num_decodes :],
@@ -101,17 +106,28 @@ class Runner:
             result = self._run_eagerly(chunks, layer_done)
         else:
             self._announce_layers(layer_done)
-        if all(map(_is_plain_greedy, decodes)):
-            token_ids: list[int] = graphs.likeliest(len(decodes))
-            logprobs: list[TokenLogprobs | None] = [None] * len(decodes)
+            if len(launches) == 1 and len(launches[0].seqs) == len(decodes) and _may_run_ahead(decodes):
+                graphs.run_ahead(launches[0])
+        wanted = {seq for seq in decodes if seq.num_remaining_tokens == 1}  # else: a row of a longer prompt
+        for launch in launches:
+            self._take_tokens(graphs, launch, wanted, result)
+        return result
+
+    def _take_tokens(
+        self, graphs: DecodeGraphs, launch: DecodeLaunch, wanted: set[Sequence], result: StepResult
+    ) -> None:
+        seqs = launch.seqs
+        if all(map(_is_plain_greedy, seqs)):
+            token_ids: list[int] = launch.token_ids()
+            logprobs: list[TokenLogprobs | None] = [None] * len(seqs)
         else:
-            token_ids, logprobs = self._sampler.sample(graphs.logits(len(decodes)), decodes)
-        for seq, token_id, logprob in zip(decodes, token_ids, logprobs, strict=True):
-            if seq.num_remaining_tokens == 1:  # else: one row of a longer prompt
+            token_ids, logprobs = self._sampler.sample(graphs.logits(len(seqs)), seqs)
+        for seq, token_id, logprob in zip(seqs, token_ids, logprobs, strict=True):
+            if launch.has(seq) and seq in wanted:
+                wanted.remove(seq)
                 result.seqs.append(seq)
                 result.token_ids.append(token_id)
                 result.logprobs.append(logprob)
-        return result
 
     def _run_eagerly(self, batch: ScheduledBatch, layer_done: Callable[[int], None] | None) -> StepResult:
         last_rows, prompt_rows = _wanted_rows(batch)
@@ -163,6 +179,13 @@ class Runner:
 def _is_plain_greedy(seq: Sequence) -> bool:
     sampling = seq.sampling
     return sampling.temperature < GREEDY_BELOW and sampling.num_logprobs is None and not needs_edits(seq)
+
+
+def _may_run_ahead(seqs: list[Sequence]) -> bool:
+    """Greedy tokens are final as the device finds them; and somebody must go on."""
+    return all(seq.num_remaining_tokens == 1 and _is_plain_greedy(seq) for seq in seqs) and any(
+        seq.num_output_tokens + 1 < seq.max_output_tokens for seq in seqs
+    )
 
 
 def _wanted_rows(batch: ScheduledBatch) -> tuple[list[tuple[Sequence, int]], list[_PromptRows]]:

@@ -29,6 +29,7 @@ class SchedulerConfig:
     token_budget: int  # tokens of one step
     max_running: int  # sequences that run or have all blocks of a hand-off
     growth_tokens: int = 128  # of further output that admission expects of each sequence
+    lookahead_tokens: int = 0  # 0 or 1: a decode also has the place of its next token, for steps run ahead
 
     def check(self, block_size: int) -> None:
         """ValueError when some sequence could starve."""
@@ -214,7 +215,8 @@ class Scheduler:
 
     def _grow(self, seq: Sequence, batch: ScheduledBatch) -> bool:
         """A block for the newest token, if need be at the cost of the youngest. False: that was `seq`."""
-        if len(seq.block_table) * self.block_size >= seq.num_tokens:
+        num_ahead = 0 if seq.keeps_blocks else self.config.lookahead_tokens
+        if len(seq.block_table) * self.block_size >= seq.num_tokens + num_ahead:
             return True
         while not self.pool.num_available:
             victim = next((s for s in reversed(self.running) if not s.keeps_blocks), seq)

@@ -58,14 +58,19 @@ def build(checkpoint: Path, device: str, *, uses_kernels: bool, uses_graphs: boo
     )
     graph_limits = GraphLimits(MAX_RUNNING, MAX_MODEL_LEN) if uses_graphs else None
     runner = Runner(model, cache, Sampler(frozenset()), 24, device, graph_limits=graph_limits)
-    return Engine(runner, cache, limits, SchedulerConfig(token_budget=24, max_running=MAX_RUNNING))
+    return Engine(
+        runner,
+        cache,
+        limits,
+        SchedulerConfig(token_budget=24, max_running=MAX_RUNNING, lookahead_tokens=int(uses_graphs)),
+    )
 
 
 def answers(engine: Engine, prompts: list[list[int]], *, temperature: float) -> dict[int, list[int]]:
     """Four answers of different lengths for three places: rows are left and taken over."""
     for seq_id, prompt in enumerate(prompts):
         sampling = SamplingParams(
-            temperature=temperature, seed=seq_id, max_tokens=2 + seq_id, ignore_eos=True
+            temperature=temperature, seed=seq_id, max_tokens=3 + 2 * seq_id, ignore_eos=True
         )
         engine.add(Sequence(seq_id, prompt, sampling))
     found: dict[int, list[int]] = {seq_id: [] for seq_id in range(len(prompts))}
