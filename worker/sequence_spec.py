@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.engine import Engine
-from engine.kv_load import KvSource
 from engine.sampling_params import SamplingParams
 from engine.sequence import KvListener, Sequence
 from proto.common_pb2 import SequenceSpec
@@ -16,17 +15,15 @@ from worker.conversions import sampling_from_pb
 _LOGPROB_BYTES = 12  # of one token id and its logprob on the wire, at most
 
 
-def decode_sequence(spec_pb: SequenceSpec, seq_id: int, kv_source: KvSource | None = None) -> Sequence:
+def decode_sequence(spec_pb: SequenceSpec, seq_id: int) -> Sequence:
     """Raises InvalidRequest."""
-    return _build(spec_pb, seq_id, checked_sampling(spec_pb), None, kv_source)
+    return _build(spec_pb, seq_id, checked_sampling(spec_pb), None)
 
 
-def prefill_sequence(
-    spec_pb: SequenceSpec, seq_id: int, kv_listener: KvListener, kv_source: KvSource | None = None
-) -> Sequence:
+def prefill_sequence(spec_pb: SequenceSpec, seq_id: int, kv_listener: KvListener) -> Sequence:
     """A sequence that ends with its next token and keeps its blocks. Raises InvalidRequest."""
     sampling = replace(checked_sampling(spec_pb), max_tokens=len(spec_pb.output_ids) + 1)
-    return _build(spec_pb, seq_id, sampling, kv_listener, kv_source)
+    return _build(spec_pb, seq_id, sampling, kv_listener)
 
 
 def checked_sampling(spec_pb: SequenceSpec) -> SamplingParams:
@@ -70,11 +67,7 @@ def reserve_sequence(engine: Engine, seq: Sequence) -> int:
 
 
 def _build(
-    spec_pb: SequenceSpec,
-    seq_id: int,
-    sampling: SamplingParams,
-    kv_listener: KvListener | None,
-    kv_source: KvSource | None,
+    spec_pb: SequenceSpec, seq_id: int, sampling: SamplingParams, kv_listener: KvListener | None
 ) -> Sequence:
     return Sequence(
         seq_id,
@@ -85,5 +78,4 @@ def _build(
         tenant=spec_pb.tenant,
         keeps_blocks=kv_listener is not None,
         kv_listener=kv_listener,
-        kv_source=kv_source,
     )

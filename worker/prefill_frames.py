@@ -1,13 +1,12 @@
-"""The frames in which KV travels: kinds, headers, checksums. Their order is in prefill.proto and kv.proto."""
+"""The frames of the hand-off: kinds, headers, checksums. Their order is in proto/prefill.proto."""
 
 from __future__ import annotations
 
 import enum
 import struct
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import grpc.aio
 import xxhash
 from google.protobuf.message import DecodeError, Message
 
@@ -15,11 +14,8 @@ from servicekit.frames import Frame, decode_frame, encode_frame
 
 PREFILL_SERVICE = "baton.v1.PrefillService"
 PREFILL_METHOD = "Prefill"
-KV_SERVICE = "baton.v1.KvService"
-FETCH_METHOD = "Fetch"
 
 M = TypeVar("M", bound=Message)
-FrameCall = grpc.aio.StreamStreamCall[bytes, bytes]
 
 
 class FrameKind(enum.IntEnum):
@@ -28,16 +24,6 @@ class FrameKind(enum.IntEnum):
     KV_CHUNK = 3
     PREFILL_FINISHED = 4
     PREFILL_COMMITTED = 5
-    FETCH_REQUEST = 6
-    FETCH_STARTED = 7
-    FETCH_FINISHED = 8
-
-
-def open_call(channel: grpc.aio.Channel, service: str, method: str) -> FrameCall:
-    # No serializers: a frame is bytes on both sides.
-    start: Any = channel.stream_stream(f"/{service}/{method}", None, None)
-    call: FrameCall = start()
-    return call
 
 
 def pack_frame(kind: FrameKind, header_pb: Message, payload: bytes | bytearray | memoryview = b"") -> bytes:
@@ -61,24 +47,6 @@ def read_header(frame: Frame, kind: FrameKind, header_type: type[M]) -> M:
     except DecodeError as error:
         raise ValueError(f"{kind.name} header does not parse: {error}") from error
     return header_pb
-
-
-async def next_frame(call: FrameCall, last: FrameKind) -> Frame:
-    """ValueError when the stream ends before its `last` kind of frame; AioRpcError when with an error."""
-    raw = await call.read()
-    if not isinstance(raw, bytes):
-        raise ValueError(f"the stream ended before {last.name}")
-    return read_frame(raw)
-
-
-async def read_request(
-    context: grpc.aio.ServicerContext[bytes, bytes], kind: FrameKind, request_type: type[M]
-) -> M:
-    """The first frame of a call. ValueError when it is something else."""
-    raw = await context.read()
-    if not isinstance(raw, bytes):
-        raise ValueError(f"the call ended before its {kind.name}")
-    return read_header(read_frame(raw), kind, request_type)
 
 
 def checksum(payload: bytes | bytearray | memoryview) -> int:
