@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shared-prefix-len",
         type=int,
         help="leading tokens common to the prompts of a group; multi-turn: the system prompt "
-        f"(default 0; shared-prefix: {_SHARE:.0%} of the prompt)",
+        f"(default 0; shared-prefix: {_SHARE:.0%}% of the prompt)",
     )
     parser.add_argument(
         "--num-groups", type=int, help=f"different shared prefixes (default 1; shared-prefix: {_NUM_GROUPS})"
