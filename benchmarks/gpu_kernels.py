@@ -1,7 +1,7 @@
 """Every kernel of the GPU engine but attention: checked against its reference, then timed against its floor
 and against plain torch. One command, on a machine with one CUDA device:
 
-    python -m benchmarks.gpu_kernels [--tune [SECONDS]] [--out DIR]
+    python -m benchmarks.gpu_kernels [--tune [SECONDS]] [--only SECTION ...] [--out DIR]
 
 The floor is the larger of the bytes that must move over 3.35 TB/s and of the operations over 790 TFLOP/s
 (twice that in FP8). --tune first searches the tiles of the expert products and prints them as Python.
@@ -21,6 +21,7 @@ from benchmarks.gpu_checks import run_checks
 from benchmarks.gpu_moe import TUNED_TOKENS, MoeBench, compile_all
 from benchmarks.gpu_rows import Row, dense_rows, moe_rows, norm_rows, sampling_rows
 
+SECTIONS = ("norm", "dense", "sampling", "moe")
 COLUMNS = ("kernel", "rows", "floor_us", "measured_us", "gap", "torch_us")
 
 
@@ -28,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--tune", type=float, nargs="?", const=240.0, metavar="SECONDS")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--out", type=Path, help="directory for results as JSON")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -38,8 +40,11 @@ def main() -> None:
     if args.tune:
         tuned = _tune(time.monotonic() + args.tune, details)
     rows: list[Row] = []
-    for section in (norm_rows, dense_rows, sampling_rows, lambda: moe_rows(tuned)):
-        rows += _guarded(section)
+    sections = dict(
+        zip(SECTIONS, (norm_rows, dense_rows, sampling_rows, lambda: moe_rows(tuned)), strict=True)
+    )
+    for name in args.only:
+        rows += _guarded(name, sections[name])
     print("| " + " | ".join(COLUMNS) + " |\n" + "| --- " * len(COLUMNS) + "|")
     for row in rows:
         print(row.line(), flush=True)
@@ -51,12 +56,12 @@ def main() -> None:
         raise SystemExit(f"{num_failed} checks failed")
 
 
-def _guarded(section: Callable[[], list[Row]]) -> list[Row]:
+def _guarded(name: str, section: Callable[[], list[Row]]) -> list[Row]:
     """One kernel that fails does not hide the others."""
     try:
         return section()
     except Exception as error:  # noqa: BLE001
-        print(f"{section}: {error!r}"[:600], flush=True)
+        print(f"{name}: {error!r}"[-600:], flush=True)
         torch.cuda.synchronize()
         return []
 

@@ -85,7 +85,6 @@ _FEW_ROW_TILES = (
     LinearTile(16, 16, 128, 4, 5),
     LinearTile(16, 16, 256, 4, 4),
     LinearTile(16, 32, 128, 4, 5),
-    LinearTile(16, 32, 256, 4, 4),
     LinearTile(16, 64, 128, 4, 4),
     LinearTile(32, 32, 128, 4, 4),
     LinearTile(32, 64, 128, 4, 4),
@@ -194,8 +193,8 @@ def _torch_fp8(
     try:
         kinds = functional.ScalingType
         rows = [quantise_rows(x) for x in xs]
-        scales = [r.scales.t().contiguous().t() for r in rows]
-        weight_scales = [s.t().contiguous().t() for _, s in weights]
+        scales = [r.scales.t().contiguous().t() for r in rows]  # a column of scales lies together
+        weight_scales = [s for _, s in weights]
 
         def call(i: int) -> torch.Tensor:
             return functional.scaled_mm(

@@ -14,6 +14,7 @@ from engine.decode_graphs import GraphLimits
 from engine.engine import Engine, EngineLimits
 from engine.engine_config import EngineConfig, EngineConfigError, check_weights_fit, resolve_cache_size
 from engine.ep.ep_group import EpGroup
+from engine.kernels.support import has_kernels
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
 from engine.models import CausalLM, build_model
@@ -21,6 +22,9 @@ from engine.runner import Runner
 from engine.sampler import Sampler
 
 Progress = Callable[[int, int], None]
+
+FP8_BLOCK = 128  # rows and columns of a weight that share a scale
+_FP8_CAPABILITY = (8, 9)  # of the first devices that multiply FP8
 
 
 def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Progress | None = None) -> Engine:
@@ -33,14 +37,16 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
     dtype = config.resolve_dtype()
     model_config = load_model_config(config.model_dir)
     layout = KvLayout(
-        model_fingerprint=model_fingerprint(config.model_dir, config.load_format, dtype),
+        model_fingerprint=model_fingerprint(config.model_dir, _weights_name(config), dtype),
         num_layers=model_config.num_layers,
         token_shape=model_config.kv_token_shape,
         dtype=str(dtype).removeprefix("torch."),
         block_size=config.block_size,
     )
     ep_size = 1 if ep is None else ep.size
-    check_weights_fit(num_parameters(model_config, ep_size) * dtype.itemsize, config.device)
+    if config.has_fp8_experts:
+        _check_fp8_experts(config.device, model_config, ep_size)
+    check_weights_fit(_weight_bytes(config, model_config, dtype, ep_size), config.device)
     model = _load_model(config, model_config, dtype, ep, progress)
     size = resolve_cache_size(config, model_config, layout, scheduler_config.max_running)
     kv_cache = KvCache(layout, size.num_blocks, device=config.device, is_shared=config.shares_kv_cache)
@@ -70,6 +76,30 @@ def num_parameters(config: ModelConfig, ep_size: int = 1) -> int:
     return others + -(-routed // ep_size)
 
 
+def _weights_name(config: EngineConfig) -> str:
+    """Workers whose experts differ in their bits do not share KV."""
+    return f"{config.load_format}, FP8 experts" if config.has_fp8_experts else config.load_format
+
+
+def _weight_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, ep_size: int) -> int:
+    num_bytes = num_parameters(model, ep_size) * dtype.itemsize
+    if not config.has_fp8_experts:
+        return num_bytes
+    is_expert = (".mlp.experts.", ".mlp.shared_experts.")
+    shapes = [s for name, s in hub_tensors(model).items() if any(part in name for part in is_expert)]
+    return num_bytes - sum(map(math.prod, shapes)) * (dtype.itemsize - 1)
+
+
+def _check_fp8_experts(device: str, model: ModelConfig, ep_size: int) -> None:
+    if not has_kernels(device) or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        raise EngineConfigError(f"FP8 experts need a CUDA device of capability 8.9 and Triton, not {device}")
+    if model.moe is None or ep_size > 1 or model.mlp_bias:
+        raise EngineConfigError("FP8 experts need a model whose experts have no bias and are all on one rank")
+    sizes = (model.hidden_size, model.moe.moe_intermediate_size)
+    if any(size % FP8_BLOCK for size in sizes):
+        raise EngineConfigError(f"FP8 experts need sizes that {FP8_BLOCK} divides, this model has {sizes}")
+
+
 def _load_model(
     config: EngineConfig,
     model_config: ModelConfig,
@@ -86,4 +116,11 @@ def _load_model(
         dispatcher = ep.dispatcher(model_config.moe.num_routed_experts)
     with open_weights(config.model_dir, config.load_format, dtype, model_config, progress) as weights:
         dispatcher_for = None if dispatcher is None else lambda _layer: dispatcher
-        return build_model(model_config, weights, dispatcher_for, dtype, torch.device(config.device))
+        return build_model(
+            model_config,
+            weights,
+            dispatcher_for,
+            dtype,
+            torch.device(config.device),
+            has_fp8_experts=config.has_fp8_experts,
+        )

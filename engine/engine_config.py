@@ -43,6 +43,7 @@ class EngineConfig:
     max_running: int | None = None  # sequences of one step
     shares_kv_cache: bool = False  # with other processes of this host
     uses_graphs: bool = True  # steps of decodes as CUDA graphs, where the model can
+    has_fp8_experts: bool = False  # experts' weights and their inputs in block-scaled FP8, on CUDA
 
     def resolve_dtype(self) -> torch.dtype:
         try:

@@ -24,7 +24,7 @@ class FewRowsTile:
     num_warps: int
 
 
-DEFAULT_TILE = FewRowsTile(4, 4)
+DEFAULT_TILE = FewRowsTile(2, 4)  # best or near it from 2,048 to 102,400 outputs on an H100
 
 
 def multiply_few_rows(

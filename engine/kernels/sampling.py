@@ -1,10 +1,10 @@
-# ruff: noqa: PLR0913, PLR0915 - a kernel takes its pointers, strides and sizes one by one
+# ruff: noqa: PLR0913 - a kernel takes its pointers, strides and sizes one by one
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 """Drawing a token a row on the device: the rule of engine.draw, without a sort and without the host.
 
 The vocabulary is cut into shares; one program a share finds its largest logit and its mass, one program a row
 puts the shares together and looks for the token in the one share that holds it. A row that is truncated is
-searched for its threshold in between: bisection over the 32 bits of a float, which order like integers.
+searched for its threshold in between, two bits of it a pass: the bits of floats order like integers.
 
 N rows, V vocabulary, P shares of it.
 """
@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 _SHARE = 2048  # tokens
-_ROW_BLOCK = 4096  # tokens that a program of a whole row reads at a time
+_ROW_BLOCK = 8192  # tokens that a program of a whole row reads at a time
+_SPARE_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # that a float32 has beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,9 @@ def draw_tokens(
             vocab_size,
             shares,
             SHARES=padded,
+            SHIFT=_SPARE_BITS[logits_NV.dtype],
             BLOCK=_ROW_BLOCK,
-            num_warps=16,
+            num_warps=32,
         )
         _, _, mass_NP = _shares(logits_NV, sampling.temperature_N, threshold_N)
     _draw_kernel[(num_rows,)](
@@ -255,32 +257,80 @@ def _draw_kernel(
 
 
 @triton.jit
-def _order_key(x):
-    """uint32 that orders like the float."""
+def _order_key(x, SHIFT: tl.constexpr):
+    """uint32 that orders like the float; SHIFT drops the bits that a shorter float does not have."""
     bits = (x + 0.0).to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+    return tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000) >> SHIFT
 
 
 @triton.jit
-def _float_of(key):
-    bits = tl.where(key >> 31 != 0, key & 0x7FFFFFFF, ~key)
+def _float_of(key, SHIFT: tl.constexpr):
+    whole = key << SHIFT
+    bits = tl.where(whole >> 31 != 0, whole & 0x7FFFFFFF, ~(whole | ((1 << SHIFT) - 1)))
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _above(row_ptr, key, floor_key, largest, temperature, vocab_size, BLOCK: tl.constexpr):
-    """(number, mass) of the row's logits above `key` that are not below `floor_key`."""
+def _above(
+    row_ptr,
+    key1,
+    key2,
+    key3,
+    floor_key,
+    largest,
+    temperature,
+    vocab_size,
+    COUNTS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """float64 mass, or number, of the row's logits above each key that are not below `floor_key`."""
     places = tl.arange(0, BLOCK)
-    number = tl.zeros((BLOCK,), tl.int32)
-    mass = tl.zeros((BLOCK,), tl.float32)
+    sum1 = tl.zeros((BLOCK,), tl.float32)
+    sum2 = tl.zeros((BLOCK,), tl.float32)
+    sum3 = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, vocab_size, BLOCK):
         ids = first + places
         logits = tl.load(row_ptr + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
-        keys = _order_key(logits)
-        is_above = (keys > key) & (keys >= floor_key) & (ids < vocab_size)
-        number += is_above.to(tl.int32)
-        mass += tl.where(is_above, _weights(logits, largest, temperature), 0.0)
-    return tl.sum(number, 0), tl.sum(mass.to(tl.float64), 0)
+        keys = _order_key(logits, SHIFT)
+        weights = tl.full((BLOCK,), 1.0, tl.float32)
+        if not COUNTS:
+            weights = _weights(logits, largest, temperature)
+        weights = tl.where((keys >= floor_key) & (ids < vocab_size), weights, 0.0)
+        sum1 += tl.where(keys > key1, weights, 0.0)
+        sum2 += tl.where(keys > key2, weights, 0.0)
+        sum3 += tl.where(keys > key3, weights, 0.0)
+    return tl.sum(sum1.to(tl.float64), 0), tl.sum(sum2.to(tl.float64), 0), tl.sum(sum3.to(tl.float64), 0)
+
+
+@triton.jit
+def _smallest_key(
+    row_ptr,
+    limit,
+    floor_key,
+    largest,
+    temperature,
+    vocab_size,
+    COUNTS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The smallest key from floor_key on that has less than `limit` above it: two bits a pass."""
+    low = floor_key
+    high = _order_key(largest, SHIFT)
+    while low < high:
+        step = (high - low) >> 2
+        key1 = low + step
+        key2 = key1 + step
+        key3 = key2 + step
+        sum1, sum2, sum3 = _above(
+            row_ptr, key1, key2, key3, floor_key, largest, temperature, vocab_size, COUNTS, SHIFT, BLOCK
+        )
+        low = tl.where(
+            sum1 < limit, low, tl.where(sum2 < limit, key1, tl.where(sum3 < limit, key2, key3)) + 1
+        )
+        high = tl.where(sum1 < limit, key1, tl.where(sum2 < limit, key2, tl.where(sum3 < limit, key3, high)))
+    return high
 
 
 @triton.jit
@@ -296,6 +346,7 @@ def _threshold_kernel(
     vocab_size,
     num_shares,
     SHARES: tl.constexpr,
+    SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The smallest logit of the row that may be drawn: top_k, then top_p of what that left, then min_p."""
@@ -315,35 +366,36 @@ def _threshold_kernel(
         lost = tl.full((), 0.0, tl.float64)
         if (top_k > 0) & (top_k < vocab_size):
             # The k-th largest is the smallest key that fewer than k keys are above.
-            low = zero_key
-            high = _order_key(largest)
-            while low < high:
-                middle = low + ((high - low) >> 1)
-                number, _ = _above(row_ptr, middle, zero_key, largest, temperature, vocab_size, BLOCK)
-                if number < top_k:
-                    high = middle
-                else:
-                    low = middle + 1
-            floor_key = high
-            number, _ = _above(row_ptr, high, zero_key, largest, temperature, vocab_size, BLOCK)
-            at_floor, _ = _above(row_ptr, high - 1, zero_key, largest, temperature, vocab_size, BLOCK)
+            floor_key = _smallest_key(
+                row_ptr, top_k, zero_key, largest, temperature, vocab_size, True, SHIFT, BLOCK
+            )
+            threshold = _float_of(floor_key, SHIFT)
+            below = floor_key - 1
+            number, _, _ = _above(
+                row_ptr, below, below, below, zero_key, largest, temperature, vocab_size, True, SHIFT, BLOCK
+            )
             # Of logits that tie at the k-th place the mass counts those up to k.
-            weight = _weights(_float_of(high), largest, temperature).to(tl.float64)
-            lost = (at_floor - tl.minimum(at_floor, top_k)).to(tl.float64) * weight
-            threshold = _float_of(high)
+            weight = _weights(threshold, largest, temperature).to(tl.float64)
+            lost = (number - tl.minimum(number, top_k.to(tl.float64))) * weight
         if top_p < 1.0:
-            _, whole = _above(row_ptr, zero_key, floor_key, largest, temperature, vocab_size, BLOCK)
+            whole, _, _ = _above(
+                row_ptr,
+                zero_key,
+                zero_key,
+                zero_key,
+                floor_key,
+                largest,
+                temperature,
+                vocab_size,
+                False,
+                SHIFT,
+                BLOCK,
+            )
             limit = top_p.to(tl.float64) * (whole - lost)
-            low = floor_key
-            high = _order_key(largest)
-            while low < high:
-                middle = low + ((high - low) >> 1)
-                _, mass = _above(row_ptr, middle, floor_key, largest, temperature, vocab_size, BLOCK)
-                if mass < limit:
-                    high = middle
-                else:
-                    low = middle + 1
-            threshold = tl.maximum(threshold, _float_of(high))
+            key = _smallest_key(
+                row_ptr, limit, floor_key, largest, temperature, vocab_size, False, SHIFT, BLOCK
+            )
+            threshold = tl.maximum(threshold, _float_of(key, SHIFT))
         if min_p > 0.0:
             threshold = tl.maximum(threshold, largest + temperature * tl.log(min_p))
     tl.store(out_ptr + row, threshold)

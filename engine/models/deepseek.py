@@ -19,13 +19,15 @@ from engine.moe.gate import load_gate
 from engine.moe.moe_layer import MoeLayer
 
 
-def build_deepseek(
+def build_deepseek(  # noqa: PLR0913 - one of them is rare and keyword-only
     config: ModelConfig,
     mla: MlaConfig,
     weights: WeightSource,
     dispatcher_for: Callable[[int], Dispatcher],
     device: torch.device | str,
     has_kernels: bool,
+    *,
+    has_fp8_experts: bool = False,
 ) -> Decoder:
     uses_kernels = has_kernels and kernels_fit(mla)
 
@@ -35,7 +37,9 @@ def build_deepseek(
         if config.moe is not None and config.is_moe_layer(i):
             dispatcher = dispatcher_for(i)
             if has_kernels and isinstance(dispatcher, LocalDispatcher) and not config.mlp_bias:
-                feed_forward = _load_fused_moe(config, config.moe, weights, f"{prefix}.mlp")
+                feed_forward = _load_fused_moe(
+                    config, config.moe, weights, f"{prefix}.mlp", is_fp8=has_fp8_experts
+                )
             else:
                 feed_forward = _load_moe_layer(config, config.moe, weights, f"{prefix}.mlp", dispatcher)
         else:
@@ -54,10 +58,12 @@ def build_deepseek(
     return decoder
 
 
-def _load_fused_moe(config: ModelConfig, moe: MoeConfig, weights: WeightSource, prefix: str) -> FeedForward:
+def _load_fused_moe(
+    config: ModelConfig, moe: MoeConfig, weights: WeightSource, prefix: str, *, is_fp8: bool
+) -> FeedForward:
     from engine.moe.fused_experts import load_fused_moe  # needs Triton, which a CPU has no use for
 
-    return load_fused_moe(moe, weights, prefix, config.hidden_size, is_fp8=False)
+    return load_fused_moe(moe, weights, prefix, config.hidden_size, is_fp8=is_fp8)
 
 
 def _load_moe_layer(

@@ -27,11 +27,16 @@ class FusedMoeLayer:
     stream."""
 
     def __init__(
-        self, spec: GateSpec, gate_ED: torch.Tensor, bias_E: torch.Tensor | None, weights: ExpertWeights
+        self,
+        spec: GateSpec,
+        gate_ED: torch.Tensor,
+        bias_E: torch.Tensor | None,
+        weights: ExpertWeights,
+        dtype: torch.dtype,
     ) -> None:
-        """gate and bias are float32; the experts of `weights` are the routed ones, then the shared."""
+        """gate and bias are float32; the experts of `weights` are the routed ones, then the shared. dtype is
+        that of the tokens."""
         self._spec = spec
-        dtype = torch.bfloat16 if weights.is_fp8 else weights.up_gate.dtype
         self._gate_PED = split_weight(gate_ED, dtype)
         self._bias_E = bias_E
         self._weights = weights
@@ -118,7 +123,9 @@ def load_fused_moe(
         bias_E = weights.get(f"{prefix}.gate.e_score_correction_bias", (spec.num_experts,), torch.float32)
     stack = _Stack(spec.num_all_experts, hidden_size, config.moe_intermediate_size, is_fp8)
     for expert in range(spec.num_experts):
-        stack.put(expert, *_load_expert(weights, f"{prefix}.experts.{expert}", hidden_size, stack.size))
+        up_gate, down = _load_expert(weights, f"{prefix}.experts.{expert}", hidden_size, stack.size)
+        dtype = up_gate.dtype
+        stack.put(expert, up_gate, down)
     if spec.num_shared:
         size = spec.num_shared * stack.size
         up_gate, down = _load_expert(weights, f"{prefix}.shared_experts", hidden_size, size)
@@ -126,7 +133,7 @@ def load_fused_moe(
         for s in range(spec.num_shared):
             part = slice(s * stack.size, (s + 1) * stack.size)
             stack.put(spec.num_experts + s, torch.cat((up[part], gate[part])), down[:, part])
-    return FusedMoeLayer(spec, gate_ED, bias_E, stack.weights())
+    return FusedMoeLayer(spec, gate_ED, bias_E, stack.weights(), dtype)
 
 
 def _load_expert(

@@ -129,3 +129,8 @@ def test_without_a_container_limit_the_machine_counts(tmp_path: Path) -> None:
 
 def test_auto_dtype_is_one_that_the_processor_multiplies(model_dir: Path) -> None:
     assert EngineConfig(model_dir=model_dir).resolve_dtype() in (torch.float32, torch.bfloat16)
+
+
+def test_fp8_experts_off_cuda_are_refused_in_one_line(model_dir: Path) -> None:
+    with pytest.raises(EngineConfigError, match="FP8 experts need a CUDA device"):
+        build_engine(EngineConfig(model_dir=model_dir, has_fp8_experts=True))

@@ -7,7 +7,11 @@ import torch
 
 from engine.checkpoint import fp8
 from engine.checkpoint.model_config import MoeConfig
-from engine.moe.gate import choose_experts
+from engine.layers.mlp import load_gated_mlp
+from engine.moe.dispatch import LocalDispatcher
+from engine.moe.experts import load_experts
+from engine.moe.gate import choose_experts, load_gate
+from engine.moe.moe_layer import MoeLayer
 
 pytest.importorskip("triton", reason="the kernels need triton")
 
@@ -18,7 +22,13 @@ from engine.kernels.moe_gate import choose_experts_fused, new_gate_state, split_
 from engine.kernels.moe_gemm import ExpertWeights, Tile
 from engine.kernels.moe_route import max_tiles, route_pairs, route_pairs_reference
 from engine.kernels.moe_tiles import MoeTiles, moe_tiles
-from engine.moe.fused_experts import FusedMoeLayer, gate_spec, run_experts, run_experts_reference
+from engine.moe.fused_experts import (
+    FusedMoeLayer,
+    gate_spec,
+    load_fused_moe,
+    run_experts,
+    run_experts_reference,
+)
 
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers, and rounds to FP8 without the
 # carry into the exponent, so that a few values in a hundred come out at half their size.
@@ -257,8 +267,8 @@ def test_a_layer_gives_the_same_for_a_token_alone_and_in_a_batch(is_fp8: bool, d
     torch.manual_seed(6)
     config = moe_config(moe_intermediate_size=128)
     weights = random_experts(14, 128, 128, HALF, device, is_fp8)
-    layer = FusedMoeLayer(gate_spec(config), torch.randn(12, 128, device=device), None, weights)
-    x = torch.randn(12, 128, dtype=torch.bfloat16 if is_fp8 else HALF, device=device)
+    layer = FusedMoeLayer(gate_spec(config), torch.randn(12, 128, device=device), None, weights, HALF)
+    x = torch.randn(12, 128, dtype=HALF, device=device)
 
     together = layer(x)
 
@@ -274,3 +284,34 @@ def test_tiles_exist_for_every_number_of_tokens(dtype: torch.dtype) -> None:
         tiles = moe_tiles(num_tokens, dtype)
         assert tiles.rows >= 16
         assert dtype != torch.float8_e4m3fn or tiles.up_gate.depth == tiles.down.depth == 128
+
+
+class RandomWeights:
+    """The same tensor for a name whenever it is asked for."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(sum(name.encode()))
+        weight = torch.randn(shape, generator=generator).div_(shape[-1] ** 0.5)
+        return weight.to(self._device, dtype or torch.float32)
+
+    def has(self, name: str) -> bool:
+        return not name.endswith("bias")
+
+
+@pytest.mark.parametrize(("is_fp8", "tolerance"), [(False, 1e-5), (True, FP8_ERROR)])
+def test_a_loaded_layer_equals_the_layer_without_kernels(is_fp8: bool, tolerance: float, device: str) -> None:
+    config = moe_config(moe_intermediate_size=128)
+    weights = RandomWeights(device)
+    shared = load_gated_mlp(weights, "mlp.shared_experts", 128, 2 * 128, False)
+    experts = load_experts(config, weights, "mlp.experts", 128, range(12))
+    gate = load_gate(config, weights, "mlp.gate", 128)
+    plain = MoeLayer(gate, LocalDispatcher(12), experts, shared, 12)
+    x = torch.randn(9, 128, device=device)
+
+    fused = load_fused_moe(config, weights, "mlp", 128, is_fp8=is_fp8)
+
+    assert relative_error(fused(x), plain(x)) < tolerance
+    assert torch.equal(fused.take_load(), plain.take_load())
