@@ -18,43 +18,40 @@ import enum
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import grpc.aio
 
 from decode_svc.chunk_receiver import ChunkReceiver
-from decode_svc.prefill_channels import PrefillChannels
-from decode_svc.shared_caches import SharedCaches
 from engine.engine import Engine
 from engine.outputs import SequenceOutput, TokenLogprobs
 from engine.sequence import Sequence
 from proto import common_pb2
-from proto.link_pb2 import RequestTimings
+from proto.link_pb2 import RequestTimings, Submit
 from proto.prefill_pb2 import KvChunk, PrefillCommitted, PrefillFinished, PrefillRequest, PrefillStarted
 from servicekit.errors import HandoffFailed
 from servicekit.frames import Frame
 from servicekit.logging import get_logger
 from servicekit.rpc import error_from_rpc
-from servicekit.tracing import NO_TRACER, Tracer
-from worker.async_engine import AsyncEngine
+from worker.cancellation import check_cancelled
 from worker.conversions import layout_to_pb, logprobs_from_pb
 from worker.deadline import Deadline
-from worker.kv_carrier import KvCarrier, SharedMemoryCarrier, StreamCarrier
-from worker.prefill_frames import (
+from worker.kv_carrier import KvCarrier
+from worker.kv_frames import (
     PREFILL_METHOD,
     PREFILL_SERVICE,
+    FrameCall,
     FrameKind,
+    next_frame,
+    open_call,
     pack_frame,
-    read_frame,
     read_header,
 )
 from worker.sequence_spec import num_prompt_blocks, reserve_sequence
+from worker.transfers import TransferEnvironment
 
 _CLOSE_S = 2.0  # for the prefill worker to see the commit before the call is cancelled
 
 log = get_logger(__name__)
-
-PrefillRpc = grpc.aio.StreamStreamCall
 
 
 class HandoffState(enum.Enum):
@@ -62,22 +59,6 @@ class HandoffState(enum.Enum):
     TRANSFERRING = "TRANSFERRING"
     COMMITTED = "COMMITTED"
     ABORTED = "ABORTED"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HandoffEnvironment:
-    """What all hand-offs of one decode worker share."""
-
-    engine: AsyncEngine
-    channels: PrefillChannels
-    shared_caches: SharedCaches
-    host_id: str
-    accepts_shared_memory: bool
-    tracer: Tracer = NO_TRACER
-
-    async def close(self) -> None:
-        await self.channels.close()
-        self.shared_caches.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,28 +77,26 @@ OnCommit = Callable[[FirstToken, SequenceOutput | None], None]
 class Handoff:
     def __init__(
         self,
-        environment: HandoffEnvironment,
+        environment: TransferEnvironment,
         seq: Sequence,
-        spec_pb: common_pb2.SequenceSpec,
-        address: str,
+        submit_pb: Submit,
         deadline: Deadline,
     ) -> None:
         self.state = HandoffState.RESERVED
         self.num_bytes = 0
         self.transfer_s = 0.0  # first chunk -> last one; 0 when there is none
-        self.is_shared = False
+        self.carrier_name = "stream"
         self._environment = environment
         self._engine = environment.engine
         self._seq = seq
-        self._spec_pb = spec_pb
-        self._address = address
+        self._submit_pb = submit_pb
+        self._spec_pb = spec_pb = submit_pb.sequence
+        self._address = submit_pb.prefill_address
         self._deadline = deadline
         self._block_size = self._engine.engine.kv_layout.block_size
         self._num_blocks = num_prompt_blocks(spec_pb, self._block_size)
         self._num_held_blocks = 0
-        self._accepts_shared_memory = (
-            environment.accepts_shared_memory and environment.shared_caches.can_attach(address)
-        )
+        self._accepts_shared_memory = environment.accepts_shared_memory_of(self._address)
         self._clock = asyncio.get_running_loop().time
 
     @property
@@ -145,16 +124,17 @@ class Handoff:
                 self.state = HandoffState.ABORTED
 
     async def _call(self, channel: grpc.aio.Channel, on_commit: OnCommit) -> None:
-        # No serializers: a frame is bytes on both sides.
-        method: Any = channel.stream_stream(f"/{PREFILL_SERVICE}/{PREFILL_METHOD}", None, None)
-        call: PrefillRpc[bytes, bytes] = method()
+        call = open_call(channel, PREFILL_SERVICE, PREFILL_METHOD)
         try:
             await call.write(self._request_frame())
-            started_pb = read_header(await _read(call), FrameKind.PREFILL_STARTED, PrefillStarted)
+            started_pb = read_header(await _next(call), FrameKind.PREFILL_STARTED, PrefillStarted)
             started_at = self._clock()
             self.state = HandoffState.TRANSFERRING
             with self._traced():
-                with self._carrier(started_pb) as carrier:
+                with self._environment.receiving_carrier(
+                    started_pb, self._address, is_shared_accepted=self._accepts_shared_memory
+                ) as carrier:
+                    self.carrier_name = carrier.name
                     finished_pb = await self._transfer(call, started_pb, carrier)
                 finished_at = self._clock()
                 # STARTED took a while to get here, so this is early; but never before the token arrived.
@@ -180,7 +160,7 @@ class Handoff:
                     "baton.num_held_blocks": self._num_held_blocks,
                     "baton.transfer_bytes": self.num_bytes,
                     "baton.transfer_s": self.transfer_s,
-                    "baton.carrier": "shared_memory" if self.is_shared else "stream",
+                    "baton.carrier": self.carrier_name,
                 }
             )
             span.end()
@@ -195,21 +175,12 @@ class Handoff:
             accepts_shared_memory=self._accepts_shared_memory,
         )
         request_pb.sequence.time_left_s = self._deadline.time_left_s
+        if self._submit_pb.HasField("peer"):
+            request_pb.peer.CopyFrom(self._submit_pb.peer)
         return pack_frame(FrameKind.PREFILL_REQUEST, request_pb)
 
-    @contextmanager
-    def _carrier(self, started_pb: PrefillStarted) -> Iterator[KvCarrier]:
-        if not started_pb.HasField("shared_kv_cache"):
-            yield StreamCarrier(self._engine.engine.kv_cache)
-            return
-        if not self._accepts_shared_memory:
-            raise ValueError("offers shared memory that was not asked for")
-        self.is_shared = True
-        with self._environment.shared_caches.cache(started_pb.shared_kv_cache, self._address) as source:
-            yield SharedMemoryCarrier(source)
-
     async def _transfer(
-        self, call: PrefillRpc[bytes, bytes], started_pb: PrefillStarted, carrier: KvCarrier
+        self, call: FrameCall, started_pb: PrefillStarted, carrier: KvCarrier
     ) -> PrefillFinished:
         if started_pb.num_blocks != self._num_blocks:
             raise ValueError(f"expected {self._num_blocks} blocks, it computes {started_pb.num_blocks}")
@@ -219,7 +190,7 @@ class Handoff:
         )
         first_chunk_at: float | None = None
         try:
-            while (frame := await _read(call)).kind == FrameKind.KV_CHUNK:
+            while (frame := await _next(call)).kind == FrameKind.KV_CHUNK:
                 first_chunk_at = first_chunk_at or self._clock()
                 await receiver.receive(read_header(frame, FrameKind.KV_CHUNK, KvChunk), frame.payload)
                 self.transfer_s = self._clock() - first_chunk_at
@@ -267,10 +238,13 @@ class Handoff:
         has_logprobs = finished_pb.HasField("first_token_logprobs")
         timings_pb = RequestTimings(
             prefill_worker_id=started_pb.worker_id,
-            num_hit_tokens=self._num_hit_tokens(started_pb),
+            num_hit_tokens=self._num_hit_tokens(started_pb, finished_pb),
             queue_s=started_pb.queue_s,
             prefill_s=finished_pb.prefill_s,
             transfer_bytes=self.num_bytes,
+            num_loaded_tokens=finished_pb.num_loaded_tokens,
+            num_fetched_tokens=finished_pb.num_fetched_tokens,
+            load_s=finished_pb.load_s,
         )
         return FirstToken(
             logprobs=logprobs_from_pb(finished_pb.first_token_logprobs)
@@ -281,26 +255,25 @@ class Handoff:
             is_last=self.needs_no_kv,
         )
 
-    def _num_hit_tokens(self, started_pb: PrefillStarted) -> int:
+    def _num_hit_tokens(self, started_pb: PrefillStarted, finished_pb: PrefillFinished) -> int:
         num_held_tokens = 0 if self.needs_no_kv else self._num_held_blocks * self._block_size
-        return max(started_pb.num_hit_tokens, num_held_tokens)
+        # Those that a load brought were not known when the prefill worker started.
+        num_loaded_tokens = finished_pb.num_loaded_tokens + finished_pb.num_fetched_tokens
+        return max(started_pb.num_hit_tokens + num_loaded_tokens, num_held_tokens)
 
 
-async def _read(call: PrefillRpc[bytes, bytes]) -> Frame:
-    """ValueError when the stream ends; AioRpcError when it ends with an error."""
-    raw = await call.read()
-    if not isinstance(raw, bytes):
-        raise ValueError("the stream ended before PREFILL_FINISHED")
-    return read_frame(raw)
+async def _next(call: FrameCall) -> Frame:
+    return await next_frame(call, FrameKind.PREFILL_FINISHED)
 
 
-async def _tell_committed(call: PrefillRpc[bytes, bytes]) -> None:
+async def _tell_committed(call: FrameCall) -> None:
     """The sequence is ours already: a prefill worker that cannot be told any more changes nothing."""
     with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError):
         async with asyncio.timeout(_CLOSE_S):
             await call.write(pack_frame(FrameKind.PREFILL_COMMITTED, PrefillCommitted()))
             await call.done_writing()
             await call.code()
+    check_cancelled()
 
 
 def _resolve(future: asyncio.Future[list[int]], block_ids: list[int]) -> None:

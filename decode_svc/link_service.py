@@ -35,10 +35,6 @@ class LinkService:
         )
         return grpc.method_handlers_generic_handler(LINK_SERVICE, {LINK_METHOD: method})
 
-    async def close(self) -> None:
-        """After the last call."""
-        await self._environment.handoffs.close()
-
     async def link(
         self, requests: AsyncIterator[LinkRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:

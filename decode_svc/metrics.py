@@ -66,7 +66,7 @@ class DecodeMetrics:
 
     def observe_handoff(self, handoff: Handoff) -> None:
         self._handoffs.labels(handoff.state.value).inc()
-        self._received_bytes.labels("shared_memory" if handoff.is_shared else "stream").inc(handoff.num_bytes)
+        self._received_bytes.labels(handoff.carrier_name).inc(handoff.num_bytes)
         if handoff.state is HandoffState.COMMITTED:
             self._transfer_seconds.observe(handoff.transfer_s)
             self._handoff_bytes.observe(handoff.num_bytes)

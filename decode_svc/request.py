@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from decode_svc.handoff import FirstToken, Handoff, HandoffEnvironment
+from decode_svc.handoff import FirstToken, Handoff
 from decode_svc.metrics import DecodeMetrics
 from decode_svc.request_trace import RequestTrace
+from engine.kv_load import KvSource
 from engine.outputs import FinishReason, SequenceOutput
 from engine.sequence import Sequence
 from proto import common_pb2
@@ -23,9 +24,12 @@ from servicekit.errors import InvalidRequest, ServingError
 from servicekit.logging import get_logger
 from worker.admission import Admission
 from worker.async_engine import AsyncEngine
+from worker.cancellation import check_cancelled
 from worker.conversions import all_logprobs_to_pb, error_to_pb, finish_reason_to_pb, logprobs_to_pb
 from worker.deadline import Deadline
+from worker.peer_fetcher import PeerFetcher
 from worker.sequence_spec import add_sequence, decode_sequence
+from worker.transfers import TransferEnvironment
 
 log = get_logger(__name__)
 
@@ -36,13 +40,14 @@ _REASON_NAMES = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON
 class RequestEnvironment:
     """What all requests of one decode worker share."""
 
-    handoffs: HandoffEnvironment
+    transfers: TransferEnvironment
+    fetcher: PeerFetcher
     admission: Admission
     metrics: DecodeMetrics
 
     @property
     def engine(self) -> AsyncEngine:
-        return self.handoffs.engine
+        return self.transfers.engine
 
 
 class DecodeRequest:
@@ -62,7 +67,7 @@ class DecodeRequest:
         self._first_token_at = 0.0
         self._finish_reason = "abort"
         self._prefill_fell_back = False
-        self._trace = RequestTrace(environment.handoffs.tracer, self._spec_pb)
+        self._trace = RequestTrace(environment.transfers.tracer, self._spec_pb)
 
     async def run(self) -> None:
         """Ends with exactly one final update. Raises only CancelledError."""
@@ -97,7 +102,11 @@ class DecodeRequest:
     async def _run(self, deadline: Deadline) -> None:
         if self._submit_pb.prefill_address and await self._run_handed_off(deadline):
             return
-        seq = decode_sequence(self._spec_pb, self._engine.next_seq_id())
+        with self._environment.fetcher.offered(self._submit_pb, deadline) as source:
+            await self._run_locally(source)
+
+    async def _run_locally(self, source: KvSource | None) -> None:
+        seq = decode_sequence(self._spec_pb, self._engine.next_seq_id(), source)
         with self._owned(seq):
             await self._engine.call(lambda engine: add_sequence(engine, seq))
             await self._ended.wait()
@@ -105,18 +114,18 @@ class DecodeRequest:
     async def _run_handed_off(self, deadline: Deadline) -> bool:
         """False when the prefill worker failed, with nothing left of the attempt."""
         seq = decode_sequence(self._spec_pb, self._engine.next_seq_id())
-        address = self._submit_pb.prefill_address
-        handoff = Handoff(self._environment.handoffs, seq, self._spec_pb, address, deadline)
+        handoff = Handoff(self._environment.transfers, seq, self._submit_pb, deadline)
         with self._owned(seq):
             try:
                 await handoff.run(self._on_commit)
             except InvalidRequest:
                 raise
             except ServingError as error:
+                check_cancelled()
                 log.warning(
                     "prefill_fell_back",
                     request_id=self._spec_pb.request_id,
-                    prefill_address=address,
+                    prefill_address=self._submit_pb.prefill_address,
                     reason=str(error),
                 )
                 self._metrics.count_fallback(error)
@@ -168,6 +177,9 @@ class DecodeRequest:
                 queue_s=output.queue_s,
                 prefill_s=output.prefill_s,
                 prefill_fell_back=self._prefill_fell_back,
+                num_loaded_tokens=output.num_loaded_tokens,
+                num_fetched_tokens=output.num_fetched_tokens,
+                load_s=output.load_s,
             )
             update_pb.timings.CopyFrom(timings_pb)
             update_pb.prompt_logprobs.extend(all_logprobs_to_pb(output.prompt_logprobs))

@@ -9,10 +9,9 @@ from worker.worker_process import WorkerParts
 
 def build_service(parts: WorkerParts) -> PrefillService:
     return PrefillService(
-        parts.engine,
+        parts.transfers,
+        parts.fetcher,
         parts.admission,
         PrefillMetrics(parts.metrics),
         worker_id=parts.worker_id,
-        host_id=parts.host_id,
-        tracer=parts.tracer,
     )

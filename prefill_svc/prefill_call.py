@@ -19,15 +19,17 @@ from typing import Any
 
 import grpc.aio
 
+from engine.kv_load import KvSource
 from engine.outputs import SequenceOutput
 from prefill_svc.prefill_trace import PrefillTrace
-from proto.prefill_pb2 import PrefillFinished, PrefillRequest, PrefillStarted, SharedKvCache
+from proto.prefill_pb2 import PrefillFinished, PrefillRequest, PrefillStarted
 from servicekit.logging import get_logger
 from worker.async_engine import AsyncEngine
 from worker.conversions import all_logprobs_to_pb, logprobs_to_pb
-from worker.kv_carrier import KvCarrier, SharedMemoryCarrier, StreamCarrier
+from worker.kv_carrier import KvCarrier, SharedMemoryCarrier, shared_cache_pb
+from worker.kv_chunks import ChunkTally
+from worker.kv_frames import FrameKind, pack_frame, read_frame
 from worker.kv_rectangle import TARGET_CHUNK_BYTES, KvRectangle
-from worker.prefill_frames import FrameKind, combined_checksum, pack_frame, read_frame, read_header
 from worker.sequence_spec import add_sequence, prefill_sequence
 
 log = get_logger(__name__)
@@ -75,34 +77,35 @@ class PrefillCall:
         self,
         engine: AsyncEngine,
         worker_id: str,
-        shares_memory: bool,
+        carrier: KvCarrier,
         request_pb: PrefillRequest,
         trace: PrefillTrace,
     ) -> None:
-        """shares_memory: the receiver can and wants to read this worker's cache by itself."""
         self.started: Started | None = None
         self.finished: SequenceOutput | None = None
-        self.num_bytes = 0
+        self.carrier_name = carrier.name
         self._engine = engine
         self._trace = trace
         self._worker_id = worker_id
         self._request_pb = request_pb
         self._kv_cache = engine.engine.kv_cache
-        self.is_shared = shares_memory and self._kv_cache.shared_name is not None
-        self._carrier: KvCarrier = (
-            SharedMemoryCarrier(self._kv_cache) if self.is_shared else StreamCarrier(self._kv_cache)
-        )
-        self._checksums: list[int] = []
+        self._carrier = carrier
+        self._tally = ChunkTally()
         self._pending: KvRectangle | None = None
         self._events = PrefillEvents(engine)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._tally.num_bytes
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self._request_pb.sequence.prompt_ids)
 
-    async def run(self, context: ServicerContext[Any, Any]) -> bool:
+    async def run(self, context: ServicerContext[Any, Any], source: KvSource | None) -> bool:
         """Whether the receiver committed. Raises InvalidRequest; whatever it raises, nothing stays behind."""
-        seq = prefill_sequence(self._request_pb.sequence, self._engine.next_seq_id(), self._events)
+        seq_id = self._engine.next_seq_id()
+        seq = prefill_sequence(self._request_pb.sequence, seq_id, self._events, source)
         self._engine.attach(seq.seq_id, self._events.output)
         try:
             await self._engine.call(lambda engine: add_sequence(engine, seq))
@@ -168,43 +171,30 @@ class PrefillCall:
             num_hit_tokens=started.num_hit_tokens,
             queue_s=started.queue_s,
         )
-        if self.is_shared:
-            size_bytes = self._kv_cache.num_blocks * self._kv_cache.layout.block_bytes
-            started_pb.shared_kv_cache.CopyFrom(
-                SharedKvCache(
-                    name=self._kv_cache.shared_name,
-                    size_bytes=size_bytes,
-                    num_blocks=self._kv_cache.num_blocks,
-                )
-            )
+        if isinstance(self._carrier, SharedMemoryCarrier):
+            started_pb.shared_kv_cache.CopyFrom(shared_cache_pb(self._kv_cache))
         return pack_frame(FrameKind.PREFILL_STARTED, started_pb)
 
     def _pack_chunk(self, piece: KvRectangle) -> bytes:
         packed = self._carrier.pack(piece)
-        self.num_bytes += packed.num_bytes
-        self._checksums.append(packed.checksum)
+        self._tally.add(packed.num_bytes, packed.checksum)
         self._trace.chunk(piece.num_layers, len(piece.block_ids), packed.num_bytes)
         return packed.frame
 
     def _pack_finished(self, output: SequenceOutput) -> bytes:
         finished_pb = PrefillFinished(
-            num_chunks=len(self._checksums),
-            num_bytes=self.num_bytes,
-            checksum=combined_checksum(self._checksums),
+            num_chunks=self._tally.num_chunks,
+            num_bytes=self._tally.num_bytes,
+            checksum=self._tally.checksum,
             first_token_id=output.token_ids[0],
             first_token_logprobs=logprobs_to_pb(output.logprobs[0]) if output.logprobs else None,
             prompt_logprobs=all_logprobs_to_pb(output.prompt_logprobs),
             prefill_s=output.prefill_s,
+            num_loaded_tokens=output.num_loaded_tokens,
+            num_fetched_tokens=output.num_fetched_tokens,
+            load_s=output.load_s,
         )
         return pack_frame(FrameKind.PREFILL_FINISHED, finished_pb)
-
-
-async def read_request(context: ServicerContext[Any, Any]) -> PrefillRequest:
-    """ValueError when the call does not begin with a PREFILL_REQUEST."""
-    raw = await context.read()
-    if not isinstance(raw, bytes):
-        raise ValueError("the call ended before its PREFILL_REQUEST")
-    return read_header(read_frame(raw), FrameKind.PREFILL_REQUEST, PrefillRequest)
 
 
 async def _read_commit(context: ServicerContext[Any, Any]) -> bool:

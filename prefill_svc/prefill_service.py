@@ -9,18 +9,18 @@ import grpc
 import grpc.aio
 
 from prefill_svc.metrics import PrefillMetrics
-from prefill_svc.prefill_call import PrefillCall, ServicerContext, read_request
+from prefill_svc.prefill_call import PrefillCall, ServicerContext
 from prefill_svc.prefill_trace import PrefillTrace
 from proto.prefill_pb2 import PrefillRequest
 from servicekit.errors import HandoffFailed, ServingError
 from servicekit.logging import get_logger
 from servicekit.rpc import abort_with
-from servicekit.tracing import NO_TRACER, Tracer
 from worker.admission import Admission
-from worker.async_engine import AsyncEngine
-from worker.conversions import layout_from_pb
+from worker.conversions import layout_difference
 from worker.deadline import Deadline
-from worker.prefill_frames import PREFILL_METHOD, PREFILL_SERVICE
+from worker.kv_frames import PREFILL_METHOD, PREFILL_SERVICE, FrameKind, read_request
+from worker.peer_fetcher import PeerFetcher
+from worker.transfers import TransferEnvironment
 
 log = get_logger(__name__)
 
@@ -28,36 +28,31 @@ log = get_logger(__name__)
 class PrefillService:
     def __init__(
         self,
-        engine: AsyncEngine,
+        transfers: TransferEnvironment,
+        fetcher: PeerFetcher,
         admission: Admission,
         metrics: PrefillMetrics,
         *,
         worker_id: str,
-        host_id: str,
-        tracer: Tracer = NO_TRACER,
     ) -> None:
-        self._engine = engine
+        self._transfers = transfers
+        self._fetcher = fetcher
         self._admission = admission
         self._metrics = metrics
         self._worker_id = worker_id
-        self._host_id = host_id
-        self._tracer = tracer
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         # No serializers: a frame is bytes on both sides.
         method = grpc.stream_stream_rpc_method_handler(self.prefill)
         return grpc.method_handlers_generic_handler(PREFILL_SERVICE, {PREFILL_METHOD: method})
 
-    async def close(self) -> None:
-        """After the last call; a prefill service keeps nothing between calls."""
-
     async def prefill(self, _requests: object, context: ServicerContext[Any, Any]) -> None:
         outcome = "cancelled"
         request_id: str | None = None
         try:
-            request_pb = await read_request(context)
+            request_pb = await read_request(context, FrameKind.PREFILL_REQUEST, PrefillRequest)
             request_id = request_pb.sequence.request_id
-            with PrefillTrace(self._tracer, request_pb.sequence) as trace:
+            with PrefillTrace(self._transfers.tracer, request_pb.sequence) as trace:
                 outcome = "committed" if await self._serve(request_pb, context, trace) else "uncommitted"
         except ServingError as error:
             outcome = type(error).__name__
@@ -79,14 +74,18 @@ class PrefillService:
     async def _serve(
         self, request_pb: PrefillRequest, context: ServicerContext[Any, Any], trace: PrefillTrace
     ) -> bool:
-        self._check_layout(request_pb)
-        shares_memory = request_pb.accepts_shared_memory and request_pb.host_id == self._host_id
+        difference = layout_difference(self._transfers.engine.engine.kv_layout, request_pb.kv_layout)
+        if difference is not None:
+            raise HandoffFailed(f"KV layouts differ (prefill != decode): {difference}", state="RESERVED")
+        carrier = self._transfers.sending_carrier(request_pb)
         started_at = time.monotonic()
         with self._admission.admit():
-            async with Deadline(request_pb.sequence.time_left_s).enforced():
-                call = PrefillCall(self._engine, self._worker_id, shares_memory, request_pb, trace)
+            deadline = Deadline(request_pb.sequence.time_left_s)
+            async with deadline.enforced():
+                call = PrefillCall(self._transfers.engine, self._worker_id, carrier, request_pb, trace)
                 try:
-                    is_committed = await call.run(context)
+                    with self._fetcher.offered(request_pb, deadline) as source:
+                        is_committed = await call.run(context, source)
                 finally:
                     self._metrics.observe_call(call)
         log.info(
@@ -97,11 +96,3 @@ class PrefillService:
             elapsed_s=time.monotonic() - started_at,
         )
         return is_committed
-
-    def _check_layout(self, request_pb: PrefillRequest) -> None:
-        try:
-            difference = self._engine.engine.kv_layout.difference(layout_from_pb(request_pb.kv_layout))
-        except ValueError as error:
-            difference = str(error)
-        if difference is not None:
-            raise HandoffFailed(f"KV layouts differ (prefill != decode): {difference}", state="RESERVED")

@@ -71,6 +71,14 @@ def layout_from_pb(layout_pb: prefill_pb2.KvLayout) -> KvLayout:
     )
 
 
+def layout_difference(own: KvLayout, other_pb: prefill_pb2.KvLayout) -> str | None:
+    """None when equal, else what differs, for an error message."""
+    try:
+        return own.difference(layout_from_pb(other_pb))
+    except ValueError as error:
+        return str(error)
+
+
 def logprobs_to_pb(logprobs: TokenLogprobs) -> common_pb2.TokenLogprobs:
     return common_pb2.TokenLogprobs(
         token_id=logprobs.token_id,

@@ -1,6 +1,6 @@
 """How the bytes of KV chunks travel: inside the stream, or through a shared memory object of the host.
 
-Both sides of one hand-off use the same carrier; the prefill worker chooses it in PREFILL_STARTED.
+Both sides of one call use the same carrier; the sender chooses it in its STARTED frame.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from engine.kv_cache import AttachedKvCache, KvCache
-from proto.prefill_pb2 import KvChunk
+from proto.prefill_pb2 import KvChunk, SharedKvCache
+from worker.kv_frames import FrameKind, checksum, pack_frame
 from worker.kv_rectangle import KvRectangle
-from worker.prefill_frames import FrameKind, checksum, pack_frame
 
 BlockSource = KvCache | AttachedKvCache
 
@@ -22,6 +22,11 @@ class PackedChunk(NamedTuple):
 
 
 class KvCarrier(Protocol):
+    @property
+    def name(self) -> str:
+        """For metrics."""
+        ...
+
     def pack(self, rectangle: KvRectangle) -> PackedChunk:
         """Sending side: reads the cache now, so the blocks must be final and owned until the call ends."""
         ...
@@ -35,13 +40,13 @@ class KvCarrier(Protocol):
 class StreamCarrier:
     """Bytes follow the chunk's header in the frame."""
 
+    name = "stream"
+
     def __init__(self, source: BlockSource) -> None:
         self._source = source
 
     def pack(self, rectangle: KvRectangle) -> PackedChunk:
-        payload = _read(self._source, rectangle)
-        chunk_pb = _header(rectangle, payload)
-        return PackedChunk(pack_frame(FrameKind.KV_CHUNK, chunk_pb, payload), len(payload), chunk_pb.checksum)
+        return pack_bytes(rectangle, _read(self._source, rectangle))
 
     def unpack(self, chunk_pb: KvChunk, payload: memoryview) -> memoryview:
         if chunk_pb.source_block_ids:
@@ -50,7 +55,10 @@ class StreamCarrier:
 
 
 class SharedMemoryCarrier:
-    """The frame says where the bytes are in the prefill worker's cache; both sides read it as `source`."""
+    """The frame says where the bytes are in the sender's cache; both sides read it as `source`. Bytes that
+    are not in that cache (host memory, disk) follow in the frame all the same."""
+
+    name = "shared_memory"
 
     def __init__(self, source: BlockSource) -> None:
         self._source = source
@@ -63,14 +71,35 @@ class SharedMemoryCarrier:
 
     def unpack(self, chunk_pb: KvChunk, payload: memoryview) -> memoryview:
         block_ids = list(chunk_pb.source_block_ids)
+        if not block_ids:
+            return payload
         if payload or len(block_ids) != chunk_pb.num_blocks:
             raise ValueError(
                 f"expected {chunk_pb.num_blocks} source blocks and no payload, "
                 f"got {len(block_ids)} and {len(payload)} bytes"
             )
-        if block_ids and max(block_ids) >= self._source.num_blocks:
+        if max(block_ids) >= self._source.num_blocks:
             raise ValueError(f"source block {max(block_ids)} is outside a cache of {self._source.num_blocks}")
         return self._source.read_blocks(chunk_pb.first_layer, chunk_pb.num_layers, block_ids)
+
+
+def sending_carrier(kv_cache: KvCache, *, is_shared: bool) -> KvCarrier:
+    """is_shared: the receiver can and wants to read this worker's cache by itself."""
+    if is_shared and kv_cache.shared_name is not None:
+        return SharedMemoryCarrier(kv_cache)
+    return StreamCarrier(kv_cache)
+
+
+def shared_cache_pb(kv_cache: KvCache) -> SharedKvCache:
+    return SharedKvCache(
+        name=kv_cache.shared_name, size_bytes=kv_cache.size_bytes, num_blocks=kv_cache.num_blocks
+    )
+
+
+def pack_bytes(rectangle: KvRectangle, payload: memoryview) -> PackedChunk:
+    """A chunk that carries its bytes, wherever they are from; its block ids do not matter."""
+    chunk_pb = _header(rectangle, payload)
+    return PackedChunk(pack_frame(FrameKind.KV_CHUNK, chunk_pb, payload), len(payload), chunk_pb.checksum)
 
 
 def _read(source: BlockSource, rectangle: KvRectangle) -> memoryview:

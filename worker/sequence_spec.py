@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.engine import Engine
+from engine.kv_load import KvSource
 from engine.sampling_params import SamplingParams
 from engine.sequence import KvListener, Sequence
 from proto.common_pb2 import SequenceSpec
@@ -15,15 +16,17 @@ from worker.conversions import sampling_from_pb
 _LOGPROB_BYTES = 12  # of one token id and its logprob on the wire, at most
 
 
-def decode_sequence(spec_pb: SequenceSpec, seq_id: int) -> Sequence:
+def decode_sequence(spec_pb: SequenceSpec, seq_id: int, kv_source: KvSource | None = None) -> Sequence:
     """Raises InvalidRequest."""
-    return _build(spec_pb, seq_id, checked_sampling(spec_pb), None)
+    return _build(spec_pb, seq_id, checked_sampling(spec_pb), None, kv_source)
 
 
-def prefill_sequence(spec_pb: SequenceSpec, seq_id: int, kv_listener: KvListener) -> Sequence:
+def prefill_sequence(
+    spec_pb: SequenceSpec, seq_id: int, kv_listener: KvListener, kv_source: KvSource | None = None
+) -> Sequence:
     """A sequence that ends with its next token and keeps its blocks. Raises InvalidRequest."""
     sampling = replace(checked_sampling(spec_pb), max_tokens=len(spec_pb.output_ids) + 1)
-    return _build(spec_pb, seq_id, sampling, kv_listener)
+    return _build(spec_pb, seq_id, sampling, kv_listener, kv_source)
 
 
 def checked_sampling(spec_pb: SequenceSpec) -> SamplingParams:
@@ -67,7 +70,11 @@ def reserve_sequence(engine: Engine, seq: Sequence) -> int:
 
 
 def _build(
-    spec_pb: SequenceSpec, seq_id: int, sampling: SamplingParams, kv_listener: KvListener | None
+    spec_pb: SequenceSpec,
+    seq_id: int,
+    sampling: SamplingParams,
+    kv_listener: KvListener | None,
+    kv_source: KvSource | None,
 ) -> Sequence:
     return Sequence(
         seq_id,
@@ -78,4 +85,5 @@ def _build(
         tenant=spec_pb.tenant,
         keeps_blocks=kv_listener is not None,
         kv_listener=kv_listener,
+        kv_source=kv_source,
     )

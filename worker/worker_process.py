@@ -41,11 +41,15 @@ from worker.admission import Admission
 from worker.async_engine import AsyncEngine
 from worker.build_engine import EpMembership, build_worker_engine
 from worker.engine_metrics import EngineMetrics
+from worker.fetch_metrics import FetchMetrics
+from worker.kv_service import KvService
 from worker.launch import EXIT_MISTAKE
 from worker.load import LoadMeter
+from worker.peer_fetcher import PeerFetcher
 from worker.registration import LEASE_S, Registration
 from worker.settings import WorkerSettings
 from worker.state_page import StatePage
+from worker.transfers import TransferEnvironment
 from worker.vllm_metrics import add_vllm_metrics
 
 __all__ = ["EpMembership", "Service", "WorkerParts", "WorkerProcess"]
@@ -59,8 +63,6 @@ log = get_logger(__name__)
 class Service(Protocol):
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]: ...
 
-    async def close(self) -> None: ...
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerParts:
@@ -68,13 +70,14 @@ class WorkerParts:
 
     settings: WorkerSettings
     worker_id: str
-    host_id: str
     engine: AsyncEngine
     admission: Admission
     load: LoadMeter
     metrics: CollectorRegistry
-    tracer: Tracer
     state: StatePage
+    transfers: TransferEnvironment
+    fetcher: PeerFetcher
+    kv_service: KvService
 
 
 class WorkerProcess:
@@ -115,19 +118,22 @@ class WorkerProcess:
             stack.push_async_callback(asyncio.to_thread, tracer.close)
             drain = stack.enter_context(drain_on_signals())
             service = self._build_service(parts)
-            stack.push_async_callback(service.close)
+            stack.push_async_callback(parts.transfers.close)
             metrics_server = MetricsServer(
                 parts.metrics, self._settings.host, self._settings.metrics_port, {"/state": parts.state}
             )
             metrics_port = metrics_server.start()
             stack.callback(metrics_server.stop)
             server, port = build_server(
-                [service.handler()], host=self._settings.host, port=self._settings.port
+                [service.handler(), parts.kv_service.handler()],
+                host=self._settings.host,
+                port=self._settings.port,
             )
             if engine.ep is not None:
                 stack.callback(engine.ep.close)
             parts.engine.start()
             stack.push_async_callback(parts.engine.stop, self._stop_s)
+            stack.push_async_callback(parts.fetcher.close)
             await server.start()
             stack.push_async_callback(server.stop, 0)
             stack.push_async_callback(store.close)
@@ -151,16 +157,21 @@ class WorkerProcess:
         for observer in (load, engine_metrics):
             async_engine.subscribe(observer.observe)
             async_engine.subscribe_load(observer.observe_load)
+        transfers = TransferEnvironment.build(
+            async_engine, host_id(), accepts_shared_memory=self._settings.shared_memory, tracer=tracer
+        )
+        fetch_metrics = FetchMetrics(metrics)
         return WorkerParts(
             settings=self._settings,
             worker_id=self._worker_id,
-            host_id=host_id(),
             engine=async_engine,
             admission=admission,
             load=load,
             metrics=metrics,
-            tracer=tracer,
             state=StatePage(engine_metrics),
+            transfers=transfers,
+            fetcher=PeerFetcher(transfers, fetch_metrics, worker_id=self._worker_id),
+            kv_service=KvService(transfers, fetch_metrics, worker_id=self._worker_id),
         )
 
     def _record(self, parts: WorkerParts, port: int, metrics_port: int) -> WorkerRecord:
@@ -181,7 +192,7 @@ class WorkerProcess:
             block_size=engine.kv_layout.block_size,
             max_model_len=engine.max_model_len,
             num_blocks=engine.num_blocks,
-            host_id=parts.host_id,
+            host_id=parts.transfers.host_id,
         )
 
     async def _until_end(

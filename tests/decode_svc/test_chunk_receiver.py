@@ -11,7 +11,7 @@ from engine.kv_layout import KvLayout
 from proto.prefill_pb2 import KvChunk, PrefillFinished
 from tests.fakes.fake_model import fake_kv_layout
 from worker.kv_carrier import StreamCarrier
-from worker.prefill_frames import checksum, combined_checksum
+from worker.kv_frames import checksum, combined_checksum
 
 LAYOUT = fake_kv_layout()  # 3 layers
 

@@ -22,7 +22,8 @@ from tests.fakes.fake_workers import (
     prefill_worker,
     router_link,
 )
-from worker.prefill_frames import FrameKind, combined_checksum, pack_frame, read_frame, read_header
+from worker.kv_frames import FrameKind, combined_checksum, pack_frame, read_frame, read_header
+from worker.transfers import TransferEnvironment
 
 PROMPT = [(7 * i + 3) % 200 + 1 for i in range(45)]
 
@@ -255,10 +256,10 @@ async def test_prefill_worker_with_another_layout_is_replaced_by_local_prefill()
 async def test_bug_in_the_prefill_service_is_replaced_by_local_prefill(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def broken(self: PrefillService, request: object) -> None:
+    def broken(self: TransferEnvironment, request: object) -> None:
         raise KeyError("bug")
 
-    monkeypatch.setattr(PrefillService, "_check_layout", broken)
+    monkeypatch.setattr(TransferEnvironment, "sending_carrier", broken)
     async with (
         prefill_worker(build_fake_engine()) as prefill,
         decode_worker(build_fake_engine()) as decode,

@@ -13,25 +13,27 @@ from typing import Any
 import grpc.aio
 from prometheus_client import CollectorRegistry
 
-from decode_svc.handoff import HandoffEnvironment
 from decode_svc.link_service import LINK_METHOD, LINK_SERVICE, LinkService
 from decode_svc.metrics import DecodeMetrics
-from decode_svc.prefill_channels import PrefillChannels
 from decode_svc.request import RequestEnvironment
-from decode_svc.shared_caches import SharedCaches
 from engine.engine import Engine
 from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KvCache
 from prefill_svc.metrics import PrefillMetrics
 from prefill_svc.prefill_service import PrefillService
-from proto.common_pb2 import SamplingParams, SequenceSpec
+from proto.common_pb2 import KvPeer, SamplingParams, SequenceSpec
 from proto.link_pb2 import Cancel, LinkRequest, LinkResponse, SequenceUpdate, Submit
 from servicekit.rpc import build_channel, build_server
 from servicekit.tracing import NO_TRACER, Tracer
 from tests.fakes.fake_model import FakeModel
 from worker.admission import Admission
 from worker.async_engine import AsyncEngine
+from worker.fetch_limit import FetchLimit
+from worker.fetch_metrics import FetchMetrics
+from worker.kv_service import KvService
 from worker.load import LoadMeter
+from worker.peer_fetcher import PeerFetcher
+from worker.transfers import TransferEnvironment
 
 _GATE_S = 30.0  # no test holds a gate longer
 
@@ -69,14 +71,35 @@ class GatedModel(FakeModel):
 
 
 @dataclass
+class WorkerFacts:
+    """Of a fake worker, beside its engine."""
+
+    worker_id: str
+    host_id: str
+    accepts_shared_memory: bool = False
+    max_requests: int = 64
+    port: int = 0
+    fetch_progress_s: float = 5.0
+    fetch_stall_s: float = 20.0
+    fetch_limit: FetchLimit | None = None
+    tracer: Tracer = NO_TRACER
+
+
+@dataclass
 class FakeWorker:
     engine: AsyncEngine
     admission: Admission
     metrics: CollectorRegistry
-    address: str
-    server: grpc.aio.Server
-    service: Any
     load: LoadMeter
+    transfers: TransferEnvironment
+    fetcher: PeerFetcher
+    kv_service: KvService
+    worker_id: str
+    address: str = ""
+    server: grpc.aio.Server | None = None
+
+    def as_peer(self, num_blocks: int) -> KvPeer:
+        return KvPeer(worker_id=self.worker_id, address=self.address, num_blocks=num_blocks)
 
     async def used_blocks(self) -> int:
         """Blocks owned by sequences or reservations, after checking that the books are in order."""
@@ -98,79 +121,76 @@ class FakeWorker:
 
 @asynccontextmanager
 async def prefill_worker(
-    engine: Engine,
-    *,
-    worker_id: str = "prefill-a",
-    host_id: str = "this",
-    max_requests: int = 64,
-    port: int = 0,
-    tracer: Tracer = NO_TRACER,
+    engine: Engine, *, worker_id: str = "prefill-a", host_id: str = "this", **facts: Any
 ) -> AsyncIterator[FakeWorker]:
-    def build(
-        engine: AsyncEngine, admission: Admission, load: LoadMeter, metrics: CollectorRegistry
-    ) -> PrefillService:
+    def build(worker: FakeWorker) -> PrefillService:
+        metrics = PrefillMetrics(worker.metrics)
         return PrefillService(
-            engine, admission, PrefillMetrics(metrics), worker_id=worker_id, host_id=host_id, tracer=tracer
+            worker.transfers, worker.fetcher, worker.admission, metrics, worker_id=worker_id
         )
 
-    async with _worker(engine, build, max_requests, port) as worker:
+    async with _worker(engine, build, WorkerFacts(worker_id, host_id, **facts)) as worker:
         yield worker
 
 
 @asynccontextmanager
 async def decode_worker(
-    engine: Engine,
-    *,
-    host_id: str = "that",
-    accepts_shared_memory: bool = False,
-    max_requests: int = 64,
-    tracer: Tracer = NO_TRACER,
+    engine: Engine, *, worker_id: str = "decode-a", host_id: str = "that", **facts: Any
 ) -> AsyncIterator[FakeWorker]:
-    def build(
-        engine: AsyncEngine, admission: Admission, load: LoadMeter, metrics: CollectorRegistry
-    ) -> LinkService:
-        handoffs = HandoffEnvironment(
-            engine=engine,
-            channels=PrefillChannels(),
-            shared_caches=SharedCaches(engine.engine.kv_layout),
-            host_id=host_id,
-            accepts_shared_memory=accepts_shared_memory,
-            tracer=tracer,
-        )
+    def build(worker: FakeWorker) -> LinkService:
         environment = RequestEnvironment(
-            handoffs=handoffs, admission=admission, metrics=DecodeMetrics(metrics)
+            transfers=worker.transfers,
+            fetcher=worker.fetcher,
+            admission=worker.admission,
+            metrics=DecodeMetrics(worker.metrics),
         )
-        return LinkService(environment, load)
+        return LinkService(environment, worker.load)
 
-    async with _worker(engine, build, max_requests, 0) as worker:
+    async with _worker(engine, build, WorkerFacts(worker_id, host_id, **facts)) as worker:
         yield worker
 
 
 @asynccontextmanager
 async def _worker(
-    engine: Engine,
-    build: Callable[[AsyncEngine, Admission, LoadMeter, CollectorRegistry], Any],
-    max_requests: int,
-    port: int,
+    engine: Engine, build: Callable[[FakeWorker], Any], facts: WorkerFacts
 ) -> AsyncIterator[FakeWorker]:
-    async_engine = AsyncEngine(engine)
-    admission = Admission(max_requests)
-    metrics = CollectorRegistry()
-    load = LoadMeter(admission, engine.num_blocks)
-    async_engine.subscribe(load.observe)
-    async_engine.subscribe_load(load.observe_load)
-    service = build(async_engine, admission, load, metrics)
-    server, bound_port = build_server([service.handler()], host="127.0.0.1", port=port)
-    async_engine.start()
+    worker = _parts(engine, facts)
+    handlers = [build(worker).handler(), worker.kv_service.handler()]
+    server, port = build_server(handlers, host="127.0.0.1", port=facts.port)
+    worker.server = server
+    worker.address = f"127.0.0.1:{port}"
+    worker.engine.start()
     await server.start()
-    worker = FakeWorker(async_engine, admission, metrics, f"127.0.0.1:{bound_port}", server, service, load)
     try:
         yield worker
     finally:
         await server.stop(0)
-        await service.close()
-        assert await async_engine.stop(10.0)
+        await worker.fetcher.close()
+        await worker.transfers.close()
+        assert await worker.engine.stop(10.0)
         engine.kv_cache.close()
+
+
+def _parts(engine: Engine, facts: WorkerFacts) -> FakeWorker:
+    async_engine = AsyncEngine(engine)
+    admission = Admission(facts.max_requests)
+    metrics = CollectorRegistry()
+    load = LoadMeter(admission, engine.num_blocks)
+    async_engine.subscribe(load.observe)
+    async_engine.subscribe_load(load.observe_load)
+    transfers = TransferEnvironment.build(
+        async_engine,
+        facts.host_id,
+        accepts_shared_memory=facts.accepts_shared_memory,
+        tracer=facts.tracer,
+    )
+    fetch_metrics = FetchMetrics(metrics)
+    worker_id = facts.worker_id
+    fetcher = PeerFetcher(transfers, fetch_metrics, worker_id=worker_id, progress_s=facts.fetch_progress_s)
+    kv_service = KvService(
+        transfers, fetch_metrics, worker_id=worker_id, limit=facts.fetch_limit, stall_s=facts.fetch_stall_s
+    )
+    return FakeWorker(async_engine, admission, metrics, load, transfers, fetcher, kv_service, worker_id)
 
 
 @dataclass
@@ -204,16 +224,20 @@ class FakeRouter:
         self._replies: dict[int, Reply] = {}
         self._writing = asyncio.Lock()  # a call takes one write at a time
 
-    async def submit(self, spec: SequenceSpec, prefill: FakeWorker | str = "") -> tuple[int, Reply]:
+    async def submit(
+        self, spec: SequenceSpec, prefill: FakeWorker | str = "", peer: KvPeer | None = None
+    ) -> tuple[int, Reply]:
         key = next(self._keys)
         reply = self._replies[key] = Reply()
         address = prefill if isinstance(prefill, str) else prefill.address
-        submit = Submit(key=key, sequence=spec, prefill_address=address)
+        submit = Submit(key=key, sequence=spec, prefill_address=address, peer=peer)
         await self.write(LinkRequest(submit=submit))
         return key, reply
 
-    async def finish(self, spec: SequenceSpec, prefill: FakeWorker | str = "") -> Reply:
-        _, reply = await self.submit(spec, prefill)
+    async def finish(
+        self, spec: SequenceSpec, prefill: FakeWorker | str = "", peer: KvPeer | None = None
+    ) -> Reply:
+        _, reply = await self.submit(spec, prefill, peer)
         await reply.ended.wait()
         return reply
 

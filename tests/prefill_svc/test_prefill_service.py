@@ -17,7 +17,7 @@ from servicekit.rpc import RETRY_AFTER_KEY, build_channel
 from tests.fakes.fake_model import build_fake_engine, expected_tokens, fake_kv_layout
 from tests.fakes.fake_workers import FakeWorker, GatedModel, greedy_spec, prefill_worker
 from worker.conversions import layout_to_pb
-from worker.prefill_frames import FrameKind, checksum, combined_checksum, pack_frame, read_frame, read_header
+from worker.kv_frames import FrameKind, checksum, combined_checksum, pack_frame, read_frame, read_header
 
 PROMPT = [(7 * i + 3) % 200 + 1 for i in range(45)]
 

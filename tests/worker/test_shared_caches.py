@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 
-from decode_svc.shared_caches import SharedCaches
 from engine.kv_cache import AttachedKvCache, KvCache
 from engine.kv_layout import KvLayout
 from proto.prefill_pb2 import SharedKvCache
 from servicekit.errors import HandoffFailed
 from tests.fakes.fake_model import build_fake_engine, expected_tokens, fake_kv_layout
 from tests.fakes.fake_workers import decode_worker, greedy_spec, prefill_worker, router_link
+from worker.shared_caches import SharedCaches
 
 LAYOUT = fake_kv_layout()
 

@@ -1,4 +1,4 @@
-"""One gRPC channel for each prefill address in use, kept while it is used and a while after."""
+"""One gRPC channel for each worker address in use, kept while it is used and a while after."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Entry:
     idle_since: float = field(default=0.0)  # event loop time
 
 
-class PrefillChannels:
+class PeerChannels:
     def __init__(self, idle_s: float = IDLE_S) -> None:
         self._idle_s = idle_s
         self._entries: dict[str, _Entry] = {}

@@ -1,4 +1,4 @@
-"""KV caches of prefill workers on this host, attached while they are in use and a while after.
+"""KV caches of other workers on this host, attached while they are in use and a while after.
 
 A mapping keeps the memory of a dead worker alive, so it must end by itself: nobody tells us of the death of a
 worker that we have no call to.
@@ -37,7 +37,7 @@ class SharedCaches:
         self._unattachable: set[str] = set()  # addresses of workers
 
     def can_attach(self, address: str) -> bool:
-        """False once attaching that worker's cache has failed: its hand-offs stream from then on."""
+        """False once attaching that worker's cache has failed: its chunks come in the stream from then on."""
         return address not in self._unattachable
 
     @contextmanager
@@ -59,7 +59,7 @@ class SharedCaches:
                 entry.closing = loop.call_later(self._idle_s, self._close, shared_pb.name)
 
     def close(self) -> None:
-        """After the last hand-off."""
+        """After the last transfer."""
         for name, entry in list(self._entries.items()):
             if entry.closing is not None:
                 entry.closing.cancel()

@@ -1,0 +1,63 @@
+"""What all KV transfers of one worker share: ways to its peers, and how it may read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from proto.kv_pb2 import FetchRequest, FetchStarted
+from proto.prefill_pb2 import PrefillRequest, PrefillStarted
+from servicekit.tracing import NO_TRACER, Tracer
+from worker.async_engine import AsyncEngine
+from worker.kv_carrier import KvCarrier, SharedMemoryCarrier, StreamCarrier, sending_carrier
+from worker.peer_channels import PeerChannels
+from worker.shared_caches import SharedCaches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferEnvironment:
+    engine: AsyncEngine
+    host_id: str  # processes with equal host ids may share memory
+    accepts_shared_memory: bool
+    shared_caches: SharedCaches
+    channels: PeerChannels = field(default_factory=PeerChannels)
+    tracer: Tracer = NO_TRACER
+
+    @classmethod
+    def build(
+        cls, engine: AsyncEngine, host_id: str, *, accepts_shared_memory: bool, tracer: Tracer = NO_TRACER
+    ) -> TransferEnvironment:
+        return cls(
+            engine=engine,
+            host_id=host_id,
+            accepts_shared_memory=accepts_shared_memory,
+            shared_caches=SharedCaches(engine.engine.kv_layout),
+            tracer=tracer,
+        )
+
+    def accepts_shared_memory_of(self, address: str) -> bool:
+        return self.accepts_shared_memory and self.shared_caches.can_attach(address)
+
+    def sending_carrier(self, request_pb: PrefillRequest | FetchRequest) -> KvCarrier:
+        is_shared = request_pb.accepts_shared_memory and request_pb.host_id == self.host_id
+        return sending_carrier(self.engine.engine.kv_cache, is_shared=is_shared)
+
+    @contextmanager
+    def receiving_carrier(
+        self, started_pb: PrefillStarted | FetchStarted, address: str, *, is_shared_accepted: bool
+    ) -> Iterator[KvCarrier]:
+        """The carrier that the sender at `address` chose. ValueError when it may not; HandoffFailed when its
+        cache cannot be attached."""
+        if not started_pb.HasField("shared_kv_cache"):
+            yield StreamCarrier(self.engine.engine.kv_cache)
+            return
+        if not is_shared_accepted:
+            raise ValueError("offers shared memory that was not asked for")
+        with self.shared_caches.cache(started_pb.shared_kv_cache, address) as source:
+            yield SharedMemoryCarrier(source)
+
+    async def close(self) -> None:
+        """After the last transfer."""
+        await self.channels.close()
+        self.shared_caches.close()
