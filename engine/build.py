@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from hashlib import blake2b
 
 import torch
 
@@ -37,7 +38,7 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
     dtype = config.resolve_dtype()
     model_config = load_model_config(config.model_dir)
     layout = KvLayout(
-        model_fingerprint=model_fingerprint(config.model_dir, _weights_name(config), dtype),
+        model_fingerprint=kv_fingerprint(config, dtype),
         num_layers=model_config.num_layers,
         token_shape=model_config.kv_token_shape,
         dtype=str(dtype).removeprefix("torch."),
@@ -76,9 +77,12 @@ def num_parameters(config: ModelConfig, ep_size: int = 1) -> int:
     return others + -(-routed // ep_size)
 
 
-def _weights_name(config: EngineConfig) -> str:
-    """Workers whose experts differ in their bits do not share KV."""
-    return f"{config.load_format}, FP8 experts" if config.has_fp8_experts else config.load_format
+def kv_fingerprint(config: EngineConfig, dtype: torch.dtype) -> str:
+    """16 hex digits. Workers whose experts differ in their bits do not share KV."""
+    fingerprint = model_fingerprint(config.model_dir, config.load_format, dtype)
+    if not config.has_fp8_experts:
+        return fingerprint
+    return blake2b(f"{fingerprint}|FP8 experts".encode(), digest_size=8).hexdigest()
 
 
 def _weight_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, ep_size: int) -> int:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from engine import engine_config, memory
-from engine.build import build_engine, num_parameters
+from engine.build import build_engine, kv_fingerprint, num_parameters
 from engine.checkpoint.model_config import load_model_config
 from engine.checkpoint.random_checkpoint import make_random_checkpoint
+from engine.checkpoint.weights import LoadFormat
 from engine.engine_config import EngineConfig, EngineConfigError, check_weights_fit
 from tests.engine.core.engine_driver import generate
 
@@ -134,3 +135,20 @@ def test_auto_dtype_is_one_that_the_processor_multiplies(model_dir: Path) -> Non
 def test_fp8_experts_off_cuda_are_refused_in_one_line(model_dir: Path) -> None:
     with pytest.raises(EngineConfigError, match="FP8 experts need a CUDA device"):
         build_engine(EngineConfig(model_dir=model_dir, has_fp8_experts=True))
+
+
+@pytest.mark.parametrize("load_format", ["safetensors", "dummy"])
+def test_fp8_experts_have_a_fingerprint_of_their_own(
+    model_dir: Path, tmp_path: Path, load_format: LoadFormat
+) -> None:
+    if load_format == "dummy":  # needs no weights
+        (tmp_path / "config.json").write_bytes((model_dir / "config.json").read_bytes())
+        model_dir = tmp_path
+    found = {
+        kv_fingerprint(
+            EngineConfig(model_dir=model_dir, load_format=load_format, has_fp8_experts=has_fp8),
+            torch.bfloat16,
+        )
+        for has_fp8 in (False, True)
+    }
+    assert sorted(map(len, found)) == [16, 16]
