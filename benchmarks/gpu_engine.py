@@ -208,6 +208,13 @@ def check(directory: Path) -> None:
     write_shape(directory, **SMALL)
     rng = np.random.default_rng(2)
     prompts = [rng.integers(3, 32000, n).tolist() for n in (17, 130, 333, 600, 64, 1)]
+    likeliest = _likeliest(directory, prompts, "cpu", "float32")
+    for dtype in ("float32", "bfloat16"):
+        found = _likeliest(directory, prompts, "cuda", dtype)
+        same = sum(a == b for a, b in zip(likeliest, found, strict=True))
+        print(
+            f"check {dtype}, given the prompts: {same} of {len(found)} places have the same likeliest token"
+        )
     expected = _answers(directory, prompts, "cpu", "float32", uses_graphs=False)
     for dtype in ("float32", "bfloat16"):
         for uses_graphs in (False, True):
@@ -222,21 +229,39 @@ def check(directory: Path) -> None:
             )
 
 
+def _likeliest(directory: Path, prompts: list[list[int]], device: str, dtype: str) -> list[int]:
+    """Of every place of every prompt."""
+    engine = _small_engine(directory, device, dtype, uses_graphs=False)
+    for seq_id, prompt in enumerate(prompts):
+        sampling = SamplingParams(temperature=0.0, max_tokens=1, num_prompt_logprobs=1)
+        engine.add(Sequence(seq_id, prompt, sampling))
+    found: dict[int, list[int]] = {}
+    while engine.has_work:
+        for output in engine.step().outputs:
+            found[output.seq_id] = [place.top_token_ids[0] for place in output.prompt_logprobs or ()]
+    return [token_id for seq_id in range(len(prompts)) for token_id in found[seq_id]]
+
+
+def _small_engine(directory: Path, device: str, dtype: str, *, uses_graphs: bool) -> Engine:
+    return build_engine(
+        EngineConfig(
+            model_dir=directory,
+            load_format="dummy",
+            device=device,
+            dtype=dtype,
+            num_blocks=400,
+            max_model_len=1024,
+            max_running=8,
+            token_budget=256,
+            uses_graphs=uses_graphs,
+        )
+    )
+
+
 def _answers(
     directory: Path, prompts: list[list[int]], device: str, dtype: str, *, uses_graphs: bool
 ) -> dict[int, list[int]]:
-    config = EngineConfig(
-        model_dir=directory,
-        load_format="dummy",
-        device=device,
-        dtype=dtype,
-        num_blocks=400,
-        max_model_len=1024,
-        max_running=8,
-        token_budget=256,
-        uses_graphs=uses_graphs,
-    )
-    engine = build_engine(config)
+    engine = _small_engine(directory, device, dtype, uses_graphs=uses_graphs)
     for seq_id, prompt in enumerate(prompts):
         sampling = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
         engine.add(Sequence(seq_id, prompt, sampling))

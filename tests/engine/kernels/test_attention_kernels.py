@@ -91,7 +91,7 @@ def test_prefill_is_causal_over_cached_and_new_rows(device: str, tile: tuple[int
     )
     context_start = torch.tensor([0, *batch.context_len]).cumsum(0).to(torch.int32)
     query_start = torch.tensor(batch.query_start, dtype=torch.int32)
-    segments = Segments(query_start.to(device), context_start.to(device), 50)
+    segments = Segments(query_start.to(device), context_start.to(device))
 
     found = mla_prefill(
         q.to(device),
