@@ -42,7 +42,7 @@ async def test_a_quarter_of_an_hour_of_traffic_leaks_nothing(
     assert sum(s.hit_rate for s in simulation.samples) / 18 > 0.15
     assert grown([s.redis_bytes for s in simulation.samples]) < 1.3
     assert max(s.num_mirror_blocks for s in simulation.samples) <= 3 * 192
-    assert max(s.num_redis_keys for s in simulation.samples) <= 2 + 3 + simulation.num_restarts
+    assert max(s.num_redis_keys for s in simulation.samples) <= 2 + 3 * (3 + simulation.num_restarts)
     for worker in simulation.fleet.workers.values():
         assert worker.engine.load().num_used_blocks == 0
 
