@@ -48,7 +48,6 @@ class MemoryIndex:
         self._num_held: dict[int, int] = {}  # slot -> blocks; of every slot that is named, filled or dead
         self._free_slots: list[int] = []  # a heap: low slots keep the integers short
         self._dead_slots: dict[int, int] = {}  # slot -> shards still to sweep
-        self._dead = 0  # all bits of them
         self._next_shard = 0
         self.num_blocks = 0  # different ones, with what is left to sweep
         self.num_refused = 0
@@ -87,7 +86,7 @@ class MemoryIndex:
             return False
         shard = self._shards[self._next_shard]
         self._next_shard = (self._next_shard + 1) % _NUM_SHARDS
-        dead = self._dead << _RUN_BITS
+        dead = self._dead_bits()
         cleaned: dict[_Entry, _Entry] = {}
         ownerless = []
         for block_hash, entry in shard.items():
@@ -108,7 +107,8 @@ class MemoryIndex:
         if first is None:
             return []
         tally = PrefixTally(first >> _RUN_BITS, self._shown)
-        self._follow(hashes, tally)
+        if tally.alive:
+            self._follow(hashes, tally)
         hits = [
             PrefixHit(self._names[slot], sum(counts), (counts[0], counts[1], counts[2]))
             for slot, counts in tally.counts.items()
@@ -139,7 +139,7 @@ class MemoryIndex:
         """AssertionError when counts or runs contradict the entries. Reads the whole index."""
         entries = {block_hash: entry for shard in self._shards for block_hash, entry in shard.items()}
         assert len(entries) == self.num_blocks <= self._max_blocks
-        live = ~(self._dead << _RUN_BITS)
+        live = ~self._dead_bits()
         for number, raw in self._runs.items():
             members = [raw[i : i + HASH_SIZE_BYTES] for i in range(0, len(raw), HASH_SIZE_BYTES)]
             assert len({entries[BlockHash(member)] & live for member in members}) == 1
@@ -149,6 +149,7 @@ class MemoryIndex:
             assert self._num_held[slot] == held
 
     def _follow(self, hashes: Sequence[BlockHash], tally: PrefixTally) -> None:
+        """Until nobody holds on."""
         shards, runs = self._shards, self._runs
         num_blocks = len(hashes)
         position = walked_from = 0
@@ -182,14 +183,14 @@ class MemoryIndex:
         """Make runs of blocks with equal holders that a lookup had to walk."""
         if len(hashes) < _MIN_RUN:
             return
-        for block_hash in hashes:
-            self._forget_run(self._shards[block_hash[0]][block_hash])
+        for entry in {self._shards[block_hash[0]][block_hash] for block_hash in hashes}:
+            self._forget_run(entry)
         for start in range(0, len(hashes), _MAX_RUN):
-            self._assign(hashes[start : start + _MAX_RUN], holders & ~self._dead)
+            self._assign(hashes[start : start + _MAX_RUN], holders)
 
     def _place(self, slot: int, hashes: Iterable[BlockHash], value: int, *, in_order: bool = True) -> None:
         """`value`: what the slot shall say for these blocks. `in_order`: prompts may well follow them so."""
-        kept, added = ~(slot_mask(slot) | self._dead), value << SLOT_BITS * slot
+        kept, added = ~slot_mask(slot), value << SLOT_BITS * slot
         piece: list[BlockHash] = []  # with equal holders to be
         piece_holders = 0
         for block_hash in dict.fromkeys(hashes):
@@ -252,14 +253,17 @@ class MemoryIndex:
 
     def _abandon(self, slot: int) -> None:
         self._dead_slots[slot] = _NUM_SHARDS
-        self._dead |= slot_mask(slot)
+
+    def _dead_bits(self) -> int:
+        """Of entries. Shards that are swept have none, so that a new entry made from an old one never has any
+        that no sweep would find."""
+        return sum(map(slot_mask, self._dead_slots)) << _RUN_BITS
 
     def _count_swept_shard(self) -> None:
         for slot in list(self._dead_slots):
             self._dead_slots[slot] -= 1
             if not self._dead_slots[slot]:
                 del self._dead_slots[slot], self._num_held[slot]
-                self._dead &= ~slot_mask(slot)
                 heapq.heappush(self._free_slots, slot)
 
 
