@@ -121,6 +121,7 @@ class IndexMirror:
             self._last_event_id = event_id
             await self._apply(fields)
             await asyncio.sleep(0)  # requests come first
+        await self._sweep()
         return True
 
     async def _audit(self) -> None:
@@ -131,13 +132,13 @@ class IndexMirror:
             pass
         self._writers.update(listing)
         for worker_id in known - self._writers.values().keys():
-            await self._drop(worker_id)
+            self._drop(worker_id)
         for leased in listing:
             reached = self._reached.get(leased.key)
             is_same = reached is not None and reached.incarnation == leased.value.incarnation
             if reached is None or not is_same or reached.sequence < leased.value.sequence:
                 await self._take_snapshot(leased.key)
-        await self._sweep()  # what an interrupted snapshot left
+        await self._sweep()
         if self._index.num_refused and not self._is_full:
             self._is_full = True
             log.warning("prefix_index_full", extra={"fields": {"num_blocks": self._index.num_blocks}})
@@ -149,7 +150,7 @@ class IndexMirror:
         if b"d" in fields:
             if is_same:
                 self._writers.withdraw(worker_id)
-                await self._drop(worker_id)
+                self._drop(worker_id)
             return
         sequence = int(fields[b"n"])
         if is_same and reached is not None and sequence <= reached.sequence:
@@ -160,7 +161,7 @@ class IndexMirror:
             await self._take_snapshot(worker_id)
             return
         if is_reset:
-            await self._drop_blocks(worker_id)
+            self._index.drop(worker_id)
         self._index.evict(worker_id, _split(fields[b"x"]))
         for tier in BlockTier:
             self._index.publish(worker_id, _split(fields[b"%d" % tier]), tier)
@@ -179,7 +180,6 @@ class IndexMirror:
             self.num_snapshots += 1
         finally:
             replacement.discard()
-        await self._sweep()
 
     async def _scan(self, key: str, replacement: Replacement) -> None:
         cursor: Any = None
@@ -190,13 +190,9 @@ class IndexMirror:
             for tier in BlockTier:
                 replacement.publish((h for h, now in tiers.items() if now == b"%d" % tier), tier)
 
-    async def _drop(self, worker_id: str) -> None:
+    def _drop(self, worker_id: str) -> None:
         self._reached.pop(worker_id, None)
-        await self._drop_blocks(worker_id)
-
-    async def _drop_blocks(self, worker_id: str) -> None:
         self._index.drop(worker_id)
-        await self._sweep()
 
     async def _sweep(self) -> None:
         while self._index.sweep():  # noqa: ASYNC110
