@@ -107,7 +107,7 @@ class MemoryIndex:
         if first is None:
             return []
         tally = PrefixTally(first >> _RUN_BITS, self._shown)
-        if tally.alive:
+        if tally.is_anyone_left:
             self._follow(hashes, tally)
         hits = [
             PrefixHit(self._names[slot], sum(counts), (counts[0], counts[1], counts[2]))
@@ -154,39 +154,41 @@ class MemoryIndex:
         num_blocks = len(hashes)
         position = walked_from = 0
         entry: _Entry | None = None
+        holders = 0
         while position < num_blocks:
             block_hash = hashes[position]
             before, entry = entry, shards[block_hash[0]].get(block_hash)
             if entry is None:
                 break
             if entry != before:
-                holders = entry >> _RUN_BITS
-                if holders != tally.holders:
-                    self._join(hashes[walked_from:position], tally.holders)
+                before_holders, holders = holders, entry >> _RUN_BITS
+                if holders != before_holders:
+                    self._join(hashes, walked_from, position, before_holders)
                     walked_from = position
                     tally.enter(holders, position)
-                    if not tally.alive:
+                    if not tally.is_anyone_left:
                         break
                 raw = runs.get(entry & _RUN_MASK)
-                if raw is not None and raw.startswith(block_hash):
+                if raw is not None:
                     prompt = b"".join(hashes[position : position + len(raw) // HASH_SIZE_BYTES])
                     if raw.startswith(prompt):
-                        self._join(hashes[walked_from:position], tally.holders)
+                        self._join(hashes, walked_from, position, holders)
                         position += len(prompt) // HASH_SIZE_BYTES
                         walked_from = position
                         continue
             position += 1
-        self._join(hashes[walked_from:position], tally.holders)
+        self._join(hashes, walked_from, position, holders)
         tally.enter(0, position)
 
-    def _join(self, hashes: Sequence[BlockHash], holders: int) -> None:
+    def _join(self, hashes: Sequence[BlockHash], start: int, end: int, holders: int) -> None:
         """Make runs of blocks with equal holders that a lookup had to walk."""
-        if len(hashes) < _MIN_RUN:
+        if end - start < _MIN_RUN:
             return
-        for entry in {self._shards[block_hash[0]][block_hash] for block_hash in hashes}:
+        walked = hashes[start:end]
+        for entry in {self._shards[block_hash[0]][block_hash] for block_hash in walked}:
             self._forget_run(entry)
-        for start in range(0, len(hashes), _MAX_RUN):
-            self._assign(hashes[start : start + _MAX_RUN], holders)
+        for first in range(0, len(walked), _MAX_RUN):
+            self._assign(walked[first : first + _MAX_RUN], holders)
 
     def _place(self, slot: int, hashes: Iterable[BlockHash], value: int, *, in_order: bool = True) -> None:
         """`value`: what the slot shall say for these blocks. `in_order`: prompts may well follow them so."""
