@@ -184,11 +184,8 @@ class MemoryIndex:
         """Make runs of blocks with equal holders that a lookup had to walk."""
         if end - start < _MIN_RUN:
             return
-        walked = hashes[start:end]
-        for entry in {self._shards[block_hash[0]][block_hash] for block_hash in walked}:
-            self._forget_run(entry)
-        for first in range(0, len(walked), _MAX_RUN):
-            self._assign(walked[first : first + _MAX_RUN], holders)
+        for first in range(start, end, _MAX_RUN):
+            self._assign(hashes[first : min(first + _MAX_RUN, end)], holders)
 
     def _place(self, slot: int, hashes: Iterable[BlockHash], value: int, *, in_order: bool = True) -> None:
         """`value`: what the slot shall say for these blocks. `in_order`: prompts may well follow them so."""
@@ -203,7 +200,6 @@ class MemoryIndex:
             holders = before & kept | added
             if holders == before:
                 continue
-            self._forget_run(entry or 0)
             self._num_held[slot] += (value > 0) - (slot_value(before, slot) > 0)
             if holders != piece_holders or len(piece) == _MAX_RUN:
                 self._assign(piece, piece_holders, in_order=in_order)
@@ -219,28 +215,27 @@ class MemoryIndex:
         return has_room
 
     def _assign(self, hashes: Sequence[BlockHash], holders: int, *, in_order: bool = True) -> None:
-        """New entries for blocks that are in no run now."""
-        shards = self._shards
+        """New entries for these blocks. The runs that they leave are forgotten: other members keep their
+        entries, whose number says nothing any more."""
+        shards, runs = self._shards, self._runs
         if not holders:
             for block_hash in hashes:
-                del shards[block_hash[0]][block_hash]
+                runs.pop(shards[block_hash[0]].pop(block_hash) & _RUN_MASK, None)
             self.num_blocks -= len(hashes)
             return
         entry = holders << _RUN_BITS
         if in_order and len(hashes) >= _MIN_RUN:
             self._last_run += 1
-            self._runs[self._last_run] = b"".join(hashes)
+            runs[self._last_run] = b"".join(hashes)
             entry |= self._last_run
         else:
             if len(self._shared) == _MAX_SHARED:
                 self._shared.clear()
             entry = self._shared.setdefault(entry, entry)
         for block_hash in hashes:
-            shards[block_hash[0]][block_hash] = entry
-
-    def _forget_run(self, entry: _Entry) -> None:
-        """Its members keep their entries; the number says nothing any more."""
-        self._runs.pop(entry & _RUN_MASK, None)
+            shard = shards[block_hash[0]]
+            runs.pop(shard.get(block_hash, 0) & _RUN_MASK, None)
+            shard[block_hash] = entry
 
     def _take_slot(self) -> int:
         # Every slot ever taken is counted in one of the two.
