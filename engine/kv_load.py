@@ -119,6 +119,12 @@ class KvLoad:
             self._is_open = False
             return not self._outstanding
 
+    @property
+    def needs_engine(self) -> bool:
+        """Whether the engine can do anything about it: it has met, failed or been closed."""
+        with self._lock:
+            return not self._is_open or (self._front >= self._back and not self._outstanding)
+
     def writing_ids(self) -> list[int]:
         """After close(): where the source may still be writing."""
         with self._lock:

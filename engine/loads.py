@@ -45,7 +45,9 @@ class _HeldBlocks:
 class Loads:
     """Belongs to the engine thread."""
 
-    def __init__(self, pool: BlockPool, tiers: TierStore | None, planner: LoadPlanner, block_size: int) -> None:
+    def __init__(
+        self, pool: BlockPool, tiers: TierStore | None, planner: LoadPlanner, block_size: int
+    ) -> None:
         self.planner = planner
         self.on_change: Callable[[], None] = lambda: None  # any thread: settle() may have something to do
         self.recheck_at: float | None = None  # monotonic: plan anew, even if no source says anything
@@ -78,7 +80,7 @@ class Loads:
         """The sequence has its blocks, and the hits in them are computed."""
         first_block = seq.num_computed_tokens // self._block_size
         end_block = min(source.num_blocks, (seq.num_tokens - 1) // self._block_size)
-        load = KvLoad(first_block, seq.block_table[first_block:end_block], self._changed)
+        load = KvLoad(first_block, seq.block_table[first_block:end_block], lambda: self._changed(load))
         seq.load = SequenceLoad(load, source, time.monotonic())
         if source is seq.kv_source:
             seq.kv_source = None  # it is used once
@@ -104,7 +106,9 @@ class Loads:
         for held in [held for held in self._held if held.load.close()]:
             self._held.remove(held)
             self._pool.release(held.block_ids)
-        return [self._end(seq) for seq in list(self._loading) if seq.load is not None and seq.load.load.is_met]
+        return [
+            self._end(seq) for seq in list(self._loading) if seq.load is not None and seq.load.load.is_met
+        ]
 
     def drop(self, seq: Sequence) -> None:
         """Before the sequence gives its blocks back."""
@@ -165,8 +169,10 @@ class Loads:
             load_s=load_s,
         )
 
-    def _changed(self) -> None:
-        self.on_change()
+    def _changed(self, load: KvLoad) -> None:
+        """On any thread."""
+        if load.needs_engine:
+            self.on_change()
 
 
 def _remaining_s(running: SequenceLoad) -> float:

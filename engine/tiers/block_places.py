@@ -68,7 +68,7 @@ class BlockPlaces:
     def commit_to_host(self, key: BlockKey, slot: int) -> None:
         assert self.host is not None
         self._note(key.block_hash, self.lower_tier(key.block_hash))
-        self.host.commit(key, slot)
+        self.host.commit(slot)
 
     def commit_to_disk(self, key: BlockKey) -> None:
         assert self.disk is not None

@@ -16,7 +16,8 @@ from engine.tiers.block_places import BlockPlaces, Place
 from engine.tiers.transfer_rate import TransferRate
 from kvstore.block_hash import BlockHash, BlockTier
 
-CLAIM_BYTES = 2 << 20  # little, so that compute can take what is in front of it
+# At once: little, so that compute can take what is in front, and so that a damaged block costs few others.
+CLAIM_BYTES = {BlockTier.HOST: 2 << 20, BlockTier.DISK: 256 << 10}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +98,8 @@ class BlockSource:
     def _next_first(self, back: int, places: list[Place]) -> int:
         """The first of the last blocks before `back` that are in one tier, a few of them."""
         stop = back - self._first_block
-        least = max(0, stop - max(1, CLAIM_BYTES // self._block_bytes))
         start = max(0, stop - 1)
+        least = max(0, stop - max(1, CLAIM_BYTES[places[start].tier] // self._block_bytes))
         while start > least and places[start - 1].tier is places[start].tier:
             start -= 1
         return self._first_block + start

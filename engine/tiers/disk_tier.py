@@ -26,7 +26,9 @@ class DiskTier:
         self.directory = directory
         self.num_files = max_bytes // directory.file_bytes
         if self.num_files < 1:
-            raise ValueError(f"a KV block takes {directory.file_bytes} bytes of disk, {max_bytes} are allowed")
+            raise ValueError(
+                f"a KV block takes {directory.file_bytes} bytes of disk, {max_bytes} are allowed"
+            )
         self.on_evict: OnEvict = lambda block_hash: None  # called with what goes
         self._order = EvictionOrder()
         self._writing: set[BlockHash] = set()
@@ -67,8 +69,12 @@ class DiskTier:
 
     def reserve(self, key: BlockKey) -> bool:
         """Room for this block; then commit() or cancel(). False: it is here or being written, or all that is
-        here is in use."""
-        if key.block_hash in self._order or key.block_hash in self._writing or not self._make_room(1):
+        here is in use or comes before this block."""
+        if key.block_hash in self._order or key.block_hash in self._writing:
+            return False
+        self._order.pin_parent(key)
+        if not self._make_room(1):
+            self._order.unpin_parent(key)
             return False
         self._writing.add(key.block_hash)
         return True
@@ -76,9 +82,11 @@ class DiskTier:
     def commit(self, key: BlockKey) -> None:
         self._writing.remove(key.block_hash)
         self._order.add(key)
+        self._unpin_parent(key)
 
     def cancel(self, key: BlockKey) -> None:
         self._writing.remove(key.block_hash)
+        self._unpin_parent(key)
 
     def pin(self, block_hash: BlockHash) -> BlockKey:
         """The file stays until as many calls of unpin()."""
@@ -87,8 +95,7 @@ class DiskTier:
 
     def unpin(self, block_hash: BlockHash) -> None:
         self._order.unpin(block_hash)
-        if block_hash in self._doomed and not self._order.is_pinned(block_hash):
-            self._remove(self._doomed.pop(block_hash))
+        self._remove_doomed(block_hash)
 
     def discard(self, block_hash: BlockHash) -> None:
         """The file is damaged or gone. Idempotent."""
@@ -125,6 +132,14 @@ class DiskTier:
             self.on_evict(key.block_hash)
             self._removals.append(self.directory.path_of(key))
         return True
+
+    def _unpin_parent(self, key: BlockKey) -> None:
+        self._order.unpin_parent(key)
+        self._remove_doomed(key.parent)
+
+    def _remove_doomed(self, block_hash: BlockHash) -> None:
+        if block_hash in self._doomed and not self._order.is_pinned(block_hash):
+            self._remove(self._doomed.pop(block_hash))
 
     def _remove(self, key: BlockKey) -> None:
         self._order.remove(key.block_hash)

@@ -33,6 +33,7 @@ class EvictionOrder:
         self._entries: dict[BlockHash, _Entry] = {}
         self._num_children: dict[BlockHash, int] = {}  # that are here, also of blocks that are not
         self._heap: list[tuple[float, int, BlockHash]] = []  # evictable ones, and outdated items
+        self._expected: set[BlockHash] = set()  # whose parents are pinned
         self._clock = 0.0
         self._num_uses = 0
 
@@ -73,6 +74,17 @@ class EvictionOrder:
         entry.num_pins -= 1
         self.num_pinned -= entry.num_pins == 0
         self._push(entry)
+
+    def pin_parent(self, key: BlockKey) -> None:
+        """While its child is on the way here: the one is of no use without the other."""
+        if key.parent in self._entries:
+            self.pin(key.parent)
+            self._expected.add(key.block_hash)
+
+    def unpin_parent(self, key: BlockKey) -> None:
+        if key.block_hash in self._expected:
+            self._expected.remove(key.block_hash)
+            self.unpin(key.parent)
 
     def is_pinned(self, block_hash: BlockHash) -> bool:
         return self._entries[block_hash].num_pins > 0

@@ -27,7 +27,7 @@ class HostTier:
         self.blocks = KvCache(layout, num_slots, is_shared=not is_pinned, is_pinned=is_pinned)
         self.on_evict: OnEvict = lambda block_hash: None  # called with what goes
         self._free = list(range(num_slots - 1, -1, -1))  # the last one is taken first
-        self._filling: set[int] = set()
+        self._filling: dict[int, BlockKey] = {}
         self._slots: dict[BlockHash, int] = {}
         self._order = EvictionOrder()
 
@@ -55,24 +55,34 @@ class HostTier:
     def use(self, block_hash: BlockHash) -> None:
         self._order.use(block_hash)
 
-    def reserve(self) -> int | None:
-        """A slot to fill, if need be the one of the block that goes first; then commit() or cancel(). None:
-        all are in use."""
+    def reserve(self, key: BlockKey) -> int | None:
+        """A slot for this block, which is not here, if need be the one of the block that goes first; then
+        commit() or cancel(). None: all are in use, or hold what comes before this block."""
+        self._order.pin_parent(key)
         if not self._free and not self._evict():
+            self._order.unpin_parent(key)
             return None
         slot = self._free.pop()
-        self._filling.add(slot)
+        self._filling[slot] = key
         return slot
 
-    def commit(self, key: BlockKey, slot: int) -> None:
-        """The slot holds this block, which is not here yet."""
-        self._filling.remove(slot)
+    def commit(self, slot: int) -> None:
+        """The slot holds its block."""
+        key = self._filling.pop(slot)
         self._slots[key.block_hash] = slot
         self._order.add(key)
+        self._order.unpin_parent(key)
 
     def cancel(self, slot: int) -> None:
-        self._filling.remove(slot)
+        self._order.unpin_parent(self._filling.pop(slot))
         self._free.append(slot)
+
+    def discard(self, block_hash: BlockHash) -> None:
+        """Not needed here any more. Nothing happens to a pinned one."""
+        if block_hash in self._slots and not self._order.is_pinned(block_hash):
+            self.on_evict(block_hash)
+            self._order.remove(block_hash)
+            self._free.append(self._slots.pop(block_hash))
 
     def pin(self, block_hash: BlockHash) -> int:
         """Its slot, which keeps it until as many calls of unpin()."""

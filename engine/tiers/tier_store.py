@@ -46,7 +46,7 @@ class TierStore:
         if tiers.host is not None:
             copy = BlockCopy(kv_cache, tiers.host.blocks)
             self._write_behind = WriteBehind(
-                self.places, copy, self._changed, waits_for_disk=tiers.is_host_staging
+                self.places, copy, self._changed, is_staging=tiers.is_host_staging
             )
             self._loads = LoadEnvironment(
                 places=self.places,

@@ -39,16 +39,16 @@ class WriteBehind:
         copy: BlockCopy,
         on_change: Callable[[], None],
         *,
-        waits_for_disk: bool,
+        is_staging: bool,
     ) -> None:
-        """waits_for_disk: host memory is only the way to the disk; what is not there yet is not evicted."""
+        """is_staging: host memory is only the way to the disk, and holds what is not there yet."""
         assert places.host is not None
         self.num_lost = 0  # blocks that went before they were saved, or could not be
         self._places = places
         self._host = places.host
         self._disk = places.disk
         self._copy = copy
-        self._waits_for_disk = waits_for_disk
+        self._is_staging = is_staging
         self._max_pending = 2 * places.pool.num_blocks
         self._batch = max(1, BATCH_BYTES // self._host.blocks.layout.block_bytes)
         self._pending: OrderedDict[BlockKey, int] = OrderedDict()  # block ids
@@ -63,7 +63,8 @@ class WriteBehind:
 
     def offer(self, block_id: int, key: BlockKey) -> None:
         """A block of the device is full and registered."""
-        if key.block_hash in self._host or key in self._pending:
+        is_there = key.block_hash in self._host or (self._is_staging and self._is_on_disk(key))
+        if is_there or key in self._pending:
             return
         if len(self._pending) >= self._max_pending:
             self.num_lost += 1
@@ -77,10 +78,10 @@ class WriteBehind:
         self.pump()
 
     def pump(self) -> None:
-        if self._pending and not self._copying.num_open:
-            self._start_copy()
         if self._disk is not None and not self._writing.num_open:
             self._start_write()
+        if self._pending and not self._copying.num_open:
+            self._start_copy()
 
     def close(self) -> None:
         self._copying.close()
@@ -89,12 +90,12 @@ class WriteBehind:
     def _start_copy(self) -> None:
         pool = self._places.pool
         batch: list[_Copy] = []
-        while self._pending and len(batch) < self._batch and self._may_fill_host(len(batch)):
+        while self._pending and len(batch) < self._batch and self._may_fill_host:
             key, block_id = self._pending.popitem(last=False)
             if pool.block_of(key.block_hash) != block_id:
                 self.num_lost += 1
             elif key.block_hash not in self._host:
-                slot = self._host.reserve()
+                slot = self._host.reserve(key)
                 if slot is None:
                     self.num_lost += 1
                 else:
@@ -117,11 +118,15 @@ class WriteBehind:
                 self.num_lost += 1
                 continue
             self._places.commit_to_host(copied.key, copied.slot)
-            if self._disk is not None and copied.key.block_hash not in self._disk:
+            if self._disk is not None and not self._is_on_disk(copied.key):
                 self._for_disk[copied.key] = None
 
-    def _may_fill_host(self, num_more: int) -> bool:
-        return not self._waits_for_disk or len(self._for_disk) + num_more < self._host.num_slots // 2
+    @property
+    def _may_fill_host(self) -> bool:
+        return not self._is_staging or self._host.num_free > 0
+
+    def _is_on_disk(self, key: BlockKey) -> bool:
+        return self._disk is not None and key.block_hash in self._disk
 
     def _start_write(self) -> None:
         """Removals too: they make the room for what is written behind them."""
@@ -130,7 +135,8 @@ class WriteBehind:
         while self._for_disk and len(batch) < self._batch:
             key, _ = self._for_disk.popitem(last=False)
             if key.block_hash not in self._host or not self._is_connected(key) or not self._disk.reserve(key):
-                self.num_lost += key.block_hash not in self._disk
+                self.num_lost += not self._is_on_disk(key)
+                self._passed(key)
                 continue
             batch.append((key, self._host.pin(key.block_hash)))
         removals = self._disk.take_removals()
@@ -143,6 +149,11 @@ class WriteBehind:
             return [self._write(key, slot) for key, slot in batch]
 
         self._writing.submit(write, lambda future: self._written(batch, future))
+
+    def _passed(self, key: BlockKey) -> None:
+        """Nothing more happens to this block on its way to the disk."""
+        if self._is_staging:
+            self._host.discard(key.block_hash)
 
     def _is_connected(self, key: BlockKey) -> bool:
         """Without the blocks before it a block on disk is of no use."""
@@ -167,3 +178,4 @@ class WriteBehind:
             else:
                 self._disk.cancel(key)
                 self.num_lost += 1
+            self._passed(key)
