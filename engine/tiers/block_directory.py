@@ -109,7 +109,7 @@ class BlockDirectory:
         contents = np.empty(self.file_bytes + 1, dtype=np.uint8)
         with open(path, "rb", buffering=0) as file:
             num_bytes = 0
-            while size := file.readinto(contents[num_bytes:]):
+            while size := file.readinto(contents[num_bytes:].data):
                 num_bytes += size
         if num_bytes != self.file_bytes:
             raise BlockDamaged(f"block file has {num_bytes} bytes, expected {self.file_bytes}")
