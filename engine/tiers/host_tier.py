@@ -57,9 +57,10 @@ class HostTier:
 
     def reserve(self, key: BlockKey) -> int | None:
         """A slot for this block, which is not here, if need be the one of the block that goes first; then
-        commit() or cancel(). None: all are in use, or hold what comes before this block."""
+        commit() or cancel(). None: all are in use, or hold what comes before this block. For one without the
+        block before it, which is of less use than any other, nothing is evicted."""
         self._order.pin_parent(key)
-        if not self._free and not self._evict():
+        if not self._free and not (self._is_connected(key) and self._evict()):
             self._order.unpin_parent(key)
             return None
         slot = self._free.pop()
@@ -101,6 +102,10 @@ class HostTier:
         assert sorted(slots) == list(range(self.num_slots)), "a slot is in no state, or in two"
         assert self.num_free + self.num_cached + self.num_used == self.num_slots
         assert {key.block_hash for key in self._order.keys()} == set(self._slots)
+
+    def _is_connected(self, key: BlockKey) -> bool:
+        is_filling = any(other.block_hash == key.parent for other in self._filling.values())
+        return key.depth == 0 or key.parent in self._slots or is_filling
 
     def _evict(self) -> bool:
         key = self._order.pop()
