@@ -65,4 +65,7 @@ class LoadPlanner:
         compute_s, behind_s = self.compute_s(num_computed), self.compute_s(num_behind)
         if compute_s is None or behind_s is None:
             return load_s / num_blocks  # nothing to compare with but each other
-        return max(compute_s, source.estimate_s(num_blocks - num_computed)) + behind_s
+        # A chunk of its own in front is a forward pass more.
+        extra_s = self.compute_s(self._min_blocks) if num_computed else 0.0
+        assert extra_s is not None
+        return max(compute_s, source.estimate_s(num_blocks - num_computed)) + behind_s + extra_s

@@ -43,15 +43,15 @@ class PinnedRun:
         places = self.places[start:stop]
         if any(place.tier is not BlockTier.DEVICE for place in places):
             return None
-        return [place.index for place in places]
+        return [place.where for place in places]
 
     def _read(self, place: Place) -> memoryview:
         num_layers = self.kv_cache.layout.num_layers
         if place.tier is BlockTier.DEVICE:
-            return self.kv_cache.read_blocks(0, num_layers, [place.index])
+            return self.kv_cache.read_blocks(0, num_layers, [place.where])
         if place.tier is BlockTier.HOST:
             assert self.tiers.host is not None
-            return self.tiers.host.blocks.read_blocks(0, num_layers, [place.index])
+            return self.tiers.host.blocks.read_blocks(0, num_layers, [place.where])
         assert self.tiers.disk is not None and place.key is not None
         return self.tiers.disk.directory.read(place.key)
 
@@ -95,4 +95,4 @@ class Pins:
     def block_ids(self) -> Iterator[int]:
         """Of every pin on the device, as often as it is pinned."""
         for run in self._runs.values():
-            yield from (place.index for place in run.places if place.tier is BlockTier.DEVICE)
+            yield from (place.where for place in run.places if place.tier is BlockTier.DEVICE)

@@ -57,7 +57,8 @@ def build_stats(
         num_cached_blocks=pool.num_cached,
         num_used_blocks=pool.num_used,
         num_preemptions=batch.num_preemptions,
-        num_hit_tokens=sum(item.num_hit_tokens for item in (*batch.started, *batch.met)),
+        num_hit_tokens=sum(seq.num_hit_tokens for seq in batch.started)
+        + sum(met.num_hit_tokens for met in batch.met),
         num_queried_tokens=sum(seq.num_prompt_tokens for seq in batch.started),
         step_s=time.monotonic() - began,
         is_idle_step=is_idle_step,

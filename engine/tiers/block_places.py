@@ -18,7 +18,7 @@ class Place(NamedTuple):
 
     tier: BlockTier
     block_hash: BlockHash
-    index: int = -1  # block id on the device, slot in host memory
+    where: int = -1  # block id on the device, slot in host memory
     key: BlockKey | None = None  # on disk
 
 
@@ -91,7 +91,7 @@ class BlockPlaces:
     def unpin(self, places: Iterable[Place]) -> None:
         """In the order of the sequence."""
         places = list(places)
-        self.pool.release(place.index for place in places if place.tier is BlockTier.DEVICE)
+        self.pool.release(place.where for place in places if place.tier is BlockTier.DEVICE)
         for place in places:
             if place.tier is BlockTier.HOST:
                 assert self.host is not None

@@ -108,7 +108,7 @@ class BlockSource:
         wanted = places[claimed.start - self._first_block : claimed.stop - self._first_block]
         block_ids = load.block_ids(claimed)
         if wanted[0].tier is BlockTier.HOST:
-            self._environment.copy.load([place.index for place in wanted], block_ids)
+            self._environment.copy.load([place.where for place in wanted], block_ids)
             return
         disk = self._environment.places.disk
         assert disk is not None
