@@ -36,6 +36,7 @@ class DiskTier:
         self._removals: list[Path] = []
         found = directory.scan()
         self._others = deque(found.others)  # of another model or layout: they go first
+        self._others_bytes = sum(file.num_bytes for file in found.others)
         # The shallow ones first, so that what hangs together counts as used together.
         for key in sorted(found.keys, key=lambda key: key.depth):
             self._order.add(key)
@@ -48,7 +49,7 @@ class DiskTier:
     @property
     def num_cached(self) -> int:
         """Files of other layouts count as the blocks that would take their place."""
-        num_others = -(-sum(file.num_bytes for file in self._others) // self.directory.file_bytes)
+        num_others = -(-self._others_bytes // self.directory.file_bytes)
         return num_others + len(self._order) - self._order.num_pinned
 
     @property
@@ -124,7 +125,9 @@ class DiskTier:
     def _make_room(self, num_blocks: int) -> bool:
         while self.num_free < num_blocks:
             if self._others:
-                self._removals.append(self._others.popleft().path)
+                other = self._others.popleft()
+                self._others_bytes -= other.num_bytes
+                self._removals.append(other.path)
                 continue
             key = self._order.pop()
             if key is None:

@@ -104,8 +104,9 @@ class HostTier:
         assert {key.block_hash for key in self._order.keys()} == set(self._slots)
 
     def _is_connected(self, key: BlockKey) -> bool:
-        is_filling = any(other.block_hash == key.parent for other in self._filling.values())
-        return key.depth == 0 or key.parent in self._slots or is_filling
+        if key.depth == 0 or key.parent in self._slots:
+            return True
+        return any(other.block_hash == key.parent for other in self._filling.values())
 
     def _evict(self) -> bool:
         key = self._order.pop()

@@ -20,7 +20,8 @@ from engine.tiers.block_copy import BlockCopy
 from engine.tiers.block_key import BlockKey
 from engine.tiers.block_places import BlockPlaces
 
-BATCH_BYTES = 4 << 20
+_BATCH_BYTES = 4 << 20
+_MAX_BATCH = 64  # blocks
 
 
 class _Copy(NamedTuple):
@@ -50,7 +51,7 @@ class WriteBehind:
         self._copy = copy
         self._is_staging = is_staging
         self._max_pending = 2 * places.pool.num_blocks
-        self._batch = max(1, BATCH_BYTES // self._host.blocks.layout.block_bytes)
+        self._batch = min(_MAX_BATCH, max(1, _BATCH_BYTES // self._host.blocks.layout.block_bytes))
         self._pending: OrderedDict[BlockKey, int] = OrderedDict()  # block ids
         self._for_disk: OrderedDict[BlockKey, None] = OrderedDict()
         self._copying = BackgroundThreads("kv-save", on_change)
