@@ -72,7 +72,7 @@ class Loads:
         sources = [] if seq.kv_source is None else [seq.kv_source]
         if self._tiers is not None:
             own = self._tiers.source(num_hits, hashes[num_hits:])
-            self._tiers.places.use(hashes[: num_hits if own is None else own.num_blocks])
+            self._tiers.use(seq.prefix.root, hashes[: num_hits if own is None else own.num_blocks])
             sources += [] if own is None else [own]
         return self.planner.choose(sources, num_hits, end_block) if sources else None
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from engine.kv_cache import KvCache
+from engine.tiers.block_directory import BlockDamaged
 from engine.tiers.block_places import BlockPlaces, Place
 from kvstore.block_hash import BlockHash, BlockTier
 
@@ -22,14 +23,15 @@ class PinnedRun:
     places: tuple[Place, ...]
     kv_cache: KvCache
     tiers: BlockPlaces
+    damaged: list[BlockHash] = field(default_factory=list)  # found so by a reader
 
     @property
     def num_blocks(self) -> int:
         return len(self.places)
 
     def read_blocks(self, start: int, stop: int) -> memoryview:
-        """A copy of blocks [start, stop) of the run, [layer][block][token in block][token_shape]. ValueError
-        when a block is not what it was, OSError when it cannot be read."""
+        """A copy of blocks [start, stop) of the run, [layer][block][token in block][token_shape].
+        BlockDamaged, a ValueError, when a block is not what it was."""
         block_ids = self.is_on_device(start, stop)
         if block_ids is not None:
             return self.kv_cache.read_blocks(0, self.kv_cache.layout.num_layers, block_ids)
@@ -53,7 +55,11 @@ class PinnedRun:
             assert self.tiers.host is not None
             return self.tiers.host.blocks.read_blocks(0, num_layers, [place.where])
         assert self.tiers.disk is not None and place.key is not None
-        return self.tiers.disk.directory.read(place.key)
+        try:
+            return self.tiers.disk.directory.read(place.key)
+        except (OSError, BlockDamaged) as error:
+            self.damaged.append(place.block_hash)
+            raise BlockDamaged(f"a block on disk cannot be read: {error}") from error
 
 
 class Pins:
@@ -89,6 +95,8 @@ class Pins:
         if run is None:
             return False
         self._places.unpin(run.places)
+        for block_hash in run.damaged:
+            self._places.discard_from_disk(block_hash)
         self._num_blocks -= run.num_blocks
         return bool(run.num_blocks)
 

@@ -100,6 +100,11 @@ class BlockPlaces:
                 assert self.disk is not None
                 self.disk.unpin(place.block_hash)
 
+    def discard_from_disk(self, block_hash: BlockHash) -> None:
+        """Its file is damaged or gone. Idempotent."""
+        if self.disk is not None:
+            self.disk.discard(block_hash)
+
     def hashes(self) -> list[BlockHash]:
         """Of every block in any tier."""
         found = set(self.pool.registered_hashes())

@@ -128,5 +128,5 @@ class BlockSource:
         tally = future.result()
         for tier, num_bytes in tally.num_bytes.items():
             environment.rates[tier].observe(num_bytes, tally.seconds[tier])
-        if tally.damaged is not None and environment.places.disk is not None:
-            environment.places.disk.discard(tally.damaged)
+        if tally.damaged is not None:
+            environment.places.discard_from_disk(tally.damaged)

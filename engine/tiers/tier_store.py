@@ -70,6 +70,17 @@ class TierStore:
         if self._write_behind is not None:
             self._write_behind.offer(block_id, key)
 
+    def use(self, root: BlockHash, hashes: list[BlockHash]) -> None:
+        """A sequence begins with these blocks, wherever they are. What was lost on the way to the lower tiers
+        and is on the device still, is offered again."""
+        self.places.use(hashes)
+        if self._write_behind is None:
+            return
+        for depth, block_hash in enumerate(hashes):
+            block_id = self.places.pool.block_of(block_hash)
+            if block_id is not None:
+                self.offer(block_id, BlockKey(block_hash, hashes[depth - 1] if depth else root, depth))
+
     def poll(self) -> None:
         if self._loads is not None and self._write_behind is not None:
             self._loads.threads.poll()

@@ -173,6 +173,63 @@ def test_full_disk_loses_only_what_does_not_fit(tmp_path: Path, monkeypatch: pyt
         assert not list(tmp_path.glob("*.kv"))
 
 
+def test_what_was_lost_is_saved_when_it_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with driven(None, 64, num_blocks=48) as driver:
+        write_behind = driver.engine._tiers._write_behind
+        assert write_behind is not None
+        monkeypatch.setattr(write_behind, "_max_pending", 0)
+        ask(driver, 1, prompt(1))
+        assert write_behind.num_lost >= NUM_BLOCKS and not driver.engine._tiers.places.host.hashes()  # type: ignore[union-attr]
+        monkeypatch.undo()
+        ask(driver, 2, prompt(1))
+        hashes = driver.engine.hash_chain.hashes(prompt(1))
+        assert driver.engine._tiers.places.num_leading(hashes) == NUM_BLOCKS
+
+
+def test_pins_are_of_every_tier_and_bounded(tmp_path: Path) -> None:
+    with driven(tmp_path, 24) as driver:
+        engine = driver.engine
+        for seed in range(4):
+            ask(driver, seed, prompt(seed))
+        runs = []
+        for seed in range(4):
+            hashes = engine.hash_chain.hashes(prompt(seed))
+            places = engine._tiers.places
+            run = engine.pin(hashes)
+            runs.append(run)
+            assert [place.block_hash for place in run.places] == hashes[: run.num_blocks]
+            engine.check_integrity()
+            assert run.num_blocks == len(run.places) and places.pool.num_used <= 18
+        assert sum(run.num_blocks for run in runs) == 18  # three quarters of 24
+        before = [bytes(run.read_blocks(0, run.num_blocks)) for run in runs if run.num_blocks]
+        for seed in range(4, 9):
+            ask(driver, seed, prompt(seed, 20))
+        assert before == [bytes(run.read_blocks(0, run.num_blocks)) for run in runs if run.num_blocks]
+        for run in runs:
+            engine.unpin(run.pin_id)
+            engine.unpin(run.pin_id)
+        engine.check_integrity()
+        assert engine.load().num_used_blocks == 0
+        assert all(tier.num_used_blocks == 0 for tier in engine._tiers.stats())
+
+
+def test_damaged_block_that_a_peer_wants_is_removed(tmp_path: Path) -> None:
+    with driven(tmp_path, 0) as driver:
+        ask(driver, 1, prompt(1))
+    with driven(tmp_path, 0) as driver:
+        engine = driver.engine
+        hashes = engine.hash_chain.hashes(prompt(1))[:5]
+        (path,) = tmp_path.glob(f"{hashes[3].hex()}-*.kv")
+        path.write_bytes(bytes(path.stat().st_size))
+        run = engine.pin(hashes)
+        assert run.num_blocks == 5 and run.is_on_device(0, 5) is None
+        run.read_blocks(0, 3)
+        with pytest.raises(ValueError, match="cannot be read: .*checksum"):
+            run.read_blocks(3, 5)
+        engine.unpin(run.pin_id)
+        assert engine.pin(hashes).num_blocks == 3
+
+
 def test_preempted_sequences_come_back_from_host_memory() -> None:
     """Never computed again while it is the slower way."""
     engine = build_fake_engine(
