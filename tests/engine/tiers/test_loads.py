@@ -96,7 +96,7 @@ def test_prompt_of_whole_blocks_computes_its_last_one(holder: Engine) -> None:
 def test_slow_source_holds_nobody_and_is_overtaken(holder: Engine) -> None:
     driver = driver_of(None, token_budget=40)
     generate(driver.engine, [[5] * 30], 8, first_id=90)  # the planner knows how fast compute is
-    source = peer(holder, driver.engine, block_s=0.05)
+    source = peer(holder, driver.engine, block_s=0.2)
     driver.engine.add(Sequence(1, PROMPT, greedy(5), kv_source=source))
     driver.step()
     driver.engine.add(Sequence(2, [9] * 10, greedy(20)))

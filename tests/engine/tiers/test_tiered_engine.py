@@ -239,6 +239,11 @@ def test_preempted_sequences_come_back_from_host_memory() -> None:
     prompts = [prompt(seed, 17) for seed in range(3)]
     for i, prompt_ids in enumerate(prompts):
         engine.add(Sequence(i, prompt_ids, greedy(20)))
+    while engine._seqs:
+        driver.until(lambda: engine.has_work)
+        driver.step()
+        while not engine._tiers.is_idle:
+            engine._tiers.poll()  # copies are as fast as steps
     driver.until_done()
     assert [driver.tokens[i] for i in range(3)] == [expected_tokens(p, 20) for p in prompts]
     assert sum(step.stats.num_preemptions for step in driver.steps) > 0
