@@ -48,7 +48,7 @@ class EngineMetrics:
             "baton_engine_itl_seconds", "step time, once for each token decoded", SECONDS_BUCKETS, registry
         )
         self.experts = ExpertLoadMetrics(registry)
-        self._tiers = TierMetrics(registry)
+        self.tiers = TierMetrics(registry)
 
     def observe(self, step: StepOutput) -> None:
         stats = step.stats
@@ -64,7 +64,7 @@ class EngineMetrics:
         if stats.num_decode_tokens:
             self._itl_seconds.observe(stats.step_s, stats.num_decode_tokens)
         self.experts.observe(stats)
-        self._tiers.observe(stats.tiers, stats.loads)
+        self.tiers.observe(stats.tiers, stats.loads)
 
     @property
     def device_blocks(self) -> dict[str, int]:

@@ -28,6 +28,7 @@ class TierMetrics:
             registry=registry,
         )
         self._num_lost = 0
+        self.blocks: dict[str, dict[str, int]] = {}  # by tier; replaced as a whole, so any thread may read
         self._loads = Counter(
             "baton_engine_loads",
             "loads of cached prefixes, by where from and how they ended",
@@ -53,6 +54,7 @@ class TierMetrics:
             self._blocks.labels(name, "used").set(stats.num_used_blocks)
             num_held = stats.num_cached_blocks + stats.num_used_blocks
             self._bytes.labels(name).set(num_held * stats.block_bytes)
+        self.blocks = {stats.tier.name.lower(): _counts(stats) for stats in tiers}
         if tiers:
             self._lost.inc(tiers[0].num_lost_blocks - self._num_lost)
             self._num_lost = tiers[0].num_lost_blocks
@@ -61,6 +63,15 @@ class TierMetrics:
             self._loads.labels(source, load.outcome.value).inc()
             self._loaded_blocks.labels(source).inc(load.num_blocks)
             self._load_seconds.labels(source).observe(load.load_s)
+
+
+def _counts(stats: TierStats) -> dict[str, int]:
+    num_held = stats.num_cached_blocks + stats.num_used_blocks
+    return {
+        "total": stats.num_free_blocks + num_held,
+        "used": stats.num_used_blocks,
+        "cached": stats.num_cached_blocks,
+    }
 
 
 def source_name(tier: BlockTier | None) -> str:

@@ -26,6 +26,11 @@ def test_tiers_and_loads_are_told_apart() -> None:
     metrics.observe([tier(BlockTier.HOST, 2), tier(BlockTier.DISK, 2)], [load, load, fetch])
     metrics.observe([tier(BlockTier.HOST, 5), tier(BlockTier.DISK, 5)], [])
 
+    assert metrics.blocks == {
+        "host": {"total": 10, "used": 1, "cached": 4},
+        "disk": {"total": 11, "used": 1, "cached": 5},
+    }
+
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"baton_engine_{name}", labels)
 
