@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     samples: dict[str, list[dict[str, float]]] = {"none": [], "host": [], "disk": []}
-    with tempfile.TemporaryDirectory(dir=".") as name:
+    with tempfile.TemporaryDirectory() as name:
         checkpoint = Path(name) / "small576"
         make_checkpoint(checkpoint)
         for repeat in range(args.repeats + 1):

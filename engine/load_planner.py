@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from engine.kv_load import KvSource
 
 _DECAY = 0.9  # of older steps
-_MIN_CHUNK_TOKENS = 64  # a forward pass of fewer takes about as long
+_MIN_CHUNK_TOKENS = 128  # a forward pass of fewer saves less than it may cost
 
 
 class LoadPlanner:

@@ -41,8 +41,8 @@ def test_compute_and_source_are_done_at_once(planner: LoadPlanner) -> None:
 def test_fast_source_needs_no_help(planner: LoadPlanner) -> None:
     assert planner.num_compute_blocks(100, 0.02) == 0
     # Nor is a forward pass worth it for a block or two.
-    assert planner.num_compute_blocks(100, 0.03) == 0
-    assert planner.num_compute_blocks(100, 0.05) == 5
+    assert planner.num_compute_blocks(100, 0.07) == 0
+    assert planner.num_compute_blocks(100, 0.1) == 9
 
 
 @pytest.mark.parametrize("num_open", [1, 2, 3, 10])
