@@ -12,7 +12,8 @@ from router.settings import RouterSettings
 
 WORKER = """
 model served_model_name worker_id host advertised_host port metrics_port redis_url load_format dtype device
-block_size kv_cache_bytes num_blocks max_model_len token_budget max_running max_requests num_threads
+block_size kv_cache_bytes num_blocks host_kv_bytes disk_kv_dir disk_kv_bytes max_model_len token_budget
+max_running max_requests num_threads
 shared_memory drain_s otlp_endpoint log_format
 """
 EXPECTED = {
