@@ -101,7 +101,7 @@ def _build_serving(
             fleet,
             index,
             policy_name=settings.policy,
-            local_prefill_max_tokens=settings.local_prefill_max_tokens,
+            temperature_s=settings.policy_temperature_s,
         ),
         metrics=metrics,
         drain=Drain(),
