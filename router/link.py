@@ -123,7 +123,7 @@ class Link:
         return stream
 
     def registry_told(self) -> None:
-        """A load came by the registry. Here it comes with tokens only, so of a link that is idle it is old."""
+        """A load came by the registry. On the link it comes with tokens, so that of an idle one is old."""
         if time.monotonic() - self._told_at > _LOAD_LASTS_S:
             self.load = None
             self.own.told()

@@ -31,7 +31,7 @@ class RouterMetrics:
         self._generated_tokens = counter("generated_tokens_total", "Tokens generated")
         self._hit_tokens = counter("hit_tokens_total", "Prompt tokens found in a worker's prefix cache")
         self._predicted_hit_tokens = counter(
-            "predicted_hit_tokens_total", "Hit tokens that the policy expected, of sequences with a first token"
+            "predicted_hit_tokens_total", "Hit tokens that the policy expected, by first tokens"
         )
         self._hit_error = histogram(
             "hit_error_tokens", "Expected minus real hit tokens without its sign, by sequence", TOKENS_BUCKETS

@@ -35,7 +35,7 @@ class OwnLoad:
     def tokens(self, num_told: int, num_requests_told: int) -> int:
         """Prompt tokens to be computed at the worker now. Its own number includes what its cache will save
         the queued ones, so it counts for the requests of others only."""
+        if not self._told_own:
+            return self.num_tokens + num_told
         num_others = max(0, num_requests_told - self._told_own)
-        if not num_others:
-            return self.num_tokens
-        return self.num_tokens + num_told * num_others // num_requests_told
+        return self.num_tokens + (num_told * num_others // num_requests_told if num_others else 0)

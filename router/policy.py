@@ -79,21 +79,24 @@ class Decision:
     options: tuple[Option, ...]  # what it was chosen from
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chance:
+    """What makes decisions differ that know the same."""
+
+    turn: int  # counts decisions: equal costs take turns, and it drives round robin
+    temperature_s: float = 0.0  # above 0: an option is drawn, with odds of e^(-cost / temperature_s)
+    draw: float = 0.0  # in [0, 1)
+
+
 def choose(
     policy: PolicyName,
     request: RouteRequest,
     decode: Iterable[Candidate],
     prefill: Iterable[Candidate],
-    *,
-    turn: int,
-    temperature_s: float = 0.0,
-    draw: float = 0.0,
+    chance: Chance,
 ) -> Decision:
-    """`decode` is not empty. Neither order matters.
-
-    `turn` counts decisions: equal costs take turns, and it drives round robin. `temperature_s` above 0: an
-    option is drawn by `draw`, uniform in [0, 1), with odds of e^(-cost / temperature_s).
-    """
+    """`decode` is not empty. Neither order matters."""
+    turn = chance.turn
     decode, prefill = sorted(decode, key=_worker_id), sorted(prefill, key=_worker_id)
     if policy != "prefix":
         return _choose_simply(policy, request, decode, prefill, turn)
@@ -107,8 +110,8 @@ def choose(
     options += pairing.options([seat for seat, is_allowed in zip(seats, allowed, strict=True) if is_allowed])
     reason: DecodeReason = "least_cost"
     chosen = _least(options, turn)
-    if temperature_s > 0:
-        reason, chosen = "drawn", _drawn(options, temperature_s, draw)
+    if chance.temperature_s > 0:
+        reason, chosen = "drawn", _drawn(options, chance)
     elif any(barred):
         best_barred = min(
             min(option.cost_s, pairing.least_s(option.seat))
@@ -205,17 +208,19 @@ def _shortlist(items: Sequence[_T], costs: Sequence[float], turn: int) -> list[_
 
 
 def _least(options: Sequence[Option], turn: int) -> Option:
-    """The cheapest; equal ones take turns."""
-    least_s = min(option.cost_s for option in options)
-    equal = sorted((option for option in options if option.cost_s == least_s), key=attrgetter("ids"))
-    return equal[turn % len(equal)]
+    """The cheapest. Of equal ones that with the fewest requests, then the longest prefix, where it decodes;
+    then they take turns."""
+    ranks = [(o.cost_s, o.seat.worker.num_requests, o.seat.num_missing_tokens) for o in options]
+    least = min(ranks)
+    equal = [option for option, rank in zip(options, ranks, strict=True) if rank == least]
+    return sorted(equal, key=attrgetter("ids"))[turn % len(equal)]
 
 
-def _drawn(options: Sequence[Option], temperature_s: float, draw: float) -> Option:
+def _drawn(options: Sequence[Option], chance: Chance) -> Option:
     ordered = sorted(options, key=attrgetter("ids"))
     least_s = min(option.cost_s for option in ordered)
-    odds = [math.exp((least_s - option.cost_s) / temperature_s) for option in ordered]
-    left = draw * math.fsum(odds)
+    odds = [math.exp((least_s - option.cost_s) / chance.temperature_s) for option in ordered]
+    left = chance.draw * math.fsum(odds)
     for option, odd in zip(ordered, odds, strict=True):
         left -= odd
         if left < 0:

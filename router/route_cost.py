@@ -1,7 +1,7 @@
 """What serving one prompt at one place costs, in seconds. Pure arithmetic; policy.py chooses.
 
 wait     prompt tokens queued where this one is computed, and KV room where it is decoded
-load     cached blocks from a slower place, shared out with compute so that both end together (engine/kv_load.py)
+load     cached blocks from a slower place, shared out with compute until both meet (engine/kv_load.py)
 compute  the rest of the prompt
 handoff  what of the transfer the compute does not hide
 decode   the first tokens after that, in the batch they join; a horizon, so that long answers do not outweigh

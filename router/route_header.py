@@ -1,8 +1,8 @@
 """The response header x-baton-route: why an answer came from where it came.
 
-name=value pairs behind "; ", in this order. decode, prefill ("local": the decode worker itself) and peer (only
-if blocks were to be fetched from it) are worker ids; predicted_hit_tokens; reason is that of the decode worker
-and that of the prefill worker; cost_s and its terms in seconds as predicted (router/route_cost.py).
+name=value pairs with "; " between them, in this order. decode, prefill ("local": the decode worker itself)
+and peer (only if blocks may be fetched from it) are worker ids; predicted_hit_tokens; reason is that of the
+decode worker and that of the prefill worker; cost_s and its terms in seconds, as predicted (route_cost.py).
 """
 
 from __future__ import annotations

@@ -123,9 +123,9 @@ class RoutePlanner:
             RouteRequest(num_prompt_tokens=num_tokens, max_tokens=max_tokens),
             [self.decode_candidate(record, link, hits) for record, link in decode],
             [self.prefill_candidate(record, hits) for record in prefill],
-            turn=next(self._turns),
-            temperature_s=self._temperature_s,
-            draw=self._random.random(),
+            policy.Chance(
+                turn=next(self._turns), temperature_s=self._temperature_s, draw=self._random.random()
+            ),
         )
         helper = records[decision.prefill_id] if decision.prefill_id is not None else None
         peer = None

@@ -24,7 +24,7 @@ class RouterSettings:
     redis_url: str = setting("redis://127.0.0.1:6379", doc="worker registry and block index", secret=True)
     policy: PolicyName = setting("prefix", doc="how workers are chosen: prefix, round_robin or least_loaded")
     policy_temperature_s: float = setting(
-        0.0, doc="prefix draws among routes, each this many seconds dearer e times less often; 0: the cheapest"
+        0.0, doc="prefix draws among routes, one so many seconds dearer e times less often; 0: the cheapest"
     )
     max_retries: int = setting(3, doc="submissions of one sequence to another worker after a failure")
     request_timeout_s: float = setting(600.0, doc="seconds a request may take in all; 0: no limit")

@@ -21,13 +21,14 @@ async def add_prefill(router: Router, worker_id: str, **fields: Any) -> None:
 
 
 async def route_of(router: Router, prompt: list[int] = LONG, **fields: Any) -> str:
+    """The beginning of the header: which workers, and the hit tokens expected."""
     response = await router.complete(prompt=prompt, max_tokens=1, **fields)
     assert response.status_code == 200, response.text
-    return str(response.headers["x-baton-route"])
+    return str(response.headers["x-baton-route"]).split("; reason=")[0]
 
 
 async def test_the_index_s_hits_choose_the_workers(make_router: RouterFactory) -> None:
-    router = await make_router(local_prefill_max_tokens=16)
+    router = await make_router()
     for worker_id in ("decode-0", "decode-1"):
         await router.add_worker(worker_id)
     for worker_id in ("prefill-0", "prefill-1"):
@@ -56,8 +57,11 @@ async def test_a_burst_spreads_over_equal_workers_before_any_has_told_its_load(
 ) -> None:
     router = await make_router()
     workers = [await router.add_worker(f"decode-{i}", is_held=True) for i in range(2)]
+    for record in await router.registry.list():
+        slow = replace(record, load=WorkerLoad(prefill_tokens_per_s=1))  # for prompts
+        await router.registry.announce(slow, 60.0)
     for worker_id in ("prefill-0", "prefill-1"):
-        await add_prefill(router, worker_id)
+        await add_prefill(router, worker_id, load=WorkerLoad(prefill_tokens_per_s=1000))
     answers = [asyncio.create_task(router.complete(prompt=[*LONG, i], max_tokens=1)) for i in range(8)]
     for worker in workers:
         await worker.until(lambda worker=worker: len(worker.submits) == 4)
@@ -94,13 +98,13 @@ async def test_a_prompt_that_a_decode_worker_computes_itself_counts_until_its_fi
     await busy.until(lambda: len(busy.submits) == 1)
     [told, _] = router.fleet.decode_workers()
     planner = router.app.state.serving.planner
-    assert planner._decode_candidate(*told, {"decode-0": 0}).num_waiting_tokens == 100
+    assert planner.decode_candidate(*told, {}).num_waiting_tokens == 100
     busy.hold_after = 1
     busy.is_held = False
     busy._notify()
     await busy.until(lambda: busy.num_emitted == 1)
     assert (await route_of(router)).startswith("decode=decode-1")
-    assert planner._decode_candidate(*told, {"decode-0": 0}).num_waiting_tokens == 0
+    assert planner.decode_candidate(*told, {}).num_waiting_tokens == 0
     await busy.release()
     assert (await answer).status_code == 200
 
