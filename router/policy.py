@@ -136,7 +136,7 @@ class _Pairing:
             groups.setdefault(prompt.worker.layout_fingerprint, []).append(prompt)
         for layout, group in groups.items():
             costs = [prompt.total_s for prompt in group]
-            self._by_layout[layout] = _shortlist(group, costs, turn)
+            self._by_layout[layout] = _shortlist(group, costs, turn // MAX_PAIRED)
             for prompt, cost in zip(group, costs, strict=True):
                 place = (layout, prompt.worker.host_id)
                 best = self._by_host.get(place)
@@ -201,9 +201,10 @@ def _barred(workers: Sequence[Candidate]) -> list[bool]:
 
 
 def _shortlist(items: Sequence[_T], costs: Sequence[float], turn: int) -> list[_T]:
-    """The MAX_PAIRED cheapest, cheapest first; equal ones take turns to be among them."""
-    count = len(items)
-    ranked = nsmallest(MAX_PAIRED, range(count), key=lambda i: (costs[i], (i - turn) % count))
+    """The MAX_PAIRED cheapest, cheapest first. Equal ones are among them by turns: so many turns long that
+    each can have its own in _least()."""
+    count, first = len(items), turn - turn % MAX_PAIRED
+    ranked = nsmallest(MAX_PAIRED, range(count), key=lambda i: (costs[i], (i - first) % count))
     return [items[i] for i in ranked]
 
 
@@ -213,7 +214,10 @@ def _least(options: Sequence[Option], turn: int) -> Option:
     ranks = [(o.cost_s, o.seat.worker.num_requests, o.seat.num_missing_tokens) for o in options]
     least = min(ranks)
     equal = [option for option, rank in zip(options, ranks, strict=True) if rank == least]
-    return sorted(equal, key=attrgetter("ids"))[turn % len(equal)]
+    decode_ids = sorted({option.decode_id for option in equal})
+    decode_id = decode_ids[turn % len(decode_ids)]
+    there = sorted((option for option in equal if option.decode_id == decode_id), key=attrgetter("ids"))
+    return there[turn // len(decode_ids) % len(there)]
 
 
 def _drawn(options: Sequence[Option], chance: Chance) -> Option:
