@@ -138,6 +138,8 @@ class _Pairing:
             costs = [prompt.total_s for prompt in group]
             self._by_layout[layout] = _shortlist(group, costs, turn // MAX_PAIRED)
             for prompt, cost in zip(group, costs, strict=True):
+                if not prompt.worker.host_id:
+                    continue
                 place = (layout, prompt.worker.host_id)
                 best = self._by_host.get(place)
                 if best is None or cost < best.total_s:

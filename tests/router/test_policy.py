@@ -68,7 +68,7 @@ def test_a_longer_answer_makes_a_full_batch_dearer() -> None:
 
 
 def test_a_worker_without_room_is_avoided() -> None:
-    full = decode("b", num_hit_tokens=200, num_requests=9, num_free_tokens=100, num_total_tokens=1000)
+    full = decode("b", num_hit_tokens=50, num_requests=9, num_free_tokens=100, num_total_tokens=1000)
     decision = decide([decode("a", num_requests=9), full])
     assert decision.decode_id == "a"
     assert decide([full]).terms.wait_s > 0
