@@ -1,8 +1,8 @@
 """The reading side of the prefix index: a router's own copy, in a MemoryIndex.
 
-1. Note where the event stream ends, list the live writers, take a snapshot of each: its set of blocks,
-   scanned piece by piece. Changes made meanwhile come again as events; repeating them in order gives the
-   right set.
+1. Note where the event stream ends, list the live writers, take a snapshot of each: its sets of blocks,
+   scanned piece by piece and shown when complete. Changes made meanwhile come again as events; repeating
+   them in order gives the right sets.
 2. Follow the stream. Each writer numbers its events: a number too high, or an incarnation that is not
    known, means that something was lost, so that writer's snapshot is taken again.
 3. Every audit_s list the writers: one whose number is ahead of what the stream brought gets a snapshot (its
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from kvstore import keys
-from kvstore.block_hash import HASH_SIZE_BYTES, BlockHash
+from kvstore.block_hash import HASH_SIZE_BYTES, BlockHash, BlockTier
 from kvstore.leases import Leased, LeaseView
-from kvstore.prefix_index import MemoryIndex
+from kvstore.memory_index import MemoryIndex, Replacement
 from kvstore.store import MAX_BLOCK_S, Outage, Store, StoreUnavailable
 
 _EVENTS_PER_READ = 64
@@ -116,6 +116,7 @@ class IndexMirror:
         for event_id, fields in cast(StreamEvents, streams[0][1]):
             self._last_event_id = event_id
             await self._apply(fields)
+            await asyncio.sleep(0)  # requests come first
         return True
 
     async def _audit(self) -> None:
@@ -126,12 +127,13 @@ class IndexMirror:
             pass
         self._writers.update(listing)
         for worker_id in known - self._writers.values().keys():
-            self._drop(worker_id)
+            await self._drop(worker_id)
         for leased in listing:
             reached = self._reached.get(leased.key)
             is_same = reached is not None and reached.incarnation == leased.value.incarnation
             if reached is None or not is_same or reached.sequence < leased.value.sequence:
                 await self._take_snapshot(leased.key)
+        await self._sweep()  # what an interrupted snapshot left
 
     async def _apply(self, fields: dict[bytes, bytes]) -> None:
         worker_id, incarnation = fields[b"w"].decode(), fields[b"i"].decode()
@@ -140,7 +142,7 @@ class IndexMirror:
         if b"d" in fields:
             if is_same:
                 self._writers.withdraw(worker_id)
-                self._drop(worker_id)
+                await self._drop(worker_id)
             return
         sequence = int(fields[b"n"])
         if is_same and reached is not None and sequence <= reached.sequence:
@@ -151,9 +153,10 @@ class IndexMirror:
             await self._take_snapshot(worker_id)
             return
         if is_reset:
-            self._index.drop(worker_id)
+            await self._drop_blocks(worker_id)
         self._index.evict(worker_id, _split(fields[b"x"]))
-        self._index.publish(worker_id, _split(fields[b"s"]))
+        for tier in BlockTier:
+            self._index.publish(worker_id, _split(fields[b"%d" % tier]), tier)
         self._reached[worker_id] = _Position(incarnation, sequence)
 
     async def _take_snapshot(self, worker_id: str) -> None:
@@ -161,23 +164,36 @@ class IndexMirror:
         position = listing.get(worker_id)
         if position is None or position == self._reached.get(worker_id):
             return
-        key = keys.worker_blocks(self._model, worker_id, position.incarnation)
-        hashes: set[BlockHash] = set()
-        cursor: Any = 0
-        while True:
-            async with self._store.exchange():
-                cursor, found = await self._store.redis.sscan(key, cursor, count=_HASHES_PER_SCAN)
-            hashes.update(cast(list[BlockHash], found))
-            if int(cursor) == 0:
-                break
-        self._index.drop(worker_id)
-        self._index.publish(worker_id, hashes)
-        self._reached[worker_id] = position
-        self.num_snapshots += 1
+        replacement = self._index.replace(worker_id)
+        try:
+            scanned = keys.worker_blocks(self._model, worker_id, position.incarnation)
+            for tier, key in zip(BlockTier, scanned, strict=True):
+                await self._scan(key, replacement, tier)
+            replacement.show()
+            self._reached[worker_id] = position
+            self.num_snapshots += 1
+        finally:
+            replacement.discard()
+        await self._sweep()
 
-    def _drop(self, worker_id: str) -> None:
-        self._index.drop(worker_id)
+    async def _scan(self, key: str, replacement: Replacement, tier: BlockTier) -> None:
+        cursor: Any = None
+        while cursor is None or int(cursor):
+            async with self._store.exchange():
+                cursor, found = await self._store.redis.sscan(key, cursor or 0, count=_HASHES_PER_SCAN)
+            replacement.publish(cast(list[BlockHash], found), tier)
+
+    async def _drop(self, worker_id: str) -> None:
         self._reached.pop(worker_id, None)
+        await self._drop_blocks(worker_id)
+
+    async def _drop_blocks(self, worker_id: str) -> None:
+        self._index.drop(worker_id)
+        await self._sweep()
+
+    async def _sweep(self) -> None:
+        while self._index.sweep():  # noqa: ASYNC110
+            await asyncio.sleep(0)  # not waiting: requests come first
 
     async def _list_writers(self) -> list[Leased[_Position]]:
         flat = await self._store.run_script("index_writers", [keys.index_writers(self._model)])
