@@ -17,7 +17,7 @@ KvPath = Literal["stream", "shared_memory", "peer", "host", "disk"]
 class KvRate:
     """As measured: n bytes take latency_s + n / bytes_per_s."""
 
-    bytes_per_s: float  # above 0
+    bytes_per_s: float  # 0: not yet, only the latency
     latency_s: float
 
 

@@ -128,7 +128,7 @@ def seat_at(request: RouteRequest, worker: Candidate) -> Seat:
         if num_short > 0:
             # Those that run there give all they have back in about one horizon.
             num_used = max(1, worker.num_total_tokens - worker.num_free_tokens)
-            room_s = HORIZON_TOKENS * (rates.step_s + others_s) * num_short / num_used
+            room_s = HORIZON_TOKENS * (rates.step_s + others_s) * min(1.0, num_short / num_used)
     decode_s = horizon * (rates.step_s + rates.decode_seq_s + others_s)
     return Seat(worker, num_missing, room_s, decode_s, horizon * others_s)
 

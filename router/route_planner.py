@@ -192,7 +192,9 @@ class RoutePlanner:
 
 def _tier_tokens(hit: PrefixHit, block_size: int, most: int) -> TierTokens:
     num_tokens = min(most, hit.num_blocks * block_size)
-    return TierTokens(hit.num_blocks, num_tokens)
+    _, num_host, num_disk = (num_blocks * block_size for num_blocks in hit.num_blocks_by_tier)
+    num_disk = min(num_disk, num_tokens)
+    return TierTokens(hit.num_blocks, num_tokens, min(num_host, num_tokens - num_disk), num_disk)
 
 
 def log_route(request_id: str, num_prompt_tokens: int, decision: policy.Decision) -> None:

@@ -26,7 +26,7 @@ class TransferRates:
         rates: dict[KvPath, KvRate] = {}
         for carrier, fit in self._fits.items():
             latency_s, byte_s = fit.solve()
-            if byte_s is not None:
-                bytes_per_s = 1 / max(byte_s, 1 / _MAX_BYTES_PER_S)
-                rates[cast(KvPath, carrier)] = KvRate(bytes_per_s=bytes_per_s, latency_s=latency_s or 0.0)
+            # None: compute has hidden every byte so far.
+            bytes_per_s = 0.0 if byte_s is None else 1 / max(byte_s, 1 / _MAX_BYTES_PER_S)
+            rates[cast(KvPath, carrier)] = KvRate(bytes_per_s=bytes_per_s, latency_s=latency_s or 0.0)
         return rates

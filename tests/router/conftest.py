@@ -70,8 +70,11 @@ class Router:
 
 
 @asynccontextmanager
-async def running_router(model_dir: Path, **settings: Any) -> AsyncIterator[Router]:
-    registry, index = MemoryRegistry(), MemoryIndex()
+async def running_router(
+    model_dir: Path, like: Router | None = None, **settings: Any
+) -> AsyncIterator[Router]:
+    """`like`: another one, whose registry and index this one follows too."""
+    registry, index = (like.registry, like.index) if like else (MemoryRegistry(), MemoryIndex())
     defaults = {"model": model_dir, "served_model_name": "test", "port": 0, "worker_timeout_s": 5.0}
     router_settings = RouterSettings(**{**defaults, **settings})
     app = build(router_settings, registry=registry, index=index)
