@@ -2,8 +2,8 @@
 
     python -m benchmarks.route_choice [--quick]
 
-Made-up workers of two speeds, a third of them with part of the prompt cached, half of them with a queue. Times
-are of the thread's own processor time, so that other work on the machine counts less.
+Made-up workers of two speeds, a third of them with part of the prompt cached, half of them with a queue.
+Times are of the thread's own processor time, so that other work on the machine counts less.
 """
 
 from __future__ import annotations
