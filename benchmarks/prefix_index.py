@@ -76,7 +76,7 @@ def one_by_one(case: Case) -> Iterator[Piece]:
 
 
 def without_order(case: Case) -> Iterator[Piece]:
-    """As a scan of a set brings them: ten prompts at a time, shuffled."""
+    """As a scan in Redis brings them: ten prompts at a time, shuffled."""
     for worker in range(case.num_workers):
         for first in range(0, case.num_prompts, 10):
             several = range(first, min(first + 10, case.num_prompts))
@@ -258,14 +258,12 @@ async def redis_memory(store: Store, num_blocks: int, empty_bytes: int) -> str:
     events_key = keys.index_events("bench")
     num_events = await store.redis.xlen(events_key)
     stream_bytes = await store.redis.memory_usage(events_key, samples=0)
-    set_bytes = [
-        await store.redis.memory_usage(key, samples=0)
-        for key in keys.worker_blocks("bench", "worker-0", "first")
-    ]
+    blocks_key = keys.worker_blocks("bench", "worker-0", "first")
+    blocks_bytes = await store.redis.memory_usage(blocks_key, samples=0)
     used_bytes = (await store.redis.info("memory"))["used_memory"] - empty_bytes
     worst_mb = stream_bytes / num_events * keys.MAX_STREAM_EVENTS / 1e6
     return (
-        f"sets {sum(set_bytes) / num_blocks:.1f} bytes a block, all memory of Redis without the stream "
+        f"its blocks {blocks_bytes / num_blocks:.1f} bytes each, all memory of Redis without the stream "
         f"{(used_bytes - stream_bytes) / num_blocks:.1f}; stream {stream_bytes / 1e6:.1f} MB in {num_events} "
         f"events of up to {keys.MAX_EVENT_HASHES} blocks, so {worst_mb:.0f} MB when it is full of such"
     )

@@ -1,16 +1,12 @@
 -- Apply one event of one worker and tell the mirrors.
 -- Returns 1 applied (or applied before), 0 start over with a reset, -1 another incarnation has taken over.
 -- Hash lists are concatenated hashes of hash_bytes each. An event without hashes only lengthens the lease.
--- The keys from the third on are the worker's sets of blocks, one for each tier; the arguments from the ninth
--- on are what is now in that tier.
-local writers, events, num_tiers = KEYS[1], KEYS[2], #KEYS - 2
+-- The arguments from the tenth on are the blocks that are now in the first tier, in the second, and so on.
+local writers, events, blocks = KEYS[1], KEYS[2], KEYS[3]
 local worker_id, incarnation, sequence = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local is_reset, takes_over, lease_ms = ARGV[4] == '1', ARGV[5] == '1', tonumber(ARGV[6])
-local hash_bytes, max_events, removed = tonumber(ARGV[7]), ARGV[8], ARGV[9 + num_tiers]
-local placed, blocks = {}, {}
-for tier = 1, num_tiers do
-  placed[tier], blocks[tier] = ARGV[8 + tier], KEYS[2 + tier]
-end
+local hash_bytes, max_events, removed = tonumber(ARGV[7]), ARGV[8], ARGV[9]
+local placed = { unpack(ARGV, 10) }
 local batch = 512 -- arguments of one call inside a script are limited
 
 local time = redis.call('TIME')
@@ -43,13 +39,14 @@ elseif not is_reset then
   end
 end
 
-local function each_batch(command, key, hashes)
-  local members = {}
+local function each_batch(command, hashes, value)
+  local arguments = {}
   for start = 1, #hashes, hash_bytes do
-    members[#members + 1] = string.sub(hashes, start, start + hash_bytes - 1)
-    if #members == batch or start + hash_bytes > #hashes then
-      redis.call(command, key, unpack(members))
-      members = {}
+    arguments[#arguments + 1] = string.sub(hashes, start, start + hash_bytes - 1)
+    arguments[#arguments + 1] = value -- nil for commands without one
+    if #arguments >= batch or start + hash_bytes > #hashes then
+      redis.call(command, blocks, unpack(arguments))
+      arguments = {}
     end
   end
 end
@@ -57,29 +54,21 @@ end
 if is_new then
   local event = { 'w', worker_id, 'i', incarnation, 'n', sequence, 'r', is_reset and '1' or '0', 'x', removed }
   if is_reset then
-    redis.call('UNLINK', unpack(blocks))
+    redis.call('UNLINK', blocks)
   end
-  for tier, key in ipairs(blocks) do
-    if redis.call('EXISTS', key) == 1 then
-      each_batch('SREM', key, removed)
-      for other, hashes in ipairs(placed) do
-        if other ~= tier then
-          each_batch('SREM', key, hashes)
-        end
-      end
-    end
-    each_batch('SADD', key, placed[tier])
-    event[#event + 1] = tier - 1
-    event[#event + 1] = placed[tier]
+  each_batch('HDEL', removed)
+  for index, hashes in ipairs(placed) do
+    local tier = index - 1
+    each_batch('HSET', hashes, tier)
+    event[#event + 1] = tier
+    event[#event + 1] = hashes
   end
   redis.call('XADD', events, 'MAXLEN', '~', max_events, '*', unpack(event))
 end
 
 local ends_at = now_ms + lease_ms
 redis.call('HSET', writers, worker_id, incarnation .. ' ' .. sequence .. ' ' .. ends_at)
-for _, key in ipairs(blocks) do
-  redis.call('PEXPIRE', key, lease_ms)
-end
+redis.call('PEXPIRE', blocks, lease_ms)
 for _, key in ipairs({ writers, events }) do
   if redis.call('PTTL', key) < lease_ms then
     redis.call('PEXPIRE', key, lease_ms)

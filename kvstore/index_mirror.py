@@ -1,6 +1,6 @@
 """The reading side of the prefix index: a router's own copy, in a MemoryIndex.
 
-1. Note where the event stream ends, list the live writers, take a snapshot of each: its sets of blocks,
+1. Note where the event stream ends, list the live writers, take a snapshot of each: its blocks,
    scanned piece by piece and shown when complete. Changes made meanwhile come again as events; repeating
    them in order gives the right sets.
 2. Follow the stream. Each writer numbers its events: a number too high, or an incarnation that is not
@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from kvstore.block_hash import HASH_SIZE_BYTES, BlockHash, BlockTier
 from kvstore.leases import Leased, LeaseView
 from kvstore.memory_index import MemoryIndex, Replacement
 from kvstore.store import MAX_BLOCK_S, Outage, Store, StoreUnavailable
+
+log = logging.getLogger(__name__)
 
 _EVENTS_PER_READ = 64
 _HASHES_PER_SCAN = 2000
@@ -58,6 +61,7 @@ class IndexMirror:
         self._last_event_id: bytes | None = None  # None: not following
         self._reached: dict[str, _Position] = {}  # worker id -> what `index` shows
         self._writers = LeaseView[_Position](monotonic)
+        self._is_full = False
         self.num_snapshots = 0
 
     @property
@@ -117,6 +121,7 @@ class IndexMirror:
             self._last_event_id = event_id
             await self._apply(fields)
             await asyncio.sleep(0)  # requests come first
+        await self._sweep()
         return True
 
     async def _audit(self) -> None:
@@ -127,13 +132,16 @@ class IndexMirror:
             pass
         self._writers.update(listing)
         for worker_id in known - self._writers.values().keys():
-            await self._drop(worker_id)
+            self._drop(worker_id)
         for leased in listing:
             reached = self._reached.get(leased.key)
             is_same = reached is not None and reached.incarnation == leased.value.incarnation
             if reached is None or not is_same or reached.sequence < leased.value.sequence:
                 await self._take_snapshot(leased.key)
-        await self._sweep()  # what an interrupted snapshot left
+        await self._sweep()
+        if self._index.num_refused and not self._is_full:
+            self._is_full = True
+            log.warning("prefix_index_full", extra={"fields": {"num_blocks": self._index.num_blocks}})
 
     async def _apply(self, fields: dict[bytes, bytes]) -> None:
         worker_id, incarnation = fields[b"w"].decode(), fields[b"i"].decode()
@@ -142,7 +150,7 @@ class IndexMirror:
         if b"d" in fields:
             if is_same:
                 self._writers.withdraw(worker_id)
-                await self._drop(worker_id)
+                self._drop(worker_id)
             return
         sequence = int(fields[b"n"])
         if is_same and reached is not None and sequence <= reached.sequence:
@@ -153,7 +161,7 @@ class IndexMirror:
             await self._take_snapshot(worker_id)
             return
         if is_reset:
-            await self._drop_blocks(worker_id)
+            self._index.drop(worker_id)
         self._index.evict(worker_id, _split(fields[b"x"]))
         for tier in BlockTier:
             self._index.publish(worker_id, _split(fields[b"%d" % tier]), tier)
@@ -166,30 +174,25 @@ class IndexMirror:
             return
         replacement = self._index.replace(worker_id)
         try:
-            scanned = keys.worker_blocks(self._model, worker_id, position.incarnation)
-            for tier, key in zip(BlockTier, scanned, strict=True):
-                await self._scan(key, replacement, tier)
+            await self._scan(keys.worker_blocks(self._model, worker_id, position.incarnation), replacement)
             replacement.show()
             self._reached[worker_id] = position
             self.num_snapshots += 1
         finally:
             replacement.discard()
-        await self._sweep()
 
-    async def _scan(self, key: str, replacement: Replacement, tier: BlockTier) -> None:
+    async def _scan(self, key: str, replacement: Replacement) -> None:
         cursor: Any = None
         while cursor is None or int(cursor):
             async with self._store.exchange():
-                cursor, found = await self._store.redis.sscan(key, cursor or 0, count=_HASHES_PER_SCAN)
-            replacement.publish(cast(list[BlockHash], found), tier)
+                cursor, found = await self._store.redis.hscan(key, cursor or 0, count=_HASHES_PER_SCAN)
+            tiers = cast(dict[BlockHash, bytes], found)
+            for tier in BlockTier:
+                replacement.publish((h for h, now in tiers.items() if now == b"%d" % tier), tier)
 
-    async def _drop(self, worker_id: str) -> None:
+    def _drop(self, worker_id: str) -> None:
         self._reached.pop(worker_id, None)
-        await self._drop_blocks(worker_id)
-
-    async def _drop_blocks(self, worker_id: str) -> None:
         self._index.drop(worker_id)
-        await self._sweep()
 
     async def _sweep(self) -> None:
         while self._index.sweep():  # noqa: ASYNC110

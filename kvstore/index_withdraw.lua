@@ -1,8 +1,8 @@
 -- A worker leaves: its blocks go and mirrors drop it. Nothing happens when another incarnation has taken over.
-local writers, events = KEYS[1], KEYS[2] -- and the worker's sets of blocks
+local writers, events, blocks = KEYS[1], KEYS[2], KEYS[3]
 local worker_id, incarnation, max_events = ARGV[1], ARGV[2], ARGV[3]
 
-redis.call('UNLINK', unpack(KEYS, 3))
+redis.call('UNLINK', blocks)
 local state = redis.call('HGET', writers, worker_id)
 if not state or string.match(state, '^%S+') ~= incarnation then
   return 0

@@ -7,19 +7,15 @@ baton:{model}:wrk:leases               zset    worker id -> end of lease, server
 baton:{model}:wrk:changes              pubsub  "announced <id>" or "withdrawn <id>"       -
 baton:{model}:<scheme>:idx             hash    worker id -> incarnation, sequence, end    longest index lease
 baton:{model}:<scheme>:idx:events      stream  changes of all workers, capped             longest index lease
-baton:{model}:<scheme>:blk:<id>:<inc>:<tier>
-                                       set     block hashes that this incarnation holds,  its index lease
-                                               each in its fastest tier only
-
-A block costs 38 to 52 bytes of Redis memory for each worker that holds it (MEMORY USAGE of sets of 100,000 to
-1,000,000 blocks, Valkey 9.1), whichever its tier.
+baton:{model}:<scheme>:blk:<id>:<inc>  hash    block hash -> fastest BlockTier where this its index lease
+                                               incarnation has it
 """
 
 from __future__ import annotations
 
 from urllib.parse import quote
 
-from kvstore.block_hash import HASH_SCHEME, BlockTier
+from kvstore.block_hash import HASH_SCHEME
 
 # Events kept for mirrors that lag. One carries at most MAX_EVENT_HASHES hashes, so the stream stays near
 # 64 MiB at its worst. A mirror that lags further takes a snapshot.
@@ -51,7 +47,5 @@ def index_events(model: str) -> str:
     return f"{_tag(model)}:{HASH_SCHEME}:idx:events"
 
 
-def worker_blocks(model: str, worker_id: str, incarnation: str) -> tuple[str, ...]:
-    """One key for each BlockTier, in its order."""
-    key = f"{_tag(model)}:{HASH_SCHEME}:blk:{quote(worker_id, safe='')}:{incarnation}"
-    return tuple(f"{key}:{tier.name.lower()}" for tier in BlockTier)
+def worker_blocks(model: str, worker_id: str, incarnation: str) -> str:
+    return f"{_tag(model)}:{HASH_SCHEME}:blk:{quote(worker_id, safe='')}:{incarnation}"

@@ -4,7 +4,7 @@ The life of a change:
 1. publish() / evict() on the event loop: noted in `_held` (the truth) and `_pending` (what Redis lacks). No
    waiting.
 2. The writer task takes what is pending as one numbered event and applies it in one script: the worker's
-   sets of blocks, its sequence number, its lease, and the event stream that mirrors follow. While it waits
+   blocks, its sequence number, its lease, and the event stream that mirrors follow. While it waits
    for the answer the next changes gather.
 3. The answer was lost: the same event is sent again; the script knows its number.
 4. Redis does not know this writer (came back empty, lease ran out) or too much is pending: everything that
@@ -49,7 +49,7 @@ class RedisIndex:
         self._keys = [
             keys.index_writers(model),
             keys.index_events(model),
-            *keys.worker_blocks(model, worker_id, incarnation),
+            keys.worker_blocks(model, worker_id, incarnation),
         ]
         self._worker_id = worker_id
         self._incarnation = incarnation
@@ -188,8 +188,8 @@ class RedisIndex:
             round(self._lease_s * 1000),
             HASH_SIZE_BYTES,
             keys.MAX_STREAM_EVENTS,
-            *event.placed,
             event.removed,
+            *event.placed,
         ]
         result = await self._store.run_script("index_apply", self._keys, args)
         if result == _REPLACED:

@@ -139,9 +139,9 @@ class Cluster:
             async with asyncio.timeout(10):
                 await writer.flush()
         for worker_id, held in self.held.items():
-            of_tiers = keys.worker_blocks(self.model, worker_id, self.started[worker_id])
-            for tier, key in zip(BlockTier, of_tiers, strict=True):
-                assert await self.store.redis.smembers(key) == {h for h, now in held.items() if now is tier}
+            key = keys.worker_blocks(self.model, worker_id, self.started[worker_id])
+            stored = await self.store.redis.hgetall(key)
+            assert {block_hash: int(tier) for block_hash, tier in stored.items()} == held
 
     async def close(self) -> None:
         for worker_id in list(self.writers):

@@ -55,12 +55,13 @@ async def flushed(index: RedisIndex) -> None:
 
 
 async def stored_blocks(store: Store, worker_id: str = "w", incarnation: str = "first") -> set[bytes]:
-    return set(await store.redis.sunion(keys.worker_blocks("tiny", worker_id, incarnation)))
+    return set(await store.redis.hkeys(keys.worker_blocks("tiny", worker_id, incarnation)))
 
 
 async def stored_tiers(store: Store) -> list[set[bytes]]:
     """Of worker w: what is in which tier."""
-    return [set(await store.redis.smembers(key)) for key in keys.worker_blocks("tiny", "w", "first")]
+    tiers = await store.redis.hgetall(keys.worker_blocks("tiny", "w", "first"))
+    return [{block for block, now in tiers.items() if int(now) == tier} for tier in BlockTier]
 
 
 async def lose_events(store: Store) -> None:
@@ -135,14 +136,14 @@ async def test_a_snapshot_that_redis_interrupts_leaves_the_mirror_as_it_was(
         index.publish(blocks(*range(10, 10_000)))
         await flushed(index)
         await lose_events(mortal_store)
-        scan = mortal_store.redis.sscan
+        scan = mortal_store.redis.hscan
 
         async def scan_once(*args: object, **options: object) -> object:
             server.kill()
-            monkeypatch.setattr(mortal_store.redis, "sscan", scan)
+            monkeypatch.setattr(mortal_store.redis, "hscan", scan)
             return await scan(*args, **options)
 
-        monkeypatch.setattr(mortal_store.redis, "sscan", scan_once)
+        monkeypatch.setattr(mortal_store.redis, "hscan", scan_once)
         with pytest.raises(StoreUnavailable):
             await mirror.catch_up()
         assert shown.blocks("w") == blocks(*range(10))
@@ -178,6 +179,21 @@ async def test_requests_come_between_the_pieces_of_a_burst_and_of_a_sweep(store:
         looking.cancel()
         assert shown.num_blocks == 0
         assert len(seen) >= 100
+
+
+async def test_a_full_mirror_shows_less_never_something_wrong_and_says_so_once(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = ObservedIndex(max_blocks=100)
+    mirror = IndexMirror(store, "tiny", shown)
+    async with writing(store) as index:
+        for start in range(0, 300, 50):
+            index.publish(blocks(*range(start, start + 50)))
+            await flushed(index)
+            await mirror.catch_up()
+        assert len(shown.blocks("w")) == shown.num_blocks == 100
+        assert shown.blocks("w") < blocks(*range(300))
+        assert [record.message for record in caplog.records].count("prefix_index_full") == 1
 
 
 async def test_changes_before_start_count(store: Store) -> None:
@@ -369,12 +385,12 @@ async def test_a_repeated_event_is_applied_once(store: Store) -> None:
         script_keys = [
             keys.index_writers("tiny"),
             keys.index_events("tiny"),
-            *keys.worker_blocks("tiny", "w", "first"),
+            keys.worker_blocks("tiny", "w", "first"),
         ]
         before = await store.redis.xlen(keys.index_events("tiny"))
         (block,) = blocks(2)
         sequence = (await store.run_script("index_writers", script_keys[:1]))[2] + 1
-        args = ["w", "first", sequence, 0, 0, 30_000, 16, 100, block, b"", b"", b""]
+        args = ["w", "first", sequence, 0, 0, 30_000, 16, 100, b"", block, b"", b""]
         assert await store.run_script("index_apply", script_keys, args) == 1
         assert await store.run_script("index_apply", script_keys, args) == 1
         assert await store.redis.xlen(keys.index_events("tiny")) == before + 1
@@ -386,10 +402,10 @@ async def test_an_event_out_of_order_asks_for_a_new_start(store: Store) -> None:
         script_keys = [
             keys.index_writers("tiny"),
             keys.index_events("tiny"),
-            *keys.worker_blocks("tiny", "w", "first"),
+            keys.worker_blocks("tiny", "w", "first"),
         ]
         (block,) = blocks(2)
-        args = ["w", "first", 77, 0, 0, 30_000, 16, 100, block, b"", b"", b""]
+        args = ["w", "first", 77, 0, 0, 30_000, 16, 100, b"", block, b"", b""]
         assert await store.run_script("index_apply", script_keys, args) == 0
         assert await stored_blocks(store) == set()
 
