@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from proto import common_pb2, link_pb2
 from router.fleet import Fleet
@@ -151,6 +151,7 @@ class RequestFlow:
         decision = route.decision
         self._metrics.routed(decision)
         log_route(self._request.request_id, self.num_prompt_tokens, decision)
+        route.decision = replace(decision, options=())  # as many as workers: not for the life of a request
         self._request.span.event(
             "routed",
             {

@@ -182,3 +182,37 @@ async def test_decisions_and_predictions_are_counted(make_router: RouterFactory)
     assert await router.metric(name) == 1
     assert await router.metric("baton_router_predicted_hit_tokens_total") == 12
     assert await router.metric("baton_router_hit_tokens_total") == 8
+
+
+async def test_an_idle_link_s_load_is_old_and_the_registry_s_counts(make_router: RouterFactory) -> None:
+    """Another router keeps the worker busy: nothing comes down this one's link."""
+    router = await make_router()
+    await router.add_worker("decode-0")
+    [(record, link)] = router.fleet.decode_workers()
+    planner = router.app.state.serving.planner
+    assert planner.decode_candidate(record, link, {}).num_requests == 0
+    busy = replace(record, load=WorkerLoad(num_running=7, num_waiting_tokens=900, num_free_blocks=10))
+    link._told_at -= 10.0
+    await router.registry.announce(busy, 60.0)
+    await router.until(lambda: router.fleet._records["decode-0"].load == busy.load)
+    candidate = planner.decode_candidate(busy, link, {})
+    assert (candidate.num_requests, candidate.num_waiting_tokens) == (7, 900)
+    assert (candidate.num_free_tokens, candidate.num_total_tokens) == (40, 4000)
+    await route_of(router)  # the worker tells on the link again
+    assert planner.decode_candidate(busy, link, {}).num_requests == 0
+
+
+async def test_what_was_considered_is_not_kept_with_the_request(make_router: RouterFactory) -> None:
+    router = await make_router()
+    worker = await router.add_worker("decode-0", is_held=True)
+    flows: list[Any] = []
+    planner = router.app.state.serving.planner
+    honest = planner.plan
+    object.__setattr__(
+        planner, "plan", lambda *args, **kwargs: flows.append(honest(*args, **kwargs)) or flows[-1]
+    )
+    answer = asyncio.create_task(router.complete(prompt=LONG))
+    await worker.until(lambda: len(worker.submits) == 1)
+    assert [len(route.decision.options) for route in flows] == [0]
+    await worker.release()
+    assert (await answer).status_code == 200
