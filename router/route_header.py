@@ -19,5 +19,5 @@ def route_header(decision: Decision) -> bytes:
     pairs["predicted_hit_tokens"] = str(decision.num_hit_tokens)
     pairs["reason"] = f"{decision.decode_reason},{decision.prefill_reason}"
     seconds = {"cost_s": decision.terms.total_s, **decision.terms._asdict()}
-    pairs |= {name: f"{value:.4f}" for name, value in seconds.items()}
+    pairs |= {name: f"{value:.4g}" for name, value in seconds.items()}
     return "; ".join(f"{name}={value}" for name, value in pairs.items()).encode()

@@ -72,7 +72,8 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class TierTokens:
-    """Leading prompt tokens in one worker's cache; the last token of a prompt is always computed."""
+    """Leading prompt tokens in one worker's cache: whole blocks, without the last token of the prompt, which
+    is always computed."""
 
     num_blocks: int = 0
     num_tokens: int = 0
@@ -177,7 +178,7 @@ class RoutePlanner:
 
     def _hits(self, hashes: PromptHashes, workers: list[WorkerRecord]) -> dict[str, TierTokens]:
         """By worker id; workers that hold nothing are left out."""
-        most = len(hashes.token_ids) - 1
+        num_prompt_tokens = len(hashes.token_ids)
         found: dict[HashChain, dict[str, PrefixHit]] = {}
         hits = {}
         for worker in workers:
@@ -186,12 +187,12 @@ class RoutePlanner:
                 found[chain] = {hit.worker_id: hit for hit in self._index.lookup(hashes.of(chain))}
             hit = found[chain].get(worker.worker_id)
             if hit is not None:
-                hits[worker.worker_id] = _tier_tokens(hit, worker.block_size, most)
+                hits[worker.worker_id] = _tier_tokens(hit, worker.block_size, num_prompt_tokens)
         return hits
 
 
-def _tier_tokens(hit: PrefixHit, block_size: int, most: int) -> TierTokens:
-    num_tokens = min(most, hit.num_blocks * block_size)
+def _tier_tokens(hit: PrefixHit, block_size: int, num_prompt_tokens: int) -> TierTokens:
+    num_tokens = min(hit.num_blocks, (num_prompt_tokens - 1) // block_size) * block_size
     _, num_host, num_disk = (num_blocks * block_size for num_blocks in hit.num_blocks_by_tier)
     num_disk = min(num_disk, num_tokens)
     return TierTokens(hit.num_blocks, num_tokens, min(num_host, num_tokens - num_disk), num_disk)

@@ -39,7 +39,7 @@ class WorkerRates:
     stream: KvCost = KvCost(0.005, 1 / 200e6)  # hand-off from another host
     shared_memory: KvCost = KvCost(0.003, 1 / 2e9)  # hand-off from the same host
     peer: KvCost = KvCost(0.005, 1 / 200e6)
-    host: KvCost = KvCost(0.001, 1 / 4e9)
+    host: KvCost = KvCost(0.0005, 1 / 4e9)
     disk: KvCost = KvCost(0.002, 1 / 500e6)
 
 

@@ -79,7 +79,7 @@ async def test_the_log_has_all_that_was_considered(
         ("decode-0", "prefill-0"),
     }
     chosen = min(options, key=lambda option: option["cost_s"])
-    assert f"{chosen['cost_s']:.4f}" == parsed(response.headers)["cost_s"]
+    assert float(parsed(response.headers)["cost_s"]) == pytest.approx(chosen["cost_s"], rel=0.001)
     assert str(LONG[:5])[1:-1] not in str(record.fields)
 
 

@@ -41,14 +41,14 @@ async def test_the_index_s_hits_choose_the_workers(make_router: RouterFactory) -
     submit = router.workers["decode-1"].submits[0]
     assert (submit.prefill_worker_id, submit.prefill_address) == ("prefill-1", "127.0.0.1:1")
     router.index.publish("decode-1", hashes)
-    assert await route_of(router) == "decode=decode-1; prefill=local; predicted_hit_tokens=199"
+    assert await route_of(router) == "decode=decode-1; prefill=local; predicted_hit_tokens=196"
 
 
 async def test_another_salt_hits_nothing(make_router: RouterFactory) -> None:
     router = await make_router()
     await router.add_worker("decode-0")
     router.index.publish("decode-0", CHAIN.hashes(LONG, "tenant"))
-    assert (await route_of(router, cache_salt="tenant")).endswith("=199")
+    assert (await route_of(router, cache_salt="tenant")).endswith("=196")
     assert (await route_of(router)).endswith("=0")
 
 
