@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 from benchmarks.results_file import table, write_result
-from router.policy import Chance, choose
+from router.policy import Chance, PolicyConfig, choose
 from router.route_cost import Candidate, RouteRequest
 from router.worker_rates import WorkerRates
 
@@ -44,7 +44,7 @@ def measure(num_decode: int, num_prefill: int, *, num_decisions: int) -> dict[st
     times_ms = []
     for turn in range(num_decisions):
         began = time.thread_time()
-        decision = choose("prefix", request, decode, prefill, Chance(turn=turn))
+        decision = choose(PolicyConfig(name="prefix"), request, decode, prefill, Chance(turn=turn))
         times_ms.append((time.thread_time() - began) * 1000)
     return {
         "decode workers": num_decode,

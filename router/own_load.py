@@ -12,6 +12,7 @@ class OwnLoad:
 
     def __init__(self) -> None:
         self.num_requests = 0  # sent and not ended
+        self.num_handing_off = 0  # of them, their prompts are computed elsewhere
         self.num_tokens = 0  # of their prompts, to be computed there
         self._most_requests = [0, 0]  # between the loads told: before the last one, since the last one
         self._told_own = 0
@@ -31,6 +32,11 @@ class OwnLoad:
     def requests(self, num_told: int) -> int:
         """At the worker now, with those of others."""
         return self.num_requests + max(0, num_told - self._told_own)
+
+    def handing_off(self, num_told: int, num_waiting_told: int) -> int:
+        """Of requests(num_told). Those of others that wait are taken to wait for their prompts."""
+        num_others = max(0, num_told - self._told_own)
+        return self.num_handing_off + (num_waiting_told * num_others // num_told if num_others else 0)
 
     def tokens(self, num_told: int, num_requests_told: int) -> int:
         """Prompt tokens to be computed at the worker now. Its own number includes what its cache will save

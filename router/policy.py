@@ -36,8 +36,6 @@ MAX_REQUEST_SPREAD = 16
 MAX_REQUEST_RATIO = 1.5
 # Pairs are made of so many workers of each role, the best by what can be said of them alone.
 MAX_PAIRED = 8
-# The policies without costs hand off what is longer.
-_SHORT_PROMPT_TOKENS = 32
 
 _worker_id = attrgetter("worker_id")
 _T = TypeVar("_T")
@@ -80,16 +78,22 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyConfig:
+    name: PolicyName
+    temperature_s: float = 0.0  # prefix; above 0: an option is drawn, with odds of e^(-cost / temperature_s)
+    local_prefill_max_tokens: int = 32  # the others hand off what is longer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chance:
     """What makes decisions differ that know the same."""
 
     turn: int  # counts decisions: equal costs take turns, and it drives round robin
-    temperature_s: float = 0.0  # above 0: an option is drawn, with odds of e^(-cost / temperature_s)
     draw: float = 0.0  # in [0, 1)
 
 
 def choose(
-    policy: PolicyName,
+    config: PolicyConfig,
     request: RouteRequest,
     decode: Iterable[Candidate],
     prefill: Iterable[Candidate],
@@ -98,8 +102,8 @@ def choose(
     """`decode` is not empty. Neither order matters."""
     turn = chance.turn
     decode, prefill = sorted(decode, key=_worker_id), sorted(prefill, key=_worker_id)
-    if policy != "prefix":
-        return _choose_simply(policy, request, decode, prefill, turn)
+    if config.name != "prefix":
+        return _choose_simply(config, request, decode, prefill, turn)
     holders = _holders([*decode, *prefill], turn)
     seats = [seat_at(request, worker) for worker in decode]
     alone = [_alone(request, seat, holders) for seat in seats]
@@ -110,8 +114,8 @@ def choose(
     options += pairing.options([seat for seat, is_allowed in zip(seats, allowed, strict=True) if is_allowed])
     reason: DecodeReason = "least_cost"
     chosen = _least(options, turn)
-    if chance.temperature_s > 0:
-        reason, chosen = "drawn", _drawn(options, chance)
+    if config.temperature_s > 0:
+        reason, chosen = "drawn", _drawn(options, config.temperature_s, chance.draw)
     elif any(barred):
         best_barred = min(
             min(option.cost_s, pairing.least_s(option.seat))
@@ -222,11 +226,11 @@ def _least(options: Sequence[Option], turn: int) -> Option:
     return there[turn // len(decode_ids) % len(there)]
 
 
-def _drawn(options: Sequence[Option], chance: Chance) -> Option:
+def _drawn(options: Sequence[Option], temperature_s: float, draw: float) -> Option:
     ordered = sorted(options, key=attrgetter("ids"))
     least_s = min(option.cost_s for option in ordered)
-    odds = [math.exp((least_s - option.cost_s) / chance.temperature_s) for option in ordered]
-    left = chance.draw * math.fsum(odds)
+    odds = [math.exp((least_s - option.cost_s) / temperature_s) for option in ordered]
+    left = draw * math.fsum(odds)
     for option, odd in zip(ordered, odds, strict=True):
         left -= odd
         if left < 0:
@@ -235,17 +239,17 @@ def _drawn(options: Sequence[Option], chance: Chance) -> Option:
 
 
 def _choose_simply(
-    policy: PolicyName,
+    config: PolicyConfig,
     request: RouteRequest,
     decode: Sequence[Candidate],
     prefill: Sequence[Candidate],
     turn: int,
 ) -> Decision:
-    reason: DecodeReason = "round_robin" if policy == "round_robin" else "least_loaded"
+    reason: DecodeReason = "round_robin" if config.name == "round_robin" else "least_loaded"
     chosen = _pick(decode, [worker.num_requests for worker in decode], reason, turn)
     able = [worker for worker in prefill if worker.layout_fingerprint == chosen.layout_fingerprint]
     seat = seat_at(request, chosen)
-    if able and seat.num_missing_tokens > _SHORT_PROMPT_TOKENS:
+    if able and seat.num_missing_tokens > config.local_prefill_max_tokens:
         helper = _pick(able, [worker.num_waiting_tokens for worker in able], reason, turn)
         prompt = prompt_on(request, helper, [])
         terms = terms_remote(request, prompt, seat)

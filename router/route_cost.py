@@ -16,8 +16,6 @@ from typing import NamedTuple
 from router.worker_rates import ASSUMED, WorkerRates
 
 HORIZON_TOKENS = 64
-# Sequences that a prompt holds up on a decode worker, at least: an idle one will not stay idle for long.
-_LEAST_DISTURBED = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +27,7 @@ class Candidate:
     num_host_tokens: int = 0  # of them in host memory
     num_disk_tokens: int = 0  # of them on disk
     num_requests: int = 0  # running and waiting, those routed since it last told included
+    num_handing_off: int = 0  # of them: their prompts are still computed elsewhere
     num_waiting_tokens: int = 0  # prompt tokens still to compute, those routed since included
     num_free_tokens: int = 0  # room for KV
     num_total_tokens: int = 0  # 0: not told
@@ -136,8 +135,8 @@ def seat_at(request: RouteRequest, worker: Candidate) -> Seat:
 def terms_local(prompt: Prompt, seat: Seat) -> Terms:
     """The decode worker prefills by itself: its steps do both."""
     rates = seat.worker.rates
-    num_others = seat.worker.num_requests
-    held_up_s = prompt.num_computed_tokens * rates.prefill_token_s * max(_LEAST_DISTURBED, num_others)
+    num_others = seat.worker.num_requests - seat.worker.num_handing_off
+    held_up_s = prompt.num_computed_tokens * rates.prefill_token_s * num_others
     return Terms(
         prompt.wait_s + seat.room_s,
         prompt.load_s,

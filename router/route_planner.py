@@ -55,6 +55,7 @@ class Route:
         self._is_counted = True
         if self._prefill_load is not None:
             self._prefill_load.begin()
+            self.link.own.num_handing_off += 1
         self._computing.num_tokens += self.decision.num_computed_tokens
 
     def prefill_ended(self) -> None:
@@ -64,6 +65,7 @@ class Route:
             self._computing.num_tokens -= self.decision.num_computed_tokens
             if self._prefill_load is not None:
                 self._prefill_load.end()
+                self.link.own.num_handing_off -= 1
 
     @property
     def _computing(self) -> OwnLoad:
@@ -89,15 +91,12 @@ class RoutePlanner:
         self,
         fleet: Fleet,
         index: PrefixIndex,
-        *,
-        policy_name: policy.PolicyName,
-        temperature_s: float = 0.0,
+        config: policy.PolicyConfig,
         random: Random | None = None,
     ) -> None:
         self._fleet = fleet
         self._index = index
-        self._policy = policy_name
-        self._temperature_s = temperature_s
+        self._config = config
         self._random = random or Random()
         self._turns = itertools.count()
 
@@ -120,13 +119,11 @@ class RoutePlanner:
         records = {record.worker_id: record for record in [*(record for record, _ in decode), *prefill]}
         hits = self._hits(hashes, list(records.values()))
         decision = policy.choose(
-            self._policy,
+            self._config,
             RouteRequest(num_prompt_tokens=num_tokens, max_tokens=max_tokens),
             [self.decode_candidate(record, link, hits) for record, link in decode],
             [self.prefill_candidate(record, hits) for record in prefill],
-            policy.Chance(
-                turn=next(self._turns), temperature_s=self._temperature_s, draw=self._random.random()
-            ),
+            policy.Chance(turn=next(self._turns), draw=self._random.random()),
         )
         helper = records[decision.prefill_id] if decision.prefill_id is not None else None
         peer = None
@@ -153,6 +150,7 @@ class RoutePlanner:
             num_host_tokens=hit.num_host_tokens,
             num_disk_tokens=hit.num_disk_tokens,
             num_requests=link.own.requests(num_told),
+            num_handing_off=link.own.handing_off(num_told, load.num_waiting),
             num_waiting_tokens=link.own.tokens(load.num_waiting_tokens, num_told),
             num_free_tokens=load.num_free_blocks * record.block_size,
             num_total_tokens=num_blocks * record.block_size,

@@ -84,6 +84,7 @@ def test_settings_are_frozen_as_a_list() -> None:
         "redis_url",
         "policy",
         "policy_temperature_s",
+        "local_prefill_max_tokens",
         "max_retries",
         "request_timeout_s",
         "worker_timeout_s",

@@ -48,6 +48,15 @@ def test_requests_of_others_come_on_top() -> None:
     assert own.tokens(1000, 4) == 200 + 750
 
 
+def test_of_others_those_that_wait_are_taken_to_wait_for_their_prompts() -> None:
+    own = OwnLoad()
+    own.begin()
+    own.num_handing_off += 1
+    own.told()
+    assert own.handing_off(1, 1) == 1
+    assert own.handing_off(5, 3) == 1 + 2
+
+
 def test_everything_told_by_a_worker_without_own_requests_is_of_others() -> None:
     own = OwnLoad()
     own.told()

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.policy import MAX_PAIRED, MAX_REQUEST_SPREAD, Candidate, Chance, Decision, PolicyName, choose
+from router.policy import (
+    MAX_PAIRED,
+    MAX_REQUEST_SPREAD,
+    Candidate,
+    Chance,
+    Decision,
+    PolicyConfig,
+    PolicyName,
+    choose,
+)
 from router.route_cost import RouteRequest
 from router.worker_rates import KvCost, WorkerRates
 
@@ -33,10 +42,12 @@ def decide(
     policy: PolicyName = "prefix",
     num_prompt_tokens: int = 1000,
     max_tokens: int = 100,
+    temperature_s: float = 0.0,
     **chance: Any,
 ) -> Decision:
     request = RouteRequest(num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens)
-    return choose(policy, request, decode_workers, prefill_workers or [], Chance(**{"turn": 0, **chance}))
+    config = PolicyConfig(name=policy, temperature_s=temperature_s)
+    return choose(config, request, decode_workers, prefill_workers or [], Chance(**{"turn": 0, **chance}))
 
 
 # one decode worker or another
@@ -62,7 +73,7 @@ def test_running_requests_outweigh_a_small_hit() -> None:
 
 
 def test_a_longer_answer_makes_a_full_batch_dearer() -> None:
-    workers = [decode("a"), decode("b", num_hit_tokens=64, num_requests=1)]
+    workers = [decode("a"), decode("b", num_hit_tokens=50, num_requests=1, num_handing_off=1)]
     assert decide(workers, max_tokens=2).decode_id == "b"
     assert decide(workers, max_tokens=1000).decode_id == "a"
 
@@ -106,6 +117,17 @@ def test_a_long_uncached_prompt_goes_to_a_prefill_worker() -> None:
     assert alone.terms.disturb_s == pytest.approx(decision.terms.disturb_s + 4 * 1.0)  # 4 wait for a second
 
 
+def test_requests_that_wait_for_their_own_prompt_are_not_held_up_by_another() -> None:
+    """Or a queue at the prefill workers would keep prompts off the decode workers that could help."""
+    waiting = decode("d", num_requests=20, num_handing_off=20)
+    decision = decide([waiting], [prefill("p", num_waiting_tokens=2000)])
+    assert decision.prefill_reason == "local"
+    assert (
+        decide([replace(waiting, num_handing_off=0)], [prefill("p", num_waiting_tokens=2000)]).prefill_id
+        == "p"
+    )
+
+
 def test_a_short_suffix_is_prefilled_by_the_decode_worker() -> None:
     decision = decide([decode("d", num_hit_tokens=998)], [prefill("p", num_hit_tokens=998)])
     assert (decision.prefill_id, decision.prefill_reason) == (None, "local")
@@ -147,8 +169,8 @@ def test_a_faster_prefill_worker_takes_the_longer_queue() -> None:
 def test_a_slow_network_keeps_the_prompt_where_it_is_decoded() -> None:
     slow = replace(RATES, stream=KvCost(0.005, 1e-5))  # 10 s for the prompt
     assert decide([decode("d", rates=slow)], [prefill("p")]).prefill_reason == "local"
-    on_one_host = decide([decode("d", rates=slow, host_id="h")], [prefill("p", host_id="h")])
-    assert on_one_host.prefill_id == "p"
+    busy = decode("d", rates=slow, host_id="h", num_requests=1)
+    assert decide([busy], [prefill("p", host_id="h")]).prefill_id == "p"
 
 
 def test_a_transfer_hides_behind_the_compute() -> None:
@@ -445,7 +467,8 @@ def test_in_a_large_fleet_the_best_pair_is_found_though_not_all_are_looked_at() 
 
 
 def test_in_a_large_idle_fleet_all_get_their_turn() -> None:
-    decode_workers = [decode(f"d{index:02}") for index in range(3 * MAX_PAIRED)]
+    slow = replace(RATES, prefill_token_s=1.0)
+    decode_workers = [decode(f"d{index:02}", rates=slow) for index in range(3 * MAX_PAIRED)]
     prefill_workers = [prefill(f"p{index:02}") for index in range(3 * MAX_PAIRED)]
     decisions = [decide(decode_workers, prefill_workers, turn=turn) for turn in range(300)]
     assert len({decision.decode_id for decision in decisions}) == len(decode_workers)

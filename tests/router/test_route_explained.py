@@ -30,12 +30,6 @@ async def add_prefill(router: Router, worker_id: str, **fields: Any) -> None:
     await router.until(lambda: worker_id in {record.worker_id for record in router.fleet.prefill_workers()})
 
 
-async def set_load(router: Router, worker_id: str, load: WorkerLoad) -> None:
-    [record] = [r for r in await router.registry.list() if r.worker_id == worker_id]
-    await router.registry.announce(decode_record(worker_id, record.address, load=load), 60.0)
-    await router.until(lambda: router.fleet._records[worker_id].load == load)
-
-
 @pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("endpoint", ["chat", "complete"])
 async def test_every_answer_says_why_it_came_from_there(router: Router, endpoint: str, streams: bool) -> None:
@@ -85,8 +79,7 @@ async def test_the_log_has_all_that_was_considered(
 
 async def test_whoever_prefills_may_fetch_from_a_worker_that_holds_more(make_router: RouterFactory) -> None:
     router = await make_router()
-    await router.add_worker("decode-0")
-    await set_load(router, "decode-0", SLOW)
+    await router.add_worker("decode-0", load=SLOW)
     await add_prefill(router, "prefill-0", load=FAST)
     router.index.publish("decode-0", CHAIN.hashes(LONG)[:40])
     router.index.publish("prefill-0", CHAIN.hashes(LONG)[:2])

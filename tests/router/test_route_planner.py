@@ -13,6 +13,8 @@ from tests.router.conftest import Router, RouterFactory
 
 CHAIN = HashChain(model_fingerprint="weights", block_size=4)
 LONG = [5 + index % 40 for index in range(200)]
+# An idle decode worker that is as fast as a prefill worker prefills by itself.
+SLOW, FAST = WorkerLoad(prefill_tokens_per_s=1.0), WorkerLoad(prefill_tokens_per_s=1000.0)
 
 
 async def add_prefill(router: Router, worker_id: str, **fields: Any) -> None:
@@ -56,12 +58,9 @@ async def test_a_burst_spreads_over_equal_workers_before_any_has_told_its_load(
     make_router: RouterFactory,
 ) -> None:
     router = await make_router()
-    workers = [await router.add_worker(f"decode-{i}", is_held=True) for i in range(2)]
-    for record in await router.registry.list():
-        slow = replace(record, load=WorkerLoad(prefill_tokens_per_s=1))  # for prompts
-        await router.registry.announce(slow, 60.0)
+    workers = [await router.add_worker(f"decode-{i}", is_held=True, load=SLOW) for i in range(2)]
     for worker_id in ("prefill-0", "prefill-1"):
-        await add_prefill(router, worker_id, load=WorkerLoad(prefill_tokens_per_s=1000))
+        await add_prefill(router, worker_id, load=FAST)
     answers = [asyncio.create_task(router.complete(prompt=[*LONG, i], max_tokens=1)) for i in range(8)]
     for worker in workers:
         await worker.until(lambda worker=worker: len(worker.submits) == 4)
@@ -111,8 +110,8 @@ async def test_a_prompt_that_a_decode_worker_computes_itself_counts_until_its_fi
 
 async def test_a_prefill_worker_that_drains_gets_nothing_new(make_router: RouterFactory) -> None:
     router = await make_router()
-    await router.add_worker("decode-0")
-    await add_prefill(router, "prefill-0")
+    await router.add_worker("decode-0", load=SLOW)
+    await add_prefill(router, "prefill-0", load=FAST)
     assert "prefill=prefill-0" in await route_of(router)
     record = next(r for r in await router.registry.list() if r.worker_id == "prefill-0")
     await router.registry.announce(replace(record, is_draining=True), 60.0)
@@ -122,9 +121,9 @@ async def test_a_prefill_worker_that_drains_gets_nothing_new(make_router: Router
 
 async def test_a_loaded_prefill_worker_is_avoided(make_router: RouterFactory) -> None:
     router = await make_router()
-    await router.add_worker("decode-0")
-    await add_prefill(router, "prefill-0", load=WorkerLoad(num_waiting_tokens=5000))
-    await add_prefill(router, "prefill-1")
+    await router.add_worker("decode-0", load=SLOW)
+    await add_prefill(router, "prefill-0", load=replace(FAST, num_waiting_tokens=5000))
+    await add_prefill(router, "prefill-1", load=FAST)
     assert {(await route_of(router)).split("; ")[1] for _ in range(3)} == {"prefill=prefill-1"}
 
 
