@@ -27,8 +27,8 @@ from kvstore.store import MAX_BLOCK_S, Outage, Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-_EVENTS_PER_READ = 64
-_HASHES_PER_SCAN = 2000
+_EVENTS_PER_READ = 16
+_HASHES_PER_SCAN = 1000
 
 StreamEvents = list[tuple[bytes, dict[bytes, bytes]]]
 

@@ -107,7 +107,7 @@ class MemoryIndex:
         if first is None:
             return []
         tally = PrefixTally(first >> _RUN_BITS, self._shown)
-        if tally.alive:
+        if tally.is_anyone_left:
             self._follow(hashes, tally)
         hits = [
             PrefixHit(self._names[slot], sum(counts), (counts[0], counts[1], counts[2]))
@@ -154,39 +154,38 @@ class MemoryIndex:
         num_blocks = len(hashes)
         position = walked_from = 0
         entry: _Entry | None = None
+        holders = 0
         while position < num_blocks:
             block_hash = hashes[position]
             before, entry = entry, shards[block_hash[0]].get(block_hash)
             if entry is None:
                 break
             if entry != before:
-                holders = entry >> _RUN_BITS
-                if holders != tally.holders:
-                    self._join(hashes[walked_from:position], tally.holders)
+                before_holders, holders = holders, entry >> _RUN_BITS
+                if holders != before_holders:
+                    self._join(hashes, walked_from, position, before_holders)
                     walked_from = position
                     tally.enter(holders, position)
-                    if not tally.alive:
+                    if not tally.is_anyone_left:
                         break
                 raw = runs.get(entry & _RUN_MASK)
-                if raw is not None and raw.startswith(block_hash):
+                if raw is not None:
                     prompt = b"".join(hashes[position : position + len(raw) // HASH_SIZE_BYTES])
                     if raw.startswith(prompt):
-                        self._join(hashes[walked_from:position], tally.holders)
+                        self._join(hashes, walked_from, position, holders)
                         position += len(prompt) // HASH_SIZE_BYTES
                         walked_from = position
                         continue
             position += 1
-        self._join(hashes[walked_from:position], tally.holders)
+        self._join(hashes, walked_from, position, holders)
         tally.enter(0, position)
 
-    def _join(self, hashes: Sequence[BlockHash], holders: int) -> None:
+    def _join(self, hashes: Sequence[BlockHash], start: int, end: int, holders: int) -> None:
         """Make runs of blocks with equal holders that a lookup had to walk."""
-        if len(hashes) < _MIN_RUN:
+        if end - start < _MIN_RUN:
             return
-        for entry in {self._shards[block_hash[0]][block_hash] for block_hash in hashes}:
-            self._forget_run(entry)
-        for start in range(0, len(hashes), _MAX_RUN):
-            self._assign(hashes[start : start + _MAX_RUN], holders)
+        for first in range(start, end, _MAX_RUN):
+            self._assign(hashes[first : min(first + _MAX_RUN, end)], holders)
 
     def _place(self, slot: int, hashes: Iterable[BlockHash], value: int, *, in_order: bool = True) -> None:
         """`value`: what the slot shall say for these blocks. `in_order`: prompts may well follow them so."""
@@ -201,7 +200,6 @@ class MemoryIndex:
             holders = before & kept | added
             if holders == before:
                 continue
-            self._forget_run(entry or 0)
             self._num_held[slot] += (value > 0) - (slot_value(before, slot) > 0)
             if holders != piece_holders or len(piece) == _MAX_RUN:
                 self._assign(piece, piece_holders, in_order=in_order)
@@ -217,28 +215,27 @@ class MemoryIndex:
         return has_room
 
     def _assign(self, hashes: Sequence[BlockHash], holders: int, *, in_order: bool = True) -> None:
-        """New entries for blocks that are in no run now."""
-        shards = self._shards
+        """New entries for these blocks. The runs that they leave are forgotten: other members keep their
+        entries, whose number says nothing any more."""
+        shards, runs = self._shards, self._runs
         if not holders:
             for block_hash in hashes:
-                del shards[block_hash[0]][block_hash]
+                runs.pop(shards[block_hash[0]].pop(block_hash) & _RUN_MASK, None)
             self.num_blocks -= len(hashes)
             return
         entry = holders << _RUN_BITS
         if in_order and len(hashes) >= _MIN_RUN:
             self._last_run += 1
-            self._runs[self._last_run] = b"".join(hashes)
+            runs[self._last_run] = b"".join(hashes)
             entry |= self._last_run
         else:
             if len(self._shared) == _MAX_SHARED:
                 self._shared.clear()
             entry = self._shared.setdefault(entry, entry)
         for block_hash in hashes:
-            shards[block_hash[0]][block_hash] = entry
-
-    def _forget_run(self, entry: _Entry) -> None:
-        """Its members keep their entries; the number says nothing any more."""
-        self._runs.pop(entry & _RUN_MASK, None)
+            shard = shards[block_hash[0]]
+            runs.pop(shard.get(block_hash, 0) & _RUN_MASK, None)
+            shard[block_hash] = entry
 
     def _take_slot(self) -> int:
         # Every slot ever taken is counted in one of the two.

@@ -18,7 +18,6 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 
 from kvstore import keys
 from kvstore.block_hash import HASH_SIZE_BYTES, BlockHash, BlockTier
@@ -167,9 +166,9 @@ class RedisIndex:
             self._unanswered = _Event(self._sequence, is_reset=True)
             return self._unanswered
         if self._pending:
-            batch = list(islice(self._pending.items(), keys.MAX_EVENT_HASHES))
-            for block_hash, _ in batch:
-                del self._pending[block_hash]
+            num_changes = min(len(self._pending), keys.MAX_EVENT_HASHES)
+            # From the end, where taking costs nothing, and in order: prompts will follow these blocks so.
+            batch = [self._pending.popitem() for _ in range(num_changes)][::-1]
             self._sequence += 1
             placed = tuple(b"".join(h for h, now in batch if now is tier) for tier in BlockTier)
             removed = b"".join(block_hash for block_hash, now in batch if now is None)
