@@ -120,12 +120,9 @@ def test_a_long_uncached_prompt_goes_to_a_prefill_worker() -> None:
 def test_requests_that_wait_for_their_own_prompt_are_not_held_up_by_another() -> None:
     """Or a queue at the prefill workers would keep prompts off the decode workers that could help."""
     waiting = decode("d", num_requests=20, num_handing_off=20)
-    decision = decide([waiting], [prefill("p", num_waiting_tokens=2000)])
-    assert decision.prefill_reason == "local"
-    assert (
-        decide([replace(waiting, num_handing_off=0)], [prefill("p", num_waiting_tokens=2000)]).prefill_id
-        == "p"
-    )
+    queued = prefill("p", num_waiting_tokens=2000)
+    assert decide([waiting], [queued]).prefill_reason == "local"
+    assert decide([replace(waiting, num_handing_off=0)], [queued]).prefill_id == "p"
 
 
 def test_a_short_suffix_is_prefilled_by_the_decode_worker() -> None:
