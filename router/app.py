@@ -27,6 +27,7 @@ from router.generation_response import GenerationResponse, Serving
 from router.http_errors import install_error_handlers
 from router.metrics import RouterMetrics
 from router.model_dir import ModelDir, ModelDirError, load_model_dir
+from router.policy import PolicyConfig
 from router.prompts import PromptReader
 from router.route_planner import RoutePlanner
 from router.settings import RouterSettings
@@ -101,8 +102,11 @@ def _build_serving(
         planner=RoutePlanner(
             fleet,
             index,
-            policy_name=settings.policy,
-            local_prefill_max_tokens=settings.local_prefill_max_tokens,
+            PolicyConfig(
+                name=settings.policy,
+                temperature_s=settings.policy_temperature_s,
+                local_prefill_max_tokens=settings.local_prefill_max_tokens,
+            ),
         ),
         metrics=metrics,
         drain=Drain(),

@@ -163,6 +163,9 @@ class WorkerProcess:
             async_engine, host_id(), accepts_shared_memory=self._settings.shared_memory, tracer=tracer
         )
         fetch_metrics = FetchMetrics(metrics)
+        fetcher = PeerFetcher(transfers, fetch_metrics, worker_id=self._worker_id)
+        load.add_kv_rates(transfers.rates.kv_rates)
+        load.add_kv_rates(fetcher.rates.kv_rates)
         return WorkerParts(
             settings=self._settings,
             worker_id=self._worker_id,
@@ -172,7 +175,7 @@ class WorkerProcess:
             metrics=metrics,
             state=StatePage(engine_metrics),
             transfers=transfers,
-            fetcher=PeerFetcher(transfers, fetch_metrics, worker_id=self._worker_id),
+            fetcher=fetcher,
             kv_service=KvService(transfers, fetch_metrics, worker_id=self._worker_id),
         )
 
@@ -195,6 +198,7 @@ class WorkerProcess:
             max_model_len=engine.max_model_len,
             num_blocks=engine.num_blocks,
             host_id=parts.transfers.host_id,
+            block_bytes=engine.kv_layout.block_bytes,
         )
 
     async def _until_end(

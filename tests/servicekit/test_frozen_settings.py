@@ -20,8 +20,9 @@ EXPECTED = {
     PrefillSettings: WORKER,
     DecodeSettings: WORKER + "group_id ep_rank ep_size ep_address",
     RouterSettings: """
-model served_model_name host port redis_url policy local_prefill_max_tokens max_retries request_timeout_s
-worker_timeout_s max_body_bytes max_sequences drain_grace_s admin_key otlp_endpoint log_format log_level
+model served_model_name host port redis_url policy policy_temperature_s local_prefill_max_tokens
+max_retries request_timeout_s worker_timeout_s max_body_bytes max_sequences drain_grace_s admin_key
+otlp_endpoint log_format log_level
 """,
 }
 
