@@ -102,7 +102,9 @@ class TierStore:
         return self.places.take_events()
 
     def stats(self) -> tuple[TierStats, ...]:
-        num_lost = 0 if self._write_behind is None else self._write_behind.num_lost
+        if self._write_behind is None or self._loads is None:
+            return ()
+        rates = self._loads.rates
         pairs = ((BlockTier.HOST, self._tiers.host), (BlockTier.DISK, self._tiers.disk))
         return tuple(
             TierStats(
@@ -111,7 +113,9 @@ class TierStore:
                 num_cached_blocks=tier.num_cached,
                 num_used_blocks=tier.num_used,
                 block_bytes=self._block_bytes,
-                num_lost_blocks=num_lost,
+                num_lost_blocks=self._write_behind.num_lost,
+                load_bytes_per_s=rates[name].measured_bytes_per_s,
+                load_latency_s=rates[name].latency_s,
             )
             for name, tier in pairs
             if tier is not None
