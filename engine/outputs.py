@@ -64,7 +64,7 @@ class TierStats:
     block_bytes: int
     num_lost_blocks: int  # since the start, of all lower tiers: gone before they were saved
     load_bytes_per_s: float = 0.0  # as measured; 0: nothing was loaded yet
-    load_latency_s: float = 0.0  # before the first byte
+    load_latency_s: float = 0.0
 
 
 class LoadOutcome(enum.Enum):

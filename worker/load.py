@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from engine.outputs import StepOutput, StepStats, TierStats
+from engine.outputs import StepOutput, StepStats
 from engine.step_stats import EngineLoad
-from kvstore.block_hash import BlockTier
 from kvstore.registry import WorkerLoad
 from kvstore.worker_record import KvPath, KvRate
 from worker.admission import Admission
@@ -15,7 +14,6 @@ from worker.linear_fit import LinearFit
 _DECAY = 0.9  # of older steps in the prefill rate
 _STEP_DECAY = 0.99  # of older steps in what steps are made of
 _ASSUMED_TOKENS_PER_S = 1000.0  # before anything was prefilled
-_TIER_PATHS: Mapping[BlockTier, KvPath] = {BlockTier.HOST: "host", BlockTier.DISK: "disk"}
 _LEAST_SHARE = 0.1  # of the mean time of a prompt token; a fit that says less has learnt from noise
 
 
@@ -31,8 +29,7 @@ class LoadMeter:
         self._prefill_tokens = 0.0
         self._prefill_s = 0.0
         self._steps = LinearFit(3, decay=_STEP_DECAY)  # the step itself, prompt tokens, decoding sequences
-        self._tiers: tuple[TierStats, ...] = ()
-        self._kv_rates: list[Callable[[], Mapping[KvPath, KvRate]]] = [self._tier_rates]
+        self._kv_rates: list[Callable[[], Mapping[KvPath, KvRate]]] = []
 
     def add_kv_rates(self, measured: Callable[[], Mapping[KvPath, KvRate]]) -> None:
         """One more that knows how fast KV comes some way."""
@@ -40,7 +37,6 @@ class LoadMeter:
 
     def observe(self, step: StepOutput) -> None:
         stats = step.stats
-        self._tiers = stats.tiers
         self.observe_load(stats)
         if stats.num_prefill_tokens:
             self._prefill_tokens = self._prefill_tokens * _DECAY + stats.num_prefill_tokens
@@ -84,10 +80,3 @@ class LoadMeter:
             decode_seq_s=decode_seq_s,
             kv_rates={path: rate for measured in self._kv_rates for path, rate in measured().items()},
         )
-
-    def _tier_rates(self) -> dict[KvPath, KvRate]:
-        return {
-            _TIER_PATHS[tier.tier]: KvRate(bytes_per_s=tier.load_bytes_per_s, latency_s=tier.load_latency_s)
-            for tier in self._tiers
-            if tier.load_bytes_per_s
-        }

@@ -16,16 +16,14 @@ class TransferRate:
         self._seconds = 0.0
 
     @property
-    def measured_bytes_per_s(self) -> float:
+    def bytes_per_s(self) -> float:
         """0: nothing was loaded yet."""
         return self._num_bytes / self._seconds if self._seconds else 0.0
 
-    @property
-    def bytes_per_s(self) -> float:
-        return self.measured_bytes_per_s or self._assumed_bytes_per_s
-
     def estimate_s(self, num_bytes: int) -> float:
-        return self.latency_s + num_bytes / self.bytes_per_s if num_bytes else 0.0
+        if not num_bytes:
+            return 0.0
+        return self.latency_s + num_bytes / (self.bytes_per_s or self._assumed_bytes_per_s)
 
     def observe(self, num_bytes: int, seconds: float) -> None:
         if num_bytes:

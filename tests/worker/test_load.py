@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from engine.outputs import StepOutput, StepStats, TierStats
-from kvstore.block_hash import BlockTier
+from engine.outputs import StepOutput, StepStats
 from kvstore.worker_record import KvRate
 from worker.admission import Admission
 from worker.fetch_rates import FetchRates
@@ -82,19 +79,6 @@ def test_rates_of_transfers_and_fetches_are_told() -> None:
     assert rates["stream"].bytes_per_s == pytest.approx(1e9, rel=0.05)
     assert rates["stream"].latency_s == pytest.approx(0.004, rel=0.05)
     assert rates["peer"] == KvRate(bytes_per_s=pytest.approx(1e7), latency_s=pytest.approx(0.01))
-
-
-def test_rates_of_the_lower_tiers_are_told_once_something_was_loaded() -> None:
-    def tier_stats(tier: BlockTier, bytes_per_s: float) -> TierStats:
-        counts = {"num_free_blocks": 1, "num_cached_blocks": 0, "num_used_blocks": 0, "num_lost_blocks": 0}
-        return TierStats(
-            tier=tier, block_bytes=100, load_bytes_per_s=bytes_per_s, load_latency_s=0.002, **counts
-        )
-
-    load_meter, made = meter(), step(10, 0, 0.1)
-    tiers = (tier_stats(BlockTier.HOST, 3e9), tier_stats(BlockTier.DISK, 0.0))
-    load_meter.observe(replace(made, stats=replace(made.stats, tiers=tiers)))
-    assert load_meter.load().kv_rates == {"host": KvRate(bytes_per_s=3e9, latency_s=0.002)}
 
 
 def test_hand_offs_that_hid_every_byte_tell_no_speed() -> None:
