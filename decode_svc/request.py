@@ -62,6 +62,7 @@ class DecodeRequest:
         self._spec_pb = submit_pb.sequence
         self._send = send
         self._ended = asyncio.Event()
+        self._failure: ServingError | None = None  # of the engine, told already
         self._num_tokens = 0
         self._accepted_at = time.monotonic()
         self._first_token_at = 0.0
@@ -106,14 +107,14 @@ class DecodeRequest:
             await self._run_locally(source)
 
     async def _run_locally(self, source: KvSource | None) -> None:
-        seq = decode_sequence(self._spec_pb, self._engine.next_seq_id(), source)
+        seq = await decode_sequence(self._engine, self._spec_pb, source)
         with self._owned(seq):
             await self._engine.call(lambda engine: add_sequence(engine, seq))
-            await self._ended.wait()
+            await self._until_ended()
 
     async def _run_handed_off(self, deadline: Deadline) -> bool:
         """False when the prefill worker failed, with nothing left of the attempt."""
-        seq = decode_sequence(self._spec_pb, self._engine.next_seq_id())
+        seq = await decode_sequence(self._engine, self._spec_pb)
         handoff = Handoff(self._environment.transfers, seq, self._submit_pb, deadline)
         with self._owned(seq):
             try:
@@ -134,8 +135,13 @@ class DecodeRequest:
                 return False
             finally:
                 self._metrics.observe_handoff(handoff)
-            await self._ended.wait()
+            await self._until_ended()
         return True
+
+    async def _until_ended(self) -> None:
+        await self._ended.wait()
+        if self._failure is not None:
+            raise self._failure
 
     @contextmanager
     def _owned(self, seq: Sequence) -> Iterator[None]:
@@ -165,6 +171,10 @@ class DecodeRequest:
         )
 
     def _on_output(self, output: SequenceOutput) -> None:
+        if output.error is not None:
+            self._failure = InvalidRequest(output.error)
+            self._end(SequenceUpdate(key=self._key, error=error_to_pb(self._failure)))
+            return
         update_pb = SequenceUpdate(
             key=self._key,
             token_ids=output.token_ids,
@@ -227,6 +237,8 @@ class DecodeRequest:
 
     def _reason_after(self, token_id: int) -> FinishReason:
         sampling_pb = self._spec_pb.sampling
-        eos_token_ids = frozenset() if sampling_pb.ignore_eos else self._engine.engine.eos_token_ids
+        # A grammar lets the end be drawn only where nothing else can follow.
+        is_ignored = sampling_pb.ignore_eos and not sampling_pb.HasField("grammar")
+        eos_token_ids = frozenset() if is_ignored else self._engine.engine.eos_token_ids
         is_stop = token_id in eos_token_ids or token_id in sampling_pb.stop_token_ids
         return FinishReason.STOP if is_stop else FinishReason.LENGTH
