@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from decode_svc.branches import BranchTurn
 from decode_svc.handoff import FirstToken, Handoff
 from decode_svc.metrics import DecodeMetrics
 from decode_svc.request_trace import RequestTrace
@@ -52,8 +53,13 @@ class RequestEnvironment:
 
 class DecodeRequest:
     def __init__(
-        self, environment: RequestEnvironment, submit_pb: Submit, send: Callable[[SequenceUpdate], None]
+        self,
+        environment: RequestEnvironment,
+        submit_pb: Submit,
+        send: Callable[[SequenceUpdate], None],
+        turn: BranchTurn,
     ) -> None:
+        """`turn` of a group of one waits for nobody."""
         self._environment = environment
         self._engine = environment.engine
         self._metrics = environment.metrics
@@ -61,6 +67,7 @@ class DecodeRequest:
         self._submit_pb = submit_pb
         self._spec_pb = submit_pb.sequence
         self._send = send
+        self._turn = turn
         self._ended = asyncio.Event()
         self._failure: ServingError | None = None  # of the engine, told already
         self._num_tokens = 0
@@ -69,6 +76,10 @@ class DecodeRequest:
         self._finish_reason = "abort"
         self._prefill_fell_back = False
         self._trace = RequestTrace(environment.transfers.tracer, self._spec_pb)
+
+    @property
+    def branch_group(self) -> int:
+        return self._submit_pb.branch_group
 
     async def run(self) -> None:
         """Ends with exactly one final update. Raises only CancelledError."""
@@ -93,6 +104,7 @@ class DecodeRequest:
             internal = ServingError(f"decode failed: {type(error).__name__}")
             self._end(SequenceUpdate(key=self._key, error=error_to_pb(internal)))
         finally:
+            self._turn.end()
             self._tell_ended(outcome, failure)
 
     def cancelled_before_run(self) -> None:
@@ -101,10 +113,17 @@ class DecodeRequest:
         self._trace.end("cancelled", 0, asyncio.CancelledError())
 
     async def _run(self, deadline: Deadline) -> None:
-        if self._submit_pb.prefill_address and await self._run_handed_off(deadline):
+        await self._turn.wait()
+        if self._is_handed_off and await self._run_handed_off(deadline):
             return
         with self._environment.fetcher.offered(self._submit_pb, deadline) as source:
             await self._run_locally(source)
+
+    @property
+    def _is_handed_off(self) -> bool:
+        """Not where no more is to be computed than the last block of a prompt that is here already."""
+        is_nearly_computed = self._turn.finds_prompt_cached and not self._spec_pb.output_ids
+        return bool(self._submit_pb.prefill_address) and not is_nearly_computed
 
     async def _run_locally(self, source: KvSource | None) -> None:
         seq = await decode_sequence(self._engine, self._spec_pb, source)
@@ -159,6 +178,7 @@ class DecodeRequest:
             reason = self._reason_after(first.logprobs.token_id)
         wants_logprobs = self._spec_pb.sampling.HasField("num_logprobs")
         self._tell_first_token(first.timings_pb, is_last=reason is not None)
+        self._turn.computed(is_cached=not first.is_last)
         self._update(
             SequenceUpdate(
                 key=self._key,
@@ -194,6 +214,7 @@ class DecodeRequest:
             update_pb.timings.CopyFrom(timings_pb)
             update_pb.prompt_logprobs.extend(all_logprobs_to_pb(output.prompt_logprobs))
             self._tell_first_token(timings_pb, is_last=output.finish_reason is not None)
+            self._turn.computed(is_cached=True)
         self._update(update_pb)
 
     def _update(self, update_pb: SequenceUpdate) -> None:
