@@ -7,6 +7,9 @@ first token the prompt is computed, and all turns are over at once; without, the
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+
+from proto.common_pb2 import SamplingParams, TokenLogprobs
 
 
 class BranchGroup:
@@ -14,6 +17,8 @@ class BranchGroup:
         self.num_branches = 0  # that have not ended
         self.is_computed = False
         self.is_cached = False  # by the engine of this worker
+        self.num_prompt_logprobs: int | None = None  # as the branch that computed the prompt asked for
+        self.prompt_logprobs_pb: Sequence[TokenLogprobs] = ()
         self.turn = asyncio.Lock()
 
 
@@ -35,10 +40,25 @@ class BranchTurn:
         """Another branch has brought the prompt's KV here."""
         return self._group.is_cached and not self._has_turn
 
-    def computed(self, *, is_cached: bool) -> None:
+    def take_prompt_logprobs(self, sampling_pb: SamplingParams) -> Sequence[TokenLogprobs]:
+        """What another branch has; then they are struck from sampling_pb. To compute them again would take
+        the whole prompt. Empty: there are none, or other ones."""
+        has_own = sampling_pb.HasField("num_prompt_logprobs")
+        if not has_own or sampling_pb.num_prompt_logprobs != self._group.num_prompt_logprobs:
+            return ()
+        sampling_pb.ClearField("num_prompt_logprobs")
+        return self._group.prompt_logprobs_pb
+
+    def computed(
+        self, sampling_pb: SamplingParams, prompt_logprobs_pb: Sequence[TokenLogprobs], *, is_cached: bool
+    ) -> None:
         """The first token is there. is_cached: so is the prompt's KV."""
-        self._group.is_computed = True
-        self._group.is_cached |= is_cached
+        group = self._group
+        group.is_computed = True
+        group.is_cached |= is_cached
+        if sampling_pb.HasField("num_prompt_logprobs"):
+            group.num_prompt_logprobs = sampling_pb.num_prompt_logprobs
+            group.prompt_logprobs_pb = prompt_logprobs_pb
         self.end()
 
     def end(self) -> None:

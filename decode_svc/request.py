@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as PbSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -70,6 +71,9 @@ class DecodeRequest:
         self._turn = turn
         self._ended = asyncio.Event()
         self._failure: ServingError | None = None  # of the engine, told already
+        self._prompt_logprobs_pb: PbSequence[
+            common_pb2.TokenLogprobs
+        ] = ()  # of another branch of this prompt
         self._num_tokens = 0
         self._accepted_at = time.monotonic()
         self._first_token_at = 0.0
@@ -114,6 +118,7 @@ class DecodeRequest:
 
     async def _run(self, deadline: Deadline) -> None:
         await self._turn.wait()
+        self._prompt_logprobs_pb = self._turn.take_prompt_logprobs(self._spec_pb.sampling)
         if self._is_handed_off and await self._run_handed_off(deadline):
             return
         with self._environment.fetcher.offered(self._submit_pb, deadline) as source:
@@ -178,7 +183,8 @@ class DecodeRequest:
             reason = self._reason_after(first.logprobs.token_id)
         wants_logprobs = self._spec_pb.sampling.HasField("num_logprobs")
         self._tell_first_token(first.timings_pb, is_last=reason is not None)
-        self._turn.computed(is_cached=not first.is_last)
+        prompt_logprobs_pb = first.prompt_logprobs_pb or self._prompt_logprobs_pb
+        self._turn.computed(self._spec_pb.sampling, prompt_logprobs_pb, is_cached=not first.is_last)
         self._update(
             SequenceUpdate(
                 key=self._key,
@@ -186,7 +192,7 @@ class DecodeRequest:
                 logprobs=[logprobs_to_pb(first.logprobs)] if wants_logprobs else None,
                 finish_reason=finish_reason_to_pb(reason),
                 timings=first.timings_pb,
-                prompt_logprobs=first.prompt_logprobs_pb,
+                prompt_logprobs=prompt_logprobs_pb,
             )
         )
 
@@ -212,9 +218,10 @@ class DecodeRequest:
                 load_s=output.load_s,
             )
             update_pb.timings.CopyFrom(timings_pb)
-            update_pb.prompt_logprobs.extend(all_logprobs_to_pb(output.prompt_logprobs))
+            prompt_logprobs_pb = all_logprobs_to_pb(output.prompt_logprobs) or self._prompt_logprobs_pb
+            update_pb.prompt_logprobs.extend(prompt_logprobs_pb)
             self._tell_first_token(timings_pb, is_last=output.finish_reason is not None)
-            self._turn.computed(is_cached=True)
+            self._turn.computed(self._spec_pb.sampling, prompt_logprobs_pb, is_cached=True)
         self._update(update_pb)
 
     def _update(self, update_pb: SequenceUpdate) -> None:

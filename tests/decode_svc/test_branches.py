@@ -197,6 +197,31 @@ async def test_an_impossible_branch_is_refused_and_the_next_one_computes_the_pro
     assert stack.num_prefilled == {"prefill": len(PROMPT), "decode": (NUM_BRANCHES - 2) * TAIL}
 
 
+@pytest.mark.parametrize("has_prefill", [True, False])
+@pytest.mark.parametrize("max_tokens", [1, 4])
+async def test_prompt_logprobs_are_computed_once_and_every_branch_has_them(
+    stack: Stack, has_prefill: bool, max_tokens: int
+) -> None:
+    specs = [branch_spec(seed, max_tokens) for seed in SEEDS]
+    for spec in specs:
+        spec.sampling.num_prompt_logprobs = 1
+        spec.sampling.num_logprobs = 1
+    replies = await stack.finish(specs, stack.prefill if has_prefill else "")
+    assert sum(stack.num_prefilled.values()) == len(PROMPT) + (NUM_BRANCHES - 1) * TAIL
+    of_each = [list(reply.updates[0].prompt_logprobs) for reply in replies]
+    assert len(of_each[0]) == len(PROMPT) - 1
+    assert all(entries == of_each[0] for entries in of_each)
+    assert [entry.token_id for entry in of_each[0]] == PROMPT[1:]
+
+
+async def test_other_prompt_logprobs_than_those_of_the_group_are_computed(stack: Stack) -> None:
+    specs = [branch_spec(seed, 2) for seed in SEEDS[:2]]
+    specs[0].sampling.num_prompt_logprobs = 0
+    specs[1].sampling.num_prompt_logprobs = 2
+    replies = await stack.finish(specs, "")
+    assert [len(reply.updates[0].prompt_logprobs[0].top_token_ids) for reply in replies] == [0, 2]
+
+
 async def test_groups_do_not_outlive_their_branches() -> None:
     groups = BranchGroups()
     first = groups.join(5)
