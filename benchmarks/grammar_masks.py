@@ -57,7 +57,7 @@ def main() -> None:
     print("\n".join(table(COLUMNS, rows)))
     if args.writes:
         notes = [
-            f"vocabulary of {engine.vocab_size}; medians of {NUM_STEPS} steps, {args.repeats} repeats in turns",
+            f"vocabulary of {engine.vocab_size}; medians of {NUM_STEPS} steps, {args.repeats} repeats",
             "step ms: temperature 1, without a grammar",
         ]
         print(write_result("grammar-masks", "Masks of structured output", COLUMNS, rows, notes))

@@ -15,7 +15,6 @@ import torch
 from engine.grammar.step_masks import Bits, StepMasks
 from engine.sequence import Sequence
 
-
 # Of the eight tokens of a byte. To look them up is several times as fast as to select entries one by one.
 _ADDENDS = np.where(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") == 1,
