@@ -102,7 +102,7 @@ def compiler_for_model(model_dir: Path, vocab_size: int, eos_token_ids: frozense
 
 def _source(grammar: Grammar) -> str:
     """In the library's own notation."""
-    from llguidance import LLMatcher, grammar_from
+    from llguidance import LLMatcher, grammar_from, regex_to_lark
 
     if grammar.kind in (GrammarKind.JSON_SCHEMA, GrammarKind.JSON_OBJECT):
         text = grammar.text if grammar.kind is GrammarKind.JSON_SCHEMA else '{"type": "object"}'
@@ -112,6 +112,9 @@ def _source(grammar: Grammar) -> str:
             )
         except ValueError as error:
             raise GrammarError(_one_line(str(error))) from error
+    if grammar.kind is GrammarKind.REGEX:
+        # Digits of all the world's scripts are not what somebody means who asks for a date.
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(grammar.text, use_ascii='d')}/")
     try:
         return grammar_from(grammar.kind.value, grammar.text)
     except (ValueError, RecursionError) as error:
