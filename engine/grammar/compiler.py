@@ -1,8 +1,8 @@
 """From the text of a grammar to a matcher, on threads of its own.
 
 Compiling is bounded three times: by the size of the text (grammar.py), by the fuel that the library gives its
-lexer, and by the time that a caller waits. The library also bounds each mask; beyond that the matcher fails. The threads have deep stacks because the library descends into
-rules that name each other.
+lexer, and by the time that a caller waits. The library also bounds each mask; beyond that the matcher fails.
+The threads have deep stacks because the library descends into rules that name each other.
 """
 
 from __future__ import annotations
