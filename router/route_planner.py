@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvstore.block_hash import BlockHash, HashChain
 from kvstore.prefix_index import PrefixIndex
@@ -49,6 +49,10 @@ class Route:
         if self._is_counted:
             self._is_counted = False
             self._pending[self._computing_worker] -= self.num_uncached_tokens
+
+    def for_branch(self) -> Route:
+        """The same way for another answer to the same prompt, which adds nothing to compute."""
+        return replace(self, num_uncached_tokens=0, _is_counted=False)
 
     @property
     def _computing_worker(self) -> str:
