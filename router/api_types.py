@@ -5,7 +5,7 @@ Types are strict and null means "not set". What depends on the model is checked 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
@@ -106,6 +106,8 @@ class ChatMessage(_ApiModel):
 
 
 class ChatRequest(GenerationFields):
+    cuts_max_tokens: ClassVar[bool] = False  # to what the context has room for, instead of refusing
+
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None

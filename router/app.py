@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
+from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from kvstore.index_mirror import IndexMirror
@@ -23,6 +24,7 @@ from router.http_errors import install_error_handlers
 from router.metrics import RouterMetrics
 from router.served_model import ServedModel, ServedModels, build_served_model
 from router.settings import RouterSettings
+from router.token_endpoints import TOKEN_BODIES, add_token_endpoints
 from router.ui.access import UiAccess
 from router.ui.endpoints import add_ui
 from router.ui.publisher import Publisher
@@ -36,24 +38,22 @@ from servicekit.tracing import build_tracer
 def build(
     settings: RouterSettings, *, registry: Registry | None = None, index: PrefixIndex | None = None
 ) -> FastAPI:
-    """The application; app.state.serving holds its objects. ModelDirError when the model cannot be read.
+    """The application; app.state.serving holds its objects. ModelDirError when a model cannot be read.
 
-    Without `registry` and `index` both are followed in Redis.
+    Workers and indexes are followed in Redis, unless `registry` and `index` are given, of the one model.
     """
-    store = Store(settings.redis_url) if registry is None or index is None else None
+    store = Store(settings.redis_url) if registry is None else None
     mirrors: list[IndexMirror] = []
     models: dict[str, ServedModel] = {}
     for source in settings.models:
-        model_registry, model_index = registry, index
-        if model_registry is None:
-            assert store is not None
-            model_registry = RedisRegistry(store, source.name)
-        if model_index is None:
-            assert store is not None
+        if store is None:
+            assert registry is not None and index is not None and not models
+            models[source.name] = build_served_model(settings, source, registry, index)
+        else:
             mirrored = MemoryIndex()
             mirrors.append(IndexMirror(store, source.name, mirrored))
-            model_index = mirrored
-        models[source.name] = build_served_model(settings, source, model_registry, model_index)
+            workers = RedisRegistry(store, source.name)
+            models[source.name] = build_served_model(settings, source, workers, mirrored)
     metrics_registry = build_metrics_registry()
     add_vllm_metrics(metrics_registry, settings.model_name)
     serving = Serving(
@@ -84,7 +84,9 @@ def build(
     install_error_handlers(app)
     _add_endpoints(app)
     _add_ui(app)
-    install_api_schema(app, {endpoint.path: endpoint.body for endpoint in ENDPOINTS})
+    add_token_endpoints(app, serving)
+    bodies: dict[str, type[BaseModel]] = {endpoint.path: endpoint.body for endpoint in ENDPOINTS}
+    install_api_schema(app, bodies | TOKEN_BODIES)
     return app
 
 
@@ -123,6 +125,17 @@ def _add_endpoints(app: FastAPI) -> None:
     async def metrics() -> Response:
         page, content_type = render_metrics(app.state.metrics_registry)
         return Response(page, headers={"content-type": content_type})
+
+    @app.get("/load")
+    async def load() -> dict[str, int]:
+        """Open requests here, and sequences running and waiting on the decode workers."""
+        links = [link for model in serving.models for _, link in model.fleet.decode_workers()]
+        loads = [link.load for link in links if link.load is not None]
+        return {
+            "server_load": serving.drain.num_open,
+            "num_running": sum(each.num_running for each in loads),
+            "num_waiting": sum(each.num_waiting for each in loads),
+        }
 
     @app.get("/version")
     async def show_version() -> dict[str, str]:

@@ -12,6 +12,12 @@ from router.answer_format import AnswerContext, AnswerFormat
 from router.api_types import ChatRequest, CompletionRequest
 from router.chat_format import ChatFormat
 from router.http_errors import error_body
+from router.messages import translation as messages_translation
+from router.messages.format import MessagesFormat, messages_error_body
+from router.messages.types import MessagesRequest
+from router.responses import translation as responses_translation
+from router.responses.format import ResponsesFormat
+from router.responses.types import ResponsesRequest
 from router.text_format import TextFormat
 from servicekit.errors import ServingError
 
@@ -40,4 +46,19 @@ TEXT = Endpoint(
     to_request=lambda body: body,
     new_format=lambda body, context: TextFormat(context),
 )
-ENDPOINTS = (CHAT, TEXT)
+RESPONSES = Endpoint(
+    path="/v1/responses",
+    name="responses",
+    body=ResponsesRequest,
+    to_request=responses_translation.chat_request,
+    new_format=ResponsesFormat,
+)
+MESSAGES = Endpoint(
+    path="/v1/messages",
+    name="messages",
+    body=MessagesRequest,
+    to_request=messages_translation.chat_request,
+    new_format=lambda body, context: MessagesFormat(context),
+    error_body=messages_error_body,
+)
+ENDPOINTS = (CHAT, TEXT, RESPONSES, MESSAGES)

@@ -234,6 +234,8 @@ def _max_tokens(request: GenerationFields, num_prompt_tokens: int, max_model_len
         given = request.max_completion_tokens if request.max_completion_tokens is not None else given
     if given is None:
         return room if isinstance(request, ChatRequest) else min(MAX_COMPLETION_TOKENS_DEFAULT, room)
+    if given > room and isinstance(request, ChatRequest) and request.cuts_max_tokens:
+        return room
     if given > room:
         raise InvalidRequest(
             f"the context holds {max_model_len} tokens and the prompt has {num_prompt_tokens}, "

@@ -80,6 +80,7 @@ class RequestFlow:
         self.first_route: Route | None = None
         self.timings: link_pb2.RequestTimings | None = None
         self._has_logprobs = request.sampling.HasField("num_logprobs")
+        self._has_prompt_logprobs = request.sampling.HasField("num_prompt_logprobs")
         self._route: Route | None = None
         self._stream: LinkStream | None = None
         self._excluded: set[Link] = set()
@@ -235,6 +236,7 @@ class RequestFlow:
             merged.token_ids += update.token_ids[:]  # the slice is a list: three times as fast as the field
             if self._has_logprobs:
                 merged.logprobs += update.logprobs
+            if self._has_prompt_logprobs:
                 merged.prompt_logprobs = merged.prompt_logprobs or update.prompt_logprobs
         if merged.token_ids and self._route is not None:
             self._route.prefill_ended()

@@ -91,6 +91,11 @@ class OutputPlan:
         )
 
 
+def new_output(plan: OutputPlan | None) -> ChatOutput:
+    """For one answer; without a plan all of it is content."""
+    return plan.build() if plan is not None else ChatOutput(None, None)
+
+
 def detect_tool_parser(chat_template: str | None) -> ToolParserName:
     """By the way in which the template writes calls; hermes where it writes none (router/tool_prompt.py)."""
     template = chat_template or ""

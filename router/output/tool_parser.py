@@ -11,7 +11,10 @@ from router.output.json_call import JsonCall
 class ToolParser(Protocol):
     """What it gives out, joined, does not depend on how the text is cut into pieces."""
 
-    markers: tuple[str, ...]  # that the detokenizer must show although they are special tokens
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """What the detokenizer must show although they may be special tokens."""
+        ...
 
     def push(self, text: str) -> list[OutputEvent]: ...
 

@@ -40,12 +40,15 @@ class Router:
     def fleet(self) -> Any:
         return self.app.state.serving.fleet
 
-    async def add_worker(self, worker_id: str, **fields: Any) -> FakeDecodeWorker:
+    async def add_worker(
+        self, worker_id: str, *, max_model_len: int = 512, **fields: Any
+    ) -> FakeDecodeWorker:
         """Started, registered and linked."""
         worker = FakeDecodeWorker(**{"script": mixing_script(300), **fields})
         self.workers[worker_id] = worker
         address = await worker.start()
-        await self.registry.announce(decode_record(worker_id, address), 60.0)
+        record = decode_record(worker_id, address, max_model_len=max_model_len)
+        await self.registry.announce(record, 60.0)
         await self.until(lambda: worker_id in self.linked())
         return worker
 
