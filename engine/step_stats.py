@@ -6,10 +6,9 @@ import time
 from dataclasses import dataclass
 
 from engine.outputs import StepStats
+from engine.runner import StepResult
 from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import Sequence
-
-ExpertLoad = tuple[tuple[int, ...], ...]  # [moe layer][logical expert]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ def measure_load(scheduler: Scheduler) -> EngineLoad:
 
 
 def build_stats(
-    scheduler: Scheduler, batch: ScheduledBatch, began: float, *, is_idle_step: bool, expert_load: ExpertLoad
+    scheduler: Scheduler, batch: ScheduledBatch, began: float, *, is_idle_step: bool, result: StepResult
 ) -> StepStats:
     """After the step; `began` is its start in monotonic seconds."""
     pool = scheduler.pool
@@ -55,7 +54,8 @@ def build_stats(
         num_queried_tokens=sum(seq.num_prompt_tokens for seq in batch.started),
         step_s=time.monotonic() - began,
         is_idle_step=is_idle_step,
-        expert_load=expert_load,
+        expert_load=result.expert_load,
+        grammar=result.grammar,
     )
 
 
