@@ -162,12 +162,12 @@ class GenerationResponse(Response):
         """The status waits for the first token: until then an error still gets its own."""
         async with aclosing(cast(Any, deltas(self._choices))) as stream:
             async for choice, delta in stream:
-                chunk = answer.chunk(choice, delta, self._choices)
+                chunk = b"" if self._is_started else answer.opening(self._choices)
+                chunk += answer.chunk(choice, delta, self._choices)
                 if not self._is_started:
                     await self._start(
                         send, b"text/event-stream; charset=utf-8", [(b"cache-control", b"no-cache")]
                     )
-                    chunk = answer.opening(self._choices) + chunk
                 if chunk:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         tail = answer.closing(self._choices)

@@ -94,29 +94,33 @@ class ResponsesFormat:
         }
 
     def _change(self, change: BlockChange) -> bytes:
-        block = change.block
-        place = {"item_id": _item_id(block), "output_index": block.index}
-        part_place = {**place, "content_index": 0}
-        if change.kind == "piece":
-            name, extra = _PIECES[block.kind]
-            where = place if block.kind == "tool" else part_place
-            return self._event(f"response.{name}.delta", delta=change.piece, **where, **extra)
         if change.kind == "open":
-            item = _item(block, "in_progress", is_open=True)
-            added = self._event("response.output_item.added", output_index=block.index, item=item)
-            if block.kind == "text":
-                added += self._event("response.content_part.added", part=_text_part(""), **part_place)
+            return self._opened(change.block)
+        if change.kind == "close":
+            return self._closed(change.block)
+        block = change.block
+        name, extra = _PIECES[block.kind]
+        return self._event(f"response.{name}.delta", delta=change.piece, **_place(block), **extra)
+
+    def _opened(self, block: Block) -> bytes:
+        item = _item(block, "in_progress", is_open=True)
+        added = self._event("response.output_item.added", output_index=block.index, item=item)
+        if block.kind != "text":
             return added
-        item = _item(block, self._status())
-        done = self._event("response.output_item.done", output_index=block.index, item=item)
+        return added + self._event("response.content_part.added", part=_text_part(""), **_place(block))
+
+    def _closed(self, block: Block) -> bytes:
+        name, extra = _PIECES[block.kind]
         if block.kind == "tool":
-            type = "response.function_call_arguments.done"
-            return self._event(type, arguments=block.text, name=block.name, **place) + done
-        if block.kind == "reasoning":
-            return self._event("response.reasoning_text.done", text=block.text, **part_place) + done
-        text = self._event("response.output_text.done", text=block.text, logprobs=[], **part_place)
-        part = self._event("response.content_part.done", part=_text_part(block.text), **part_place)
-        return text + part + done
+            extra = {"arguments": block.text, "name": block.name}
+        else:
+            extra = {"text": block.text, **extra}
+        done = self._event(f"response.{name}.done", **_place(block), **extra)
+        if block.kind == "text":
+            part = _text_part(block.text)
+            done += self._event("response.content_part.done", part=part, **_place(block))
+        item = _item(block, self._status())
+        return done + self._event("response.output_item.done", output_index=block.index, item=item)
 
     def _event(self, type: str, **fields: Any) -> bytes:
         data = orjson.dumps({"type": type, "sequence_number": self._num_events, **fields})
@@ -155,6 +159,11 @@ def _head(request: ResponsesRequest, context: AnswerContext) -> dict[str, Any]:
         "truncation": request.truncation or "disabled",
         "user": request.user,
     }
+
+
+def _place(block: Block) -> dict[str, Any]:
+    place: dict[str, Any] = {"item_id": _item_id(block), "output_index": block.index}
+    return place if block.kind == "tool" else {**place, "content_index": 0}
 
 
 def _item_id(block: Block) -> str:

@@ -237,9 +237,7 @@ class FakeRouter:
         key = next(self._keys)
         reply = self._replies[key] = Reply()
         address = prefill if isinstance(prefill, str) else prefill.address
-        submit = Submit(
-            key=key, sequence=spec, prefill_address=address, peer=peer, branch_group=branch_group
-        )
+        submit = Submit(key=key, sequence=spec, prefill_address=address, peer=peer, branch_group=branch_group)
         await self.write(LinkRequest(submit=submit))
         return key, reply
 
