@@ -43,7 +43,15 @@ def read_structure(request: StructureFields) -> Structure | None:
     asked = {name: structure for name, structure in _asked(request).items() if structure is not None}
     if len(asked) > 1:
         raise InvalidRequest(f"{' and '.join(asked)} exclude each other", param=list(asked)[1])
-    return next(iter(asked.values()), None)
+    structure = next(iter(asked.values()), None)
+    options = request.structured_outputs
+    if structure is None and options is not None:
+        raise InvalidRequest(
+            "structured_outputs needs one of json, regex, choice, grammar, json_object",
+            param="structured_outputs",
+        )
+    is_compact = options is not None and bool(options.disable_any_whitespace)
+    return replace(structure, is_compact=True) if structure is not None and is_compact else structure
 
 
 def _asked(request: StructureFields) -> dict[str, Structure | None]:
@@ -73,21 +81,20 @@ def _of_response_format(given: ResponseFormat | None) -> Structure | None:
 
 
 def _of_structured_outputs(given: StructuredOutputs | None) -> Structure | None:
+    """None also when it only holds options for a structure asked for elsewhere."""
     if given is None:
         return None
-    asked = {
-        "json": _schema(given.json_, "structured_outputs"),
-        "regex": _text("regex", given.regex),
-        "grammar": _text("ebnf", given.grammar),
-        "choice": _choice(given.choice),
-        "json_object": Structure(kind="json_object") if given.json_object else None,
-    }
-    structures = [structure for structure in asked.values() if structure is not None]
-    if len(structures) != 1:
-        raise InvalidRequest(
-            f"structured_outputs needs exactly one of {', '.join(asked)}", param="structured_outputs"
-        )
-    return replace(structures[0], is_compact=bool(given.disable_any_whitespace))
+    asked = [
+        _schema(given.json_, "structured_outputs"),
+        _text("regex", given.regex),
+        _text("ebnf", given.grammar),
+        _choice(given.choice),
+        Structure(kind="json_object") if given.json_object else None,
+    ]
+    structures = [structure for structure in asked if structure is not None]
+    if len(structures) > 1:
+        raise InvalidRequest("structured_outputs asks for two structures", param="structured_outputs")
+    return structures[0] if structures else None
 
 
 def _schema(schema: Any, param: str) -> Structure | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -53,7 +54,7 @@ class ResponsesFormat:
     def whole(self, answers: Sequence[Answer]) -> bytes:
         self._take(merged(answers[0][1]))
         usage = self._usage([choice for choice, _ in answers])
-        return orjson.dumps(self._response(self._status(), self._items(), usage))
+        return _dumped(self._response(self._status(), self._items(), usage))
 
     def _take(self, delta: ChoiceDelta) -> list[BlockChange]:
         changes = self._blocks.take(self._output.push(delta.text, delta.token_ids))
@@ -123,7 +124,7 @@ class ResponsesFormat:
         return done + self._event("response.output_item.done", output_index=block.index, item=item)
 
     def _event(self, type: str, **fields: Any) -> bytes:
-        data = orjson.dumps({"type": type, "sequence_number": self._num_events, **fields})
+        data = _dumped({"type": type, "sequence_number": self._num_events, **fields})
         self._num_events += 1
         return b"event: %b\ndata: %b\n\n" % (type.encode(), data)
 
@@ -133,6 +134,14 @@ _PIECES: dict[str, tuple[str, dict[str, Any]]] = {
     "reasoning": ("reasoning_text", {}),
     "tool": ("function_call_arguments", {}),
 }
+
+
+def _dumped(data: dict[str, Any]) -> bytes:
+    """The request is repeated in the answer, and may hold integers that orjson does not write."""
+    try:
+        return orjson.dumps(data)
+    except TypeError:
+        return json.dumps(data).encode()
 
 
 def _head(request: ResponsesRequest, context: AnswerContext) -> dict[str, Any]:

@@ -264,6 +264,13 @@ async def test_every_way_to_ask_for_structure_means_the_same_to_workers(
         assert not grammar.begin_after
 
 
+async def test_whitespace_can_be_forbidden_in_any_structure(router: Router, worker: FakeDecodeWorker) -> None:
+    options = {"disable_any_whitespace": True}
+    await router.chat(structured_outputs=options, response_format={"type": "json_object"})
+    await router.chat(structured_outputs={**options, "json": SCHEMA})
+    assert [submit.sequence.sampling.grammar.is_compact for submit in worker.submits] == [True, True]
+
+
 async def test_text_needs_no_grammar(router: Router, worker: FakeDecodeWorker) -> None:
     await router.chat(response_format={"type": "text"})
     assert not worker.submits[0].sequence.sampling.HasField("grammar")
