@@ -9,7 +9,7 @@ from router.chat_messages import template_message
 from router.chat_template import ChatTemplate
 from router.generation import Prompt, refuse_too_long
 from router.tokenizer import Tokenizer
-from router.tool_prompt import with_tool_prompt
+from router.tool_prompt import ToolPrompt
 from router.tool_types import Tool
 from servicekit.errors import InvalidRequest
 
@@ -17,9 +17,13 @@ _ENDING_CHARS = 64  # enough to see whether the prompt opens a thought
 
 
 class PromptReader:
-    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, chat_template: ChatTemplate | None, tool_prompt: ToolPrompt | None = None
+    ) -> None:
+        """`tool_prompt`: for a template that does not show tools."""
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        self._tool_prompt = tool_prompt
 
     async def read_chat(self, request: ChatRequest, max_model_len: int) -> list[Prompt]:
         text = self.render(request)
@@ -61,7 +65,9 @@ class PromptReader:
             template_message(message, wants_argument_objects=template.wants_argument_objects)
             for message in request.messages
         ]
-        return with_tool_prompt(messages, tools) if tools and not template.shows_tools else messages
+        if not tools or self._tool_prompt is None:
+            return messages
+        return self._tool_prompt.added_to(messages, tools)
 
     async def _read_text(
         self, text: str, request: GenerationFields, max_model_len: int, *, adds_special_tokens: bool

@@ -21,6 +21,7 @@ from router.prompts import PromptReader
 from router.route_planner import RoutePlanner
 from router.settings import ModelSource, RouterSettings
 from router.tokenizer import Tokenizer
+from router.tool_prompt import ToolPrompt
 from servicekit.errors import InvalidRequest
 
 _FALLBACK_MODEL_LEN = 1 << 20  # no worker and no config.json says: workers refuse what they cannot hold
@@ -82,7 +83,7 @@ def build_served_model(
         name=source.name,
         model_dir=model_dir,
         tokenizer=tokenizer,
-        prompts=PromptReader(tokenizer, _chat_template(model_dir)),
+        prompts=_prompt_reader(model_dir, tokenizer, rules),
         generations=GenerationBuilder(tokenizer, rules, model_dir.sampling_defaults, settings.max_sequences),
         fleet=fleet,
         planner=RoutePlanner(
@@ -102,6 +103,13 @@ def _output_rules(settings: RouterSettings, model_dir: ModelDir, tokenizer: Toke
         reasoning=detect_reasoning_parser(template) if reasoning == "auto" else reasoning,
         tags=ThoughtTokens(tokenizer.id_of(THINK), tokenizer.id_of(END_THINK)),
     )
+
+
+def _prompt_reader(model_dir: ModelDir, tokenizer: Tokenizer, rules: OutputRules) -> PromptReader:
+    source, template = model_dir.chat_template, _chat_template(model_dir)
+    if source is None or template is None or template.shows_tools:
+        return PromptReader(tokenizer, template)
+    return PromptReader(tokenizer, template, ToolPrompt.of(source, rules.tools))
 
 
 def _chat_template(model_dir: ModelDir) -> ChatTemplate | None:

@@ -54,6 +54,16 @@ def add_token_endpoints(app: FastAPI, serving: Serving) -> None:
     async def detokenize(request: Request) -> Response:
         return await answer(request, DetokenizeRequest, _detokenize)
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info(model: str | None = None) -> dict[str, Any]:
+        """What a client needs that tokenizes by /tokenize: special tokens and the chat template."""
+        served = serving.models.named(model)
+        return {
+            **served.model_dir.special_tokens,
+            "chat_template": served.model_dir.chat_template,
+            "model_max_length": served.max_model_len,
+        }
+
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
         return await answer(request, CountTokensRequest, _count_tokens, messages_error_body)

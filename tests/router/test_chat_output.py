@@ -131,8 +131,38 @@ async def test_a_template_without_tools_gets_them_in_the_system_message(
     prompt = prompt_of(worker)
     assert prompt.startswith("<s>[system]Be brief.\n\n")
     assert '"name": "weather"' in prompt
-    assert '[assistant]<tool_call>{"name": "weather", "arguments": "{\\"city\\":1}"}</tool_call>' in prompt
+    assert '[assistant]<tool_call>{"name": "weather", "arguments": {"city":1}}</tool_call>' in prompt
     assert "[user]<tool_response>\nsunny\n</tool_response>" in prompt
+
+
+async def test_deepseek_s_template_gets_its_own_form_and_writes_calls_itself(
+    make_router: RouterFactory, tmp_path: Path
+) -> None:
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] or '' }}"
+        "{% for call in m['tool_calls'] or [] %}{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>'"
+        " + call['type'] + '<｜tool▁sep｜>' + call['function']['name'] + '\\n```json\\n'"
+        " + call['function']['arguments'] + '\\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>' }}"
+        "{% endfor %}{% endfor %}"
+    )
+    router, worker = await router_with(make_router, tmp_path, template)
+    call = (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+        '{"city": "Rome"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+    )
+    answers(worker, call)
+    body = (await router.chat(tools=[WEATHER], max_tokens=400)).json()
+    [called] = body["choices"][0]["message"]["tool_calls"]
+    assert called["function"] == {"name": "weather", "arguments": '{"city": "Rome"}'}
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+    ]
+    turns.append({"role": "tool", "tool_call_id": called["id"], "content": "sunny"})
+    assert (await router.chat(messages=turns, tools=[WEATHER])).status_code == 200
+    prompt = prompt_of(worker)
+    assert call.replace("weather", "NAME").replace('{"city": "Rome"}', "ARGUMENTS") in prompt
+    assert prompt.endswith(f"[assistant]{call}[tool]sunny")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -124,6 +124,13 @@ async def test_tokenize_and_detokenize_are_each_other_s_inverse(router: Router) 
     assert back.json() == {"prompt": "hello \u4e2d\u6587"}
 
 
+async def test_the_tokenizer_s_facts_are_told(router: Router) -> None:
+    info = (await router.client.get("/tokenizer_info")).json()
+    assert (info["bos_token"], info["eos_token"]) == ("<s>", "</s>")
+    assert "{{ bos_token }}" in info["chat_template"]
+    assert (await router.client.get("/tokenizer_info?model=other")).status_code == 404
+
+
 async def test_messages_are_tokenized_as_a_chat_would(router: Router, worker: FakeDecodeWorker) -> None:
     messages = [{"role": "user", "content": "hello"}]
     told = (await router.client.post("/tokenize", json={"messages": messages})).json()
