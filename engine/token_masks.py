@@ -15,6 +15,13 @@ import torch
 from engine.grammar.step_masks import Bits, StepMasks
 from engine.sequence import Sequence
 
+# Of the eight tokens of a byte. To look them up is several times as fast as to select entries one by one.
+_ADDENDS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") == 1,
+    np.float32(0.0),
+    np.float32(-np.inf),
+)
+
 
 def is_masked(seq: Sequence) -> bool:
     sampling = seq.sampling
@@ -109,8 +116,7 @@ def _apply(logits_NV: torch.Tensor, rows: list[int], bits_RW: Bits) -> None:
     if logits_NV.device.type == "cpu":
         logits = logits_NV.numpy()
         for row, bits_W in zip(rows, bits_RW, strict=True):
-            is_allowed = np.unpackbits(bits_W, count=vocab_size, bitorder="little").view(np.bool_)
-            np.copyto(logits[row], -np.inf, where=~is_allowed)
+            logits[row] += _ADDENDS[bits_W].reshape(-1)[:vocab_size]
         return
     # One copy that nobody waits for: 16 KiB a row of a vocabulary of 128 k.
     words_RW = torch.from_numpy(bits_RW.view(np.int32)).pin_memory().to(logits_NV.device, non_blocking=True)

@@ -1,8 +1,8 @@
 """From the text of a grammar to a matcher, on threads of its own.
 
 Compiling is bounded three times: by the size of the text (grammar.py), by the fuel that the library gives its
-lexer, and by the time that a caller waits. The threads have deep stacks because the library descends into
-rules that name each other.
+lexer, and by the time that a caller waits. The library also bounds each mask; beyond that the matcher fails.
+The threads have deep stacks because the library descends into rules that name each other.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NUM_THREADS = 2
 MAX_CACHED = 256  # grammars; a small one takes some ten kilobytes
+MAX_LEXER_STATES = 50_000  # of one sequence, up to 2 KB each; real schemas have hundreds
 _STACK_BYTES = 512 << 20  # of address space: pages that nobody touches cost nothing
 _MAX_ERROR_CHARS = 300
 
@@ -82,7 +83,8 @@ class GrammarCompiler:
         grammar.check()
         from llguidance import LLMatcher, LLParserLimits
 
-        limits = LLParserLimits(verbose_errors=False)  # the verbose ones quote the output
+        # Verbose errors quote the output.
+        limits = LLParserLimits(verbose_errors=False, max_lexer_states=MAX_LEXER_STATES)
         matcher = LLMatcher(vocabulary, _source(grammar), log_level=0, limits=limits)
         if matcher.is_error():
             raise GrammarError(_one_line(matcher.get_error()))
@@ -102,7 +104,7 @@ def compiler_for_model(model_dir: Path, vocab_size: int, eos_token_ids: frozense
 
 def _source(grammar: Grammar) -> str:
     """In the library's own notation."""
-    from llguidance import LLMatcher, grammar_from
+    from llguidance import LLMatcher, grammar_from, regex_to_lark
 
     if grammar.kind in (GrammarKind.JSON_SCHEMA, GrammarKind.JSON_OBJECT):
         text = grammar.text if grammar.kind is GrammarKind.JSON_SCHEMA else '{"type": "object"}'
@@ -112,6 +114,9 @@ def _source(grammar: Grammar) -> str:
             )
         except ValueError as error:
             raise GrammarError(_one_line(str(error))) from error
+    if grammar.kind is GrammarKind.REGEX:
+        # Digits of all the world's scripts are not what somebody means who asks for a date.
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(grammar.text, use_ascii='d')}/")
     try:
         return grammar_from(grammar.kind.value, grammar.text)
     except (ValueError, RecursionError) as error:

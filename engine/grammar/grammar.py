@@ -21,7 +21,7 @@ class GrammarError(ValueError):
 class GrammarKind(enum.Enum):
     JSON_SCHEMA = "json_schema"
     JSON_OBJECT = "json_object"  # without text
-    REGEX = "regex"  # Rust's syntax, of the whole output
+    REGEX = "regex"  # Rust's syntax, of the whole output; \d is an ASCII digit
     EBNF = "ebnf"  # GBNF or Lark
     LARK = "lark"  # llguidance's
     CHOICE = "choice"  # a JSON list of strings

@@ -106,6 +106,29 @@ def test_kinds() -> None:
     assert output_of(Grammar(kind=GrammarKind.LARK, text=tools)) in ("<think>atrue", "<think>afalse")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "text", "accepts"),
+    [
+        (r"\d+", "12", True),
+        (r"\d+", "१२", False),
+        (r"\D", "१", True),
+        ("a/b", "a/b", True),
+        ("a\nb", "a\nb", True),
+        (r"\\d", r"\d", True),
+        ("(a|b)*", "", True),
+        ("ab", "xab", False),
+    ],
+)
+def test_regular_expressions_are_of_the_whole_output_and_their_digits_are_ascii(
+    pattern: str, text: str, accepts: bool
+) -> None:
+    matcher = compiled(Grammar(kind=GrammarKind.REGEX, text=pattern))
+    assert matcher is not None
+    token_ids = tokenizer().encode(text).ids
+    is_consumed = matcher.matcher.try_consume_tokens(token_ids) == len(token_ids)
+    assert (is_consumed and matcher.matcher.is_accepting()) is accepts
+
+
 def test_any_object_is_an_object() -> None:
     matcher = compiled(
         Grammar(kind=GrammarKind.JSON_OBJECT), tokenizer().encode('{"a": [1, {"b": null}]').ids
