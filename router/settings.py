@@ -77,7 +77,7 @@ class RouterSettings:
         ):
             if not is_valid:
                 raise ValueError(f"{name} must be {accepted}, got {getattr(self, name)!r}")
-        names = [source.name for source in self.models]
+        names = [source.name for source in self.models] if self.extra_models else []
         if len(set(names)) < len(names):
             raise ValueError(f"extra_models names a model twice: {', '.join(names)}")
 
