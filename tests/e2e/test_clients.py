@@ -13,7 +13,7 @@ from typing import Any, Literal
 import anthropic
 import openai
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from tests.e2e.conftest import random_prompt
 from tests.e2e.stack import Stack
@@ -25,6 +25,8 @@ COMPACT: Any = {"structured_outputs": {"disable_any_whitespace": True}}
 
 
 class Step(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # random weights would go on with properties of their own
+
     turn: Literal["left", "right", "straight"]
     num_meters: Literal[10, 50, 100]
 
