@@ -1,0 +1,34 @@
+"""A container of the manifests as a process here: its command with its environment."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from tests.deploy.kubernetes.rendering import Manifests, Object
+
+_REFERENCE = re.compile(r"\$\((\w+)\)")
+_FIELDS = {"metadata.name": "the-pod", "status.podIP": "127.0.0.1"}
+
+
+def container_environment(
+    manifests: Manifests, container: Object, *, rank: int = 0, group_size: int = 1
+) -> dict[str, str]:
+    """As the kubelet makes it. `rank`, `group_size`: what the LeaderWorkerSet controller adds, in front."""
+    environment = {
+        "LWS_LEADER_ADDRESS": "baton-decode-0.baton-decode.baton",
+        "LWS_GROUP_SIZE": str(group_size),
+        "LWS_WORKER_INDEX": str(rank),
+    }
+    for source in container.get("envFrom", ()):
+        environment |= manifests.named("ConfigMap", source["configMapRef"]["name"])["data"]
+    for variable in container.get("env", ()):
+        environment[variable["name"]] = _value(variable, environment)
+    return environment
+
+
+def _value(variable: dict[str, Any], earlier: dict[str, str]) -> str:
+    if "valueFrom" in variable:
+        return _FIELDS[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+    # A reference to what is not set earlier stays as it is, as in Kubernetes.
+    return _REFERENCE.sub(lambda match: earlier.get(match[1], match[0]), str(variable["value"]))
