@@ -61,10 +61,14 @@ def _shown(default: Any) -> str:
 def _router_families() -> Iterable[Any]:
     from prometheus_client import CollectorRegistry
 
+    from kvstore.memory_registry import MemoryRegistry
+    from router.fleet import Fleet
+    from router.fleet_metrics import FleetMetrics
     from router.metrics import RouterMetrics
 
     registry = CollectorRegistry()
     RouterMetrics(registry)
+    FleetMetrics(registry, Fleet(MemoryRegistry()), lambda: True)
     return registry.collect()
 
 
@@ -74,9 +78,13 @@ def _worker_families() -> Iterable[Any]:
     from decode_svc.metrics import DecodeMetrics
     from prefill_svc.metrics import PrefillMetrics
     from worker.engine_metrics import EngineMetrics
+    from worker.fetch_metrics import FetchMetrics
+    from worker.worker_metrics import WorkerMetrics
 
     registry = CollectorRegistry()
     EngineMetrics(registry, 1)
+    WorkerMetrics(registry, lambda: 0, lambda: True)
+    FetchMetrics(registry)
     PrefillMetrics(registry)
     DecodeMetrics(registry)
     return registry.collect()

@@ -21,6 +21,7 @@ from router.api_types import ChatRequest, CompletionRequest
 from router.chat_template import ChatTemplate
 from router.drain import Drain
 from router.fleet import Fleet
+from router.fleet_metrics import FleetMetrics
 from router.generation import GenerationBuilder
 from router.generation_response import GenerationResponse, Serving
 from router.http_errors import install_error_handlers
@@ -60,6 +61,7 @@ def build(
     metrics_registry = build_metrics_registry()
     add_vllm_metrics(metrics_registry, settings.model_name)
     serving = _build_serving(settings, registry, index or mirrored, RouterMetrics(metrics_registry))
+    FleetMetrics(metrics_registry, serving.fleet, lambda: store is None or store.is_up)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -149,9 +151,10 @@ def _add_endpoints(app: FastAPI) -> None:
         return _model_card(app)
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        """This process answers; nothing about workers."""
-        return {"status": "ok"}
+    async def health() -> Response:
+        """This process answers and still follows the registry; nothing about workers."""
+        has_failed = serving.fleet.has_failed
+        return JSONResponse({"status": "failed" if has_failed else "ok"}, 503 if has_failed else 200)
 
     @app.get("/ready")
     async def ready() -> Response:

@@ -42,6 +42,7 @@ from worker.async_engine import AsyncEngine
 from worker.build_engine import EpMembership, build_worker_engine, resolve_membership
 from worker.engine_metrics import EngineMetrics
 from worker.fetch_metrics import FetchMetrics
+from worker.health import WorkerHealth
 from worker.kv_service import KvService
 from worker.launch import EXIT_MISTAKE
 from worker.load import LoadMeter
@@ -51,6 +52,7 @@ from worker.settings import WorkerSettings
 from worker.state_page import StatePage
 from worker.transfers import TransferEnvironment
 from worker.vllm_metrics import add_vllm_metrics
+from worker.worker_metrics import WorkerMetrics
 
 __all__ = ["EpMembership", "Service", "WorkerParts", "WorkerProcess"]
 
@@ -120,8 +122,14 @@ class WorkerProcess:
             drain = stack.enter_context(drain_on_signals())
             service = self._build_service(parts)
             stack.push_async_callback(parts.transfers.close)
+            health = WorkerHealth(asyncio.get_running_loop(), parts.engine, parts.admission)
+            WorkerMetrics(parts.metrics, lambda: parts.admission.num_requests, lambda: store.is_up)
             metrics_server = MetricsServer(
-                parts.metrics, self._settings.host, self._settings.metrics_port, {"/state": parts.state}
+                parts.metrics,
+                self._settings.host,
+                self._settings.metrics_port,
+                pages={"/state": parts.state},
+                checks={"/healthz": health.alive, "/readyz": health.ready},
             )
             metrics_port = metrics_server.start()
             stack.callback(metrics_server.stop)
@@ -139,7 +147,9 @@ class WorkerProcess:
             stack.push_async_callback(server.stop, 0)
             stack.push_async_callback(store.close)
             record = self._record(parts, port, metrics_port)
-            return await self._until_end(parts, store, record, drain)
+            registration = Registration(RedisRegistry(store, record.model), record, parts.load.load)
+            health.watch(registration)
+            return await self._until_end(parts, store, registration, record, drain)
 
     @property
     def _stop_s(self) -> float:
@@ -199,9 +209,13 @@ class WorkerProcess:
         )
 
     async def _until_end(
-        self, parts: WorkerParts, store: Store, record: WorkerRecord, drain: asyncio.Event
+        self,
+        parts: WorkerParts,
+        store: Store,
+        registration: Registration,
+        record: WorkerRecord,
+        drain: asyncio.Event,
     ) -> int:
-        registration = Registration(RedisRegistry(store, record.model), record, parts.load.load)
         index = RedisIndex(store, record.model, record.worker_id, record.incarnation, lease_s=LEASE_S)
 
         def publish(step: StepOutput) -> None:
