@@ -12,11 +12,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 TORCH_STAMP := $(VENV)/.torch-installed
 SERVE_STAMP := $(VENV)/.serve-installed
 DEV_STAMP := $(VENV)/.dev-installed
+CONTAINERS_STAMP := $(VENV)/.containers-installed
 
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast lint format types arch proto proto-check bench check clean
+.PHONY: help setup serve test test-fast test-containers lock lint format types arch proto proto-check bench check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +32,13 @@ test: lint types arch proto-check ## lint, types, package directions, stubs up t
 
 test-fast: $(DEV_STAMP) ## the tests that start no processes
 	$(BIN)/pytest -q -m "not e2e and not slow" $(PYTEST_ARGS)
+
+test-containers: $(CONTAINERS_STAMP) ## the images and the compose stack on a real container engine
+	PYTHON=$(BIN)/python deploy/testing/run_tests.sh $(PYTEST_ARGS)
+
+lock: $(DEV_STAMP) ## resolve anew what the images are made of: lock files and bills of materials
+	@$(PIP) -e '.[worker,dev,release]'
+	$(BIN)/python deploy/lock.py
 
 check: test ## the same as test
 
@@ -81,4 +89,8 @@ $(SERVE_STAMP): pyproject.toml $(TORCH_STAMP)
 $(DEV_STAMP): pyproject.toml $(SERVE_STAMP)
 	@echo "installing the developer tools"
 	@$(PIP) -e '.[worker,dev]'
+	@touch $@
+
+$(CONTAINERS_STAMP): pyproject.toml $(DEV_STAMP)
+	@$(PIP) -e '.[worker,dev,containers]'
 	@touch $@

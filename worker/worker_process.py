@@ -31,7 +31,7 @@ from kvstore.redis_index import RedisIndex
 from kvstore.registry import RedisRegistry, WorkerRecord, WorkerRole
 from kvstore.store import Store
 from servicekit.errors import WorkerLost
-from servicekit.host import host_id
+from servicekit.host import host_id, reachable_host
 from servicekit.lifecycle import drain_on_signals
 from servicekit.logging import get_logger
 from servicekit.metrics import MetricsServer, build_metrics_registry
@@ -39,7 +39,7 @@ from servicekit.rpc import build_server
 from servicekit.tracing import Tracer, build_tracer
 from worker.admission import Admission
 from worker.async_engine import AsyncEngine
-from worker.build_engine import EpMembership, build_worker_engine
+from worker.build_engine import EpMembership, build_worker_engine, resolve_membership
 from worker.engine_metrics import EngineMetrics
 from worker.fetch_metrics import FetchMetrics
 from worker.health import WorkerHealth
@@ -101,6 +101,7 @@ class WorkerProcess:
         try:
             store = Store(self._settings.redis_url)
             tracer = build_tracer(self._settings.otlp_endpoint, self._role, self._worker_id)
+            self._membership = resolve_membership(self._settings, self._membership)
             engine = build_worker_engine(self._settings, self._membership)
         except (ValueError, OSError) as error:
             log.error("cannot_start", reason=str(error))
@@ -185,7 +186,9 @@ class WorkerProcess:
         )
 
     def _record(self, parts: WorkerParts, port: int, metrics_port: int) -> WorkerRecord:
-        host = self._settings.advertised_host or self._settings.host
+        host = self._settings.advertised_host or reachable_host(
+            self._settings.host, self._settings.redis_url
+        )
         engine = parts.engine.engine
         return WorkerRecord(
             worker_id=self._worker_id,
