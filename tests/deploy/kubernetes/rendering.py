@@ -63,7 +63,7 @@ class Manifests:
 
 
 def unpack_kubectl(directory: Path) -> Path:
-    """The binary of the Python package that carries it. Skips, or fails in CI, where that is not installed."""
+    """The binary of the Python package that carries it. Where that is missing: skip, or fail in CI."""
     try:
         files = distribution(KUBECTL_PACKAGE).files or []
     except PackageNotFoundError:

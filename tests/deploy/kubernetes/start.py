@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import re
+from pathlib import Path
 from typing import Any
 
 from tests.deploy.kubernetes.rendering import Manifests, Object
@@ -25,6 +27,24 @@ def container_environment(
     for variable in container.get("env", ()):
         environment[variable["name"]] = _value(variable, environment)
     return environment
+
+
+def with_local_files(
+    manifests: Manifests, template: Object, environment: dict[str, str], directory: Path
+) -> dict[str, str]:
+    """The same, with the files of the pod's Secrets under `directory` and variables that name them there."""
+    mounts = {
+        mount["name"]: mount["mountPath"] for mount in template["spec"]["containers"][0]["volumeMounts"]
+    }
+    moved: dict[str, str] = {}
+    for volume in template["spec"]["volumes"]:
+        if "secret" not in volume:
+            continue
+        for file, content in manifests.named("Secret", volume["secret"]["secretName"])["data"].items():
+            path = directory / file
+            path.write_bytes(base64.b64decode(content))
+            moved[f"{mounts[volume['name']]}/{file}"] = str(path)
+    return {name: moved.get(value, value) for name, value in environment.items()}
 
 
 def _value(variable: dict[str, Any], earlier: dict[str, str]) -> str:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from decode_svc.settings import DecodeSettings
 from prefill_svc.settings import PrefillSettings
 from router.settings import RouterSettings
 from servicekit.settings import load_settings
 from tests.deploy.kubernetes.rendering import VARIANTS, Manifests, Object
-from tests.deploy.kubernetes.start import container_environment
+from tests.deploy.kubernetes.start import container_environment, with_local_files
+from tests.deploy.tools import DEPLOY
 
 SERVICES = {
     "router": ("BATON_ROUTER", RouterSettings),
@@ -144,28 +147,40 @@ def test_the_ports_of_the_settings_are_the_ports_of_the_container(manifests: Man
             assert environment["BATON_DECODE_EP_ADDRESS"].endswith(f":{ports['group']}")
 
 
-def test_variables_are_settings_that_the_service_has(manifests: Manifests) -> None:
+def test_variables_are_settings_that_the_service_has(manifests: Manifests, tmp_path: Path) -> None:
     for name, template in _baton_pods(manifests):
         prefix, settings = SERVICES[_component(template)]
         environment = container_environment(manifests, _main(template))
         foreign = [v for v in environment if v.startswith("BATON_") and not v.startswith(prefix)]
         assert foreign == [], name
-        load_settings(settings, prefix, environment)
+        load_settings(settings, prefix, with_local_files(manifests, template, environment, tmp_path))
 
 
-def test_what_is_named_is_there(manifests: Manifests) -> None:
-    there = {(o["kind"], o["metadata"]["name"]) for o in manifests.objects} | FOREIGN
+def _there(manifests: Manifests) -> set[tuple[str, str]]:
+    return {(o["kind"], o["metadata"]["name"]) for o in manifests.objects} | FOREIGN
+
+
+def _named(spec: Object) -> Iterator[tuple[str, str]]:
+    """(kind, name) of what a pod cannot start without."""
+    yield "ServiceAccount", spec["serviceAccountName"]
+    for path, value in _walk(spec):
+        match path[-2:]:
+            case (_, "secretName") | ("secretRef" | "secretKeyRef", "name"):
+                yield "Secret", value
+            case ("configMapRef" | "configMapKeyRef" | "configMap", "name"):
+                yield "ConfigMap", value
+            case ("persistentVolumeClaim", "claimName"):
+                yield "PersistentVolumeClaim", value
+
+
+def test_what_pods_name_is_there(manifests: Manifests) -> None:
+    there = _there(manifests)
     for name, template in manifests.pods():
-        spec = template["spec"]
-        assert ("ServiceAccount", spec["serviceAccountName"]) in there, name
-        for path, value in _walk(spec):
-            match path[-2:]:
-                case (_, "secretName") | ("secretRef" | "secretKeyRef", "name"):
-                    assert ("Secret", value) in there, (name, value)
-                case ("configMapRef" | "configMapKeyRef" | "configMap", "name"):
-                    assert ("ConfigMap", value) in there, (name, value)
-                case ("persistentVolumeClaim", "claimName"):
-                    assert ("PersistentVolumeClaim", value) in there, (name, value)
+        assert set(_named(template["spec"])) <= there, name
+
+
+def test_what_other_objects_name_is_there(manifests: Manifests) -> None:
+    there = _there(manifests)
     for owner in manifests.of_kind("StatefulSet"):
         assert ("Service", owner["spec"]["serviceName"]) in there
     for o in manifests.of_kind("HorizontalPodAutoscaler", "ScaledObject"):
@@ -295,18 +310,24 @@ def test_images_are_named_with_a_version(manifests: Manifests) -> None:
         for c in [*template["spec"]["containers"], *template["spec"].get("initContainers", ())]
     }
     wanted = {"baton-router:0.1.0", f"baton-worker-{device}:0.1.0"}
-    redis = set() if manifests.variant == "gpu-single-node+all" else {"redis:7-alpine"}
-    assert images == wanted | redis
+    wanted |= {"baton-model:0.1.0"} if device == "cpu" else set()
+    wanted |= set() if manifests.variant == "gpu-single-node+all" else {_compose_image("redis")}
+    assert images == wanted
+
+
+def _compose_image(service: str) -> str:
+    return str(yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"][service]["image"])
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.startswith("gpu-multi")])
-def test_a_decode_group_is_one_expert_parallel_group(rendered, variant: str) -> None:
+def test_a_decode_group_is_one_expert_parallel_group(rendered, variant: str, tmp_path: Path) -> None:
     manifests = rendered(variant)
     assert [o["metadata"]["name"] for o in manifests.of_kind("StatefulSet")] == ["baton-redis"]
     [group] = manifests.of_kind("LeaderWorkerSet")
     assert group["spec"]["leaderWorkerTemplate"]["restartPolicy"] == "RecreateGroupOnPodRestart"
     template = group["spec"]["leaderWorkerTemplate"]["workerTemplate"]
     environment = container_environment(manifests, _main(template), rank=3, group_size=8)
+    environment = with_local_files(manifests, template, environment, tmp_path)
     settings = load_settings(DecodeSettings, "BATON_DECODE", environment)
     assert (settings.ep_rank, settings.ep_size) == (3, 8)
     assert settings.ep_address == f"{settings.group_id}:7001"
