@@ -76,9 +76,9 @@ def test_panels_do_not_overlap_and_use_the_chosen_data_source(path: Path) -> Non
 
 
 def test_provisioning_names_the_folder_and_the_data_source() -> None:
-    sources = yaml.safe_Load((GRAFANA / "provisioning/datasources/prometheus.yaml").read_text())
+    sources = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yaml").read_text())
     assert [source["type"] for source in sources["datasources"]] == ["prometheus"]
-    providers = yaml.safe_Load((GRAFANA / "provisioning/dashboards/baton.yaml").read_text())
+    providers = yaml.safe_load((GRAFANA / "provisioning/dashboards/baton.yaml").read_text())
     assert providers["providers"][0]["options"]["path"] == "/var/lib/grafana/dashboards"
 
 
@@ -161,7 +161,7 @@ def test_every_query_of_every_dashboard_is_answered(live: LivePrometheus) -> Non
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_every_alert_is_accepted_and_what_it_looks_at_is_there(live: LivePrometheus) -> None:
-    rules = [r for group in yaml.safe_Load(ALERTS.read_text())["groups"] for r in group["rules"]]
+    rules = [r for group in yaml.safe_load(ALERTS.read_text())["groups"] for r in group["rules"]]
     looked_at = []
     for rule in rules:
         live.query(rule["expr"])
