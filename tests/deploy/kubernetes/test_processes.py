@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, RedisError
 
 from kvstore.embedded import server_binary
 from tests.deploy.kubernetes.rendering import Manifests, Object
@@ -95,7 +95,7 @@ class LocalCluster:
         try:
             client.ping()
         except RedisError as error:
-            return "Authentication required" in str(error)
+            return isinstance(error, AuthenticationError)
         finally:
             client.close()
         return False
