@@ -55,8 +55,9 @@ def _kv_usage_ratio(decode: list[WorkerRecord]) -> float:
 
 
 def _workers() -> GaugeMetricFamily:
+    # Not `role`: that is the label that targets of Prometheus have here.
     doc = "Registered workers; suspected: a hand-off just failed, unlinked: no link to it"
-    return GaugeMetricFamily(f"{_PREFIX}_workers", doc, labels=["role", "state"])
+    return GaugeMetricFamily(f"{_PREFIX}_workers", doc, labels=["worker_role", "state"])
 
 
 def _waiting(value: float | None = None) -> GaugeMetricFamily:

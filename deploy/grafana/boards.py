@@ -43,7 +43,7 @@ def _number(title: str, unit: str, expr: str, doc: str = "") -> Panel:
 
 
 def _ready(role: str) -> str:
-    return f'max(baton_router_workers{{{_NS},role="{role}",state="ready"}})'
+    return f'max(baton_router_workers{{{_NS},worker_role="{role}",state="ready"}})'
 
 
 _OVERVIEW = Board(
@@ -198,7 +198,8 @@ _KV = Board(
                     "short",
                     (
                         Query(
-                            f"baton_engine_used_blocks{{{_NS}}} * (baton_worker_held_requests{{{_NS}}} == bool 0)",
+                            f"baton_engine_used_blocks{{{_NS}}} "
+                            f"* (baton_worker_held_requests{{{_NS}}} == bool 0)",
                             "{{role}} {{instance}}",
                         ),
                     ),
@@ -215,8 +216,8 @@ _KV = Board(
                     (
                         Query(f"avg(baton:prefix_hit:ratio5m{{{_NS}}})", "found"),
                         Query(
-                            f"sum(rate(baton_router_predicted_hit_tokens_total{{{_NS}}}[$__rate_interval])) / "
-                            f"sum(rate(baton_router_prompt_tokens_total{{{_NS}}}[$__rate_interval]))",
+                            f"sum(rate(baton_router_predicted_hit_tokens_total{{{_NS}}}[$__rate_interval]))"
+                            f" / sum(rate(baton_router_prompt_tokens_total{{{_NS}}}[$__rate_interval]))",
                             "expected by the router",
                         ),
                     ),
@@ -300,7 +301,12 @@ _ROUTING = Board(
                 Panel(
                     "Workers as the routers see them",
                     "short",
-                    (Query(f"max by (role, state) (baton_router_workers{{{_NS}}})", "{{role}} {{state}}"),),
+                    (
+                        Query(
+                            f"max by (worker_role, state) (baton_router_workers{{{_NS}}})",
+                            "{{worker_role}} {{state}}",
+                        ),
+                    ),
                 ),
                 _gauge("Requests held", "baton_worker_held_requests", doc="even lines: even load"),
                 _gauge("Sequences running", "baton_engine_running_sequences"),

@@ -1,4 +1,7 @@
-"""Makes components/monitoring/prometheus-rule.yaml from deploy/prometheus/rules. --check: exit 1 if it differs."""
+"""Makes components/monitoring/prometheus-rule.yaml from deploy/prometheus/rules.
+
+--check: exit 1 if it is not up to date.
+"""
 
 from __future__ import annotations
 

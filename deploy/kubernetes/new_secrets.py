@@ -1,4 +1,6 @@
-"""Makes the secrets of an overlay: python deploy/kubernetes/new_secrets.py deploy/kubernetes/overlays/cpu-laptop
+"""Makes the secrets of an overlay.
+
+    python deploy/kubernetes/new_secrets.py deploy/kubernetes/overlays/cpu-laptop
 
 Writes OVERLAY/secrets/, readable by you only and ignored by git; kustomize builds the Secrets from it. Run
 again with --replace, then apply again, to change all of them: names change with the content, so pods follow.

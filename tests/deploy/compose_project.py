@@ -44,9 +44,10 @@ def compose_command() -> list[str] | None:
     own = Path(sys.executable).parent / "docker-compose"
     if own.exists():
         return [str(own)]
-    if shutil.which("docker") and not subprocess.run(
-        ["docker", "compose", "version"], capture_output=True, check=False
-    ).returncode:
+    if (
+        shutil.which("docker")
+        and not subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode
+    ):
         return ["docker", "compose"]
     return None
 

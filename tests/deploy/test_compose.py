@@ -98,13 +98,16 @@ def test_another_model_is_one_variable_and_its_experts_are_shared_out_over_the_d
     assert len(tokens) == 32
     # A rank steps without tokens of its own only for the experts that it holds for the others.
     wait_until(
-        lambda: (project.value("sum(baton_engine_idle_steps_total) > 0") or 0) > 0, "ranks work for each other"
+        lambda: (project.value("sum(baton_engine_idle_steps_total) > 0") or 0) > 0,
+        "ranks work for each other",
     )
 
 
 def test_prefill_scales_to_three(project: ComposeProject) -> None:
     project.up(HAS_EXPERTS, "--scale", "prefill=3", "--no-recreate")
-    wait_until(lambda: project.value('sum(baton_router_workers{role="prefill"})') == 3, "three are registered")
+    wait_until(
+        lambda: project.value('sum(baton_router_workers{role="prefill"})') == 3, "three are registered"
+    )
     for seed in range(2, 11):
         assert len(list(project.stream(prompt(seed, 300), 4))) == 4
     did_prefill = 'count(baton_prefill_prompt_tokens_total{role="prefill"} > 0)'

@@ -42,7 +42,7 @@ def test_workers_are_counted_by_what_the_router_would_do_with_them(
     monkeypatch.setattr(fleet, "is_suspected", lambda record: record.incarnation == "suspect")
 
     def workers_in(role: str, state: str) -> float | None:
-        return registry.get_sample_value("baton_router_workers", {"role": role, "state": state})
+        return registry.get_sample_value("baton_router_workers", {"worker_role": role, "state": state})
 
     assert workers_in("prefill", "ready") == 1
     assert workers_in("prefill", "suspected") == 1
@@ -56,7 +56,7 @@ def test_workers_are_counted_by_what_the_router_would_do_with_them(
 def test_an_empty_fleet_is_zeros_and_not_silence(fleet: Fleet) -> None:
     registry = CollectorRegistry()
     FleetMetrics(registry, fleet, lambda: False)
-    labels = {"role": "prefill", "state": "ready"}
+    labels = {"worker_role": "prefill", "state": "ready"}
     assert registry.get_sample_value("baton_router_workers", labels) == 0
     assert registry.get_sample_value("baton_router_kv_usage_ratio") == 0
     assert registry.get_sample_value("baton_router_store_up") == 0
