@@ -87,9 +87,9 @@ def _worker_families() -> Iterable[Any]:
     registry = CollectorRegistry()
     EngineMetrics(registry, 1)
     WorkerMetrics(registry, lambda: 0, lambda: True)
-    FetchMetrics(registry)
     PrefillMetrics(registry)
     DecodeMetrics(registry)
+    FetchMetrics(registry)
     return registry.collect()
 
 

@@ -13,7 +13,8 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from kvstore.index_mirror import IndexMirror
-from kvstore.prefix_index import MemoryIndex, PrefixIndex
+from kvstore.memory_index import MemoryIndex
+from kvstore.prefix_index import PrefixIndex
 from kvstore.registry import RedisRegistry, Registry
 from kvstore.store import Store
 from router.api_schema import install_api_schema
@@ -27,6 +28,7 @@ from router.generation_response import GenerationResponse, Serving
 from router.http_errors import install_error_handlers
 from router.metrics import RouterMetrics
 from router.model_dir import ModelDir, ModelDirError, load_model_dir
+from router.policy import PolicyConfig
 from router.prompts import PromptReader
 from router.route_planner import RoutePlanner
 from router.settings import RouterSettings
@@ -102,8 +104,11 @@ def _build_serving(
         planner=RoutePlanner(
             fleet,
             index,
-            policy_name=settings.policy,
-            local_prefill_max_tokens=settings.local_prefill_max_tokens,
+            PolicyConfig(
+                name=settings.policy,
+                temperature_s=settings.policy_temperature_s,
+                local_prefill_max_tokens=settings.local_prefill_max_tokens,
+            ),
         ),
         metrics=metrics,
         drain=Drain(),
