@@ -1,4 +1,4 @@
-"""python -m servicekit.probe URL: exit code 0 when it answers 200, for health checks in images without curl."""
+"""python -m servicekit.probe URL: exit code 0 when it answers 200, for health checks without curl."""
 
 from __future__ import annotations
 

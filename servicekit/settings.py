@@ -76,7 +76,7 @@ def describe_settings(settings: Any, prefix: str) -> str:
 
 
 def _with_secrets_from_files(environment: Mapping[str, str], secrets: list[str]) -> dict[str, str]:
-    """`environment` with each X_FILE of a secret X replaced by X. The line break at a file's end is dropped."""
+    """`environment` with X instead of X_FILE for each secret X, without the line break at the file's end."""
     values = dict(environment)
     for variable in secrets:
         path = values.pop(f"{variable}{_FILE_SUFFIX}", None)

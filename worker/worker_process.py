@@ -195,9 +195,7 @@ class WorkerProcess:
         )
 
     def _record(self, parts: WorkerParts, port: int, metrics_port: int) -> WorkerRecord:
-        host = self._settings.advertised_host or reachable_host(
-            self._settings.host, self._settings.redis_url
-        )
+        host = self._settings.advertised_host or reachable_host(self._settings.host, self._settings.redis_url)
         engine = parts.engine.engine
         return WorkerRecord(
             worker_id=self._worker_id,

@@ -21,7 +21,7 @@ if [ ! -s "$directory/base.tar" ]; then
         bookworm "$directory/partial.tar"
     mv "$directory/partial.tar" "$directory/base.tar"
 fi
-docker import --change 'ENV PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin' \
+docker image inspect baton-test-debian >/dev/null 2>&1 || docker import --change 'ENV PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin' \
     "$directory/base.tar" baton-test-debian >/dev/null
 
 prefix=$(python3.11 -c 'import sys; print(sys.base_prefix)')

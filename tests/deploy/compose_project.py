@@ -40,7 +40,7 @@ for entry in pathlib.Path("/proc").glob("[0-9]*"):
 
 
 def compose_command() -> list[str] | None:
-    """Compose as the extra `containers` installs it, or the plugin of the docker client; None without both."""
+    """Compose as the extra `containers` installs it, or the docker client's plugin; None without both."""
     own = Path(sys.executable).parent / "docker-compose"
     if own.exists():
         return [str(own)]

@@ -43,7 +43,7 @@ def project(engine: None) -> Iterator[ComposeProject]:
         port = probe.getsockname()[1]
     project = ComposeProject(port)
     try:
-        project.compose("build")
+        project.compose("build", "router", "prefill", "model")  # decode has the image of prefill
         yield project
     finally:
         project.down()

@@ -54,5 +54,5 @@ def test_a_wildcard_is_reached_at_the_interface_that_faces_the_server(host: str)
 
 
 @pytest.mark.parametrize("url", ["redis://no-such-host.invalid", "unix:///run/redis.sock"])
-def test_without_a_server_to_face_a_wildcard_is_reached_at_the_address_of_the_machine_s_name(url: str) -> None:
+def test_without_a_server_to_face_a_wildcard_is_reached_under_the_machine_s_name(url: str) -> None:
     assert reachable_host("0.0.0.0", url) == socket.gethostbyname(socket.gethostname())
