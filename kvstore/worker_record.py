@@ -39,6 +39,7 @@ class WorkerRecord:
     num_blocks: int
     host_id: str
     is_draining: bool = False
+    max_running: int = 0  # sequences in its batch; 0: not told
     load: WorkerLoad = field(default_factory=WorkerLoad)
 
     def to_json(self) -> str:

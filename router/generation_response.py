@@ -16,17 +16,21 @@ from starlette.types import Receive, Scope, Send
 
 from router.answer_format import DONE, AnswerFormat, sse_event
 from router.api_types import ChatRequest, CompletionRequest
+from router.caller import ANYBODY, Caller
 from router.chat_format import ChatFormat
 from router.choice import Choice, ChoiceDelta, deltas
 from router.disconnect import DisconnectGuard
 from router.drain import Drain
 from router.fleet import Fleet
-from router.generation import Generation, GenerationBuilder
+from router.generation import Generation, GenerationBuilder, refuse_long_prompts
 from router.http_errors import ClientGone, error_body, error_response, error_status
 from router.metrics import RouterMetrics
 from router.model_dir import ModelDir
+from router.overload import OverloadGuard
 from router.prompts import PromptReader
+from router.quota_gate import Demand, QuotaGate
 from router.request_body import parse_body, read_body
+from router.request_deadline import request_deadline
 from router.request_flow import FlowLimits, FlowRequest, RequestFlow
 from router.route_planner import PromptHashes, Route, RoutePlanner
 from router.settings import RouterSettings
@@ -54,6 +58,8 @@ class Serving:
     generations: GenerationBuilder
     fleet: Fleet
     planner: RoutePlanner
+    overload: OverloadGuard
+    quotas: QuotaGate
     metrics: RouterMetrics
     drain: Drain
     tracer: Tracer
@@ -75,6 +81,8 @@ class GenerationResponse(Response):
         self._kind = kind
         self._accepted_at = time.monotonic()
         self._is_started = False
+        self._caller: Caller = getattr(request.state, "caller", ANYBODY)
+        self._quota_headers: dict[str, str] = {}
         self._choices: list[Choice] = []
         given = request.headers.get("x-request-id", "")
         self._request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -98,19 +106,38 @@ class GenerationResponse(Response):
             self._end(outcome)
 
     async def _answer(self, receive: Receive, send: Send) -> None:
-        body = await read_body(self._request, self._serving.settings.max_body_bytes)
+        settings = self._serving.settings
+        body = await read_body(self._request, settings.max_body_bytes, settings.client_timeout_s)
         async with DisconnectGuard(receive):
             generation = await self._read(body)
-            self._choices = self._open_choices(generation)
-            for choice in self._choices:
-                await choice.flow.submit()
-            format_class = ChatFormat if generation.kind == "chat" else TextFormat
-            model_name = self._serving.settings.model_name
-            answer = format_class(generation, self._serving.tokenizer, self._request_id, model_name)
-            if generation.streams:
-                await self._stream(generation, answer, send)
-            else:
-                await self._send_whole(answer, send)
+            demand = Demand.of(
+                sum(len(prompt.token_ids) for prompt in generation.prompts),
+                [sampling.max_tokens for sampling in generation.sampling],
+            )
+            async with self._serving.quotas.admit(self._caller, demand, self._num_used_tokens) as headers:
+                self._quota_headers = headers
+                await self._generate(generation, send)
+
+    async def _generate(self, generation: Generation, send: Send) -> None:
+        self._choices = self._open_choices(generation)
+        for choice in self._choices:
+            await choice.flow.submit()
+        format_class = ChatFormat if generation.kind == "chat" else TextFormat
+        model_name = self._serving.settings.model_name
+        answer = format_class(generation, self._serving.tokenizer, self._request_id, model_name)
+        if generation.streams:
+            await self._stream(generation, answer, send)
+        else:
+            await self._send_whole(answer, send)
+
+    def _num_used_tokens(self) -> int:
+        """Of the caller's quota: each prompt once it was computed for, and what was generated from it."""
+        prompts = {
+            choice.prompt_index: choice.flow.num_prompt_tokens
+            for choice in self._choices
+            if choice.flow.first_route is not None
+        }
+        return sum(prompts.values()) + sum(choice.num_tokens for choice in self._choices)
 
     async def _read(self, body: bytes) -> Generation:
         serving = self._serving
@@ -124,14 +151,22 @@ class GenerationResponse(Response):
             prompts = await serving.prompts.read_chat(request, max_model_len)
         else:
             prompts = await serving.prompts.read_completion(request, max_model_len)
+        refuse_long_prompts(prompts, serving.settings.max_prompt_tokens)
         return serving.generations.build(request, prompts, max_model_len)
 
     def _open_choices(self, generation: Generation) -> list[Choice]:
         serving = self._serving
         settings = serving.settings
-        timeout_s = settings.request_timeout_s
-        limits = FlowLimits(max_retries=settings.max_retries, worker_timeout_s=settings.worker_timeout_s)
-        hashes = [PromptHashes(prompt.token_ids, generation.cache_salt) for prompt in generation.prompts]
+        deadline = request_deadline(self._request.headers, settings.request_timeout_s, self._accepted_at)
+        limits = FlowLimits(
+            max_retries=settings.max_retries,
+            worker_timeout_s=settings.worker_timeout_s,
+            overload=serving.overload,
+        )
+        hashes = [
+            PromptHashes(prompt.token_ids, generation.cache_salt, self._caller.tenant)
+            for prompt in generation.prompts
+        ]
         choices = []
         for index, sampling in enumerate(generation.sampling):
             prompt_index = index // generation.num_choices
@@ -140,7 +175,9 @@ class GenerationResponse(Response):
                 prompt=hashes[prompt_index],
                 sampling=sampling,
                 accepted_at=self._accepted_at,
-                deadline=self._accepted_at + timeout_s if timeout_s else None,
+                deadline=deadline,
+                priority=self._caller.priority,
+                may_be_refused=index == 0,
                 span=self._span,
             )
             flow = RequestFlow(flow_request, serving.fleet, serving.planner, serving.metrics, limits)
@@ -181,6 +218,7 @@ class GenerationResponse(Response):
             (b"content-type", content_type),
             (b"x-request-id", self._request_id.encode()),
             (b"x-baton-route", _route_header(route).encode()),
+            *[(name.encode(), value.encode()) for name, value in self._quota_headers.items()],
             *headers,
         ]
         await send({"type": "http.response.start", "status": 200, "headers": all_headers})
@@ -190,7 +228,8 @@ class GenerationResponse(Response):
             tail = sse_event(error_body(error)) + DONE
             await send({"type": "http.response.body", "body": tail, "more_body": False})
             return
-        response = error_response(error)
+        self._serving.metrics.refused(error)
+        response = error_response(error, path=self._request.url.path)
         response.headers["x-request-id"] = self._request_id
         await response(scope, receive, send)
 
@@ -209,6 +248,7 @@ class GenerationResponse(Response):
             outcome=outcome,
             num_generated_tokens=sum(choice.num_tokens for choice in self._choices),
             elapsed_s=time.monotonic() - self._accepted_at,
+            **({"caller": self._caller.key.name} if self._caller.key else {}),
         )
 
 

@@ -21,7 +21,7 @@ from kvstore.worker_record import WorkerRecord
 from proto import link_pb2, link_pb2_grpc
 from servicekit.errors import ServingError, WorkerLost
 from servicekit.logging import get_logger
-from servicekit.rpc import build_channel, error_from_rpc
+from servicekit.rpc import ChannelFactory, build_channel, error_from_rpc
 
 log = get_logger(__name__)
 
@@ -72,7 +72,12 @@ class LinkStream:
 
 
 class Link:
-    def __init__(self, record: WorkerRecord, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        record: WorkerRecord,
+        on_change: Callable[[], None],
+        channels: ChannelFactory = build_channel,
+    ) -> None:
         """`on_change` is called when the link comes up or is lost."""
         self.worker_id = record.worker_id
         self.incarnation = record.incarnation
@@ -81,6 +86,7 @@ class Link:
         self.load: link_pb2.WorkerLoad | None = None  # as the worker last told on this link
         self.num_submitted_since_load = 0
         self._on_change = on_change
+        self._channels = channels
         self._streams: dict[int, LinkStream] = {}
         self._keys = itertools.count(1)
         self._outgoing: asyncio.Queue[link_pb2.LinkRequest] = asyncio.Queue()
@@ -143,7 +149,7 @@ class Link:
                 await asyncio.sleep(backoff.next_s())
 
     async def _connect_and_read(self, backoff: Backoff) -> None:
-        async with build_channel(self.address) as channel:
+        async with self._channels(self.address) as channel:
             call = link_pb2_grpc.LinkServiceStub(channel).Link()  # type: ignore[no-untyped-call]
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 response = await call.read()  # the worker tells its load at once

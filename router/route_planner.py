@@ -21,11 +21,12 @@ class PromptHashes:
 
     token_ids: Sequence[int]
     cache_salt: str
+    tenant: str = ""  # whose blocks it may share
     _by_chain: dict[HashChain, list[BlockHash]] = field(default_factory=dict)
 
     def of(self, chain: HashChain) -> list[BlockHash]:
         if chain not in self._by_chain:
-            self._by_chain[chain] = chain.hashes(self.token_ids, self.cache_salt)
+            self._by_chain[chain] = chain.hashes(self.token_ids, self.cache_salt, self.tenant)
         return self._by_chain[chain]
 
 
@@ -35,8 +36,12 @@ class Route:
 
     decision: policy.Decision
     link: Link
+    decode: WorkerRecord
     prefill: WorkerRecord | None
     num_uncached_tokens: int
+    num_requests_ahead: int  # on the decode worker
+    num_tokens_ahead: int  # prompt tokens queued where this prompt is computed
+    prefill_tokens_per_s: float  # measured there; 0: not yet
     _pending: Counter[str]
     _is_counted: bool = False
 
@@ -81,19 +86,30 @@ class RoutePlanner:
         prefill = self._fleet.prefill_workers() if allows_prefill else []
         num_tokens = len(hashes.token_ids)
         hits = self._hit_tokens(hashes, [record for record, _ in decode] + prefill)
+        decode_candidates = [self._decode_candidate(record, link, hits) for record, link in decode]
+        prefill_candidates = [self._prefill_candidate(record, hits) for record in prefill]
         decision = policy.choose(
             self._policy,
             num_tokens,
-            [self._decode_candidate(record, link, hits) for record, link in decode],
-            [self._prefill_candidate(record, hits) for record in prefill],
+            decode_candidates,
+            prefill_candidates,
             local_prefill_max_tokens=self._local_prefill_max_tokens,
             turn=next(self._turns),
         )
+        record, link = next(pair for pair in decode if pair[0].worker_id == decision.decode_id)
+        decoding = next(each for each in decode_candidates if each.worker_id == decision.decode_id)
+        computing = next(
+            (each for each in prefill_candidates if each.worker_id == decision.prefill_id), decoding
+        )
         return Route(
             decision=decision,
-            link=next(link for record, link in decode if record.worker_id == decision.decode_id),
+            link=link,
+            decode=record,
             prefill=next((record for record in prefill if record.worker_id == decision.prefill_id), None),
             num_uncached_tokens=num_tokens - decision.num_hit_tokens,
+            num_requests_ahead=decoding.num_requests,
+            num_tokens_ahead=computing.num_waiting_tokens,
+            prefill_tokens_per_s=computing.prefill_tokens_per_s,
             _pending=self._pending,
         )
 
