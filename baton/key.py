@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--redis-url",
         metavar="URL",
-        help="of the deployment (default: REDIS_URL; `baton up --state-file` writes that of its embedded server)",
+        help="of the deployment (default: REDIS_URL); `baton up --state-file` tells that of its own server",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="create|list|revoke")
     create = actions.add_parser("create", help="make a key and show it, once", allow_abbrev=False)
