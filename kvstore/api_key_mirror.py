@@ -16,7 +16,7 @@ from kvstore.api_keys import ApiKey, ApiKeyListing, digest_of
 from kvstore.store import Outage, StoreUnavailable
 
 REFRESH_S = 1.0
-_FRESH_S = 0.2  # unknown keys cause at most one look in this time, however many are tried
+_PAUSE_S = 0.2  # between looks: however many unknown keys are tried, they wait for the same one
 
 
 class ApiKeyMirror:
@@ -58,8 +58,7 @@ class ApiKeyMirror:
             if self._age_s() > self._grace_s:
                 raise StoreUnavailable("API keys could not be checked for too long")
             return key
-        if self._age_s() > _FRESH_S:
-            await self._refresh()
+        await self._refresh()  # it may be a new one
         return self._lookup(digest)
 
     def _lookup(self, digest: str) -> ApiKey | None:
@@ -70,10 +69,12 @@ class ApiKeyMirror:
         return float("inf") if self._synced_at is None else self._clock() - self._synced_at
 
     async def _refresh(self) -> None:
-        asked_at = self._clock()
+        """What Redis holds at some moment after this call."""
+        called_at = self._clock()
         async with self._refreshing:
-            if self._synced_at is not None and self._synced_at >= asked_at:
-                return  # somebody did while we waited
+            if self._synced_at is not None and self._synced_at >= called_at:
+                return  # somebody looked while we waited
+            await asyncio.sleep(max(0.0, _PAUSE_S - self._age_s()))
             asked_at = self._clock()
             version = await self._listing.version()
             if version != self._version:

@@ -28,7 +28,7 @@ from router.metrics import RouterMetrics
 from router.model_dir import ModelDir
 from router.overload import OverloadGuard
 from router.prompts import PromptReader
-from router.quota_gate import Demand, QuotaGate
+from router.quota_gate import Demand, Grant, QuotaGate
 from router.request_body import parse_body, read_body
 from router.request_deadline import request_deadline
 from router.request_flow import FlowLimits, FlowRequest, RequestFlow
@@ -82,7 +82,7 @@ class GenerationResponse(Response):
         self._accepted_at = time.monotonic()
         self._is_started = False
         self._caller: Caller = getattr(request.state, "caller", ANYBODY)
-        self._quota_headers: dict[str, str] = {}
+        self._grant = Grant({})
         self._choices: list[Choice] = []
         given = request.headers.get("x-request-id", "")
         self._request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -114,8 +114,7 @@ class GenerationResponse(Response):
                 sum(len(prompt.token_ids) for prompt in generation.prompts),
                 [sampling.max_tokens for sampling in generation.sampling],
             )
-            async with self._serving.quotas.admit(self._caller, demand, self._num_used_tokens) as headers:
-                self._quota_headers = headers
+            async with self._serving.quotas.admit(self._caller, demand, self._num_used_tokens) as self._grant:
                 await self._generate(generation, send)
 
     async def _generate(self, generation: Generation, send: Send) -> None:
@@ -199,6 +198,7 @@ class GenerationResponse(Response):
                 if chunk:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         tail = answer.usage_chunk(self._choices) if generation.includes_usage else b""
+        await self._grant.settle()
         await send({"type": "http.response.body", "body": tail + DONE, "more_body": False})
 
     async def _send_whole(self, answer: AnswerFormat, send: Send) -> None:
@@ -207,6 +207,7 @@ class GenerationResponse(Response):
             async for choice, delta in stream:
                 parts[choice.index].append(delta)
         body = answer.whole(list(zip(self._choices, parts, strict=True)))
+        await self._grant.settle()
         await self._start(send, b"application/json", [(b"content-length", b"%d" % len(body))])
         await send({"type": "http.response.body", "body": body})
 
@@ -218,7 +219,7 @@ class GenerationResponse(Response):
             (b"content-type", content_type),
             (b"x-request-id", self._request_id.encode()),
             (b"x-baton-route", _route_header(route).encode()),
-            *[(name.encode(), value.encode()) for name, value in self._quota_headers.items()],
+            *[(name.encode(), value.encode()) for name, value in self._grant.headers.items()],
             *headers,
         ]
         await send({"type": "http.response.start", "status": 200, "headers": all_headers})

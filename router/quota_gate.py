@@ -18,6 +18,42 @@ from servicekit.errors import InvalidRequest, Overloaded
 MAX_RESERVED_OUTPUT_TOKENS = 1024
 
 Headers = dict[str, str]
+UsedTokens = Callable[[], int]
+
+
+class Grant:
+    """One request's part of a quota, until it is settled."""
+
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers  # x-ratelimit-*
+
+    async def settle(self, *, was_served: bool = True) -> None:
+        """Charges what was used. Idempotent. Before the last byte of an answer: a client that then asks again
+        finds its quota in order."""
+
+
+class _ReservedGrant(Grant):
+    def __init__(
+        self, quotas: Quotas, key: ApiKey, reservation: Reservation, num_reserved: int, used: UsedTokens
+    ) -> None:
+        super().__init__(_headers(key, reservation))
+        self._quotas = quotas
+        self._key = key
+        self._reservation = reservation
+        self._num_reserved = num_reserved
+        self._num_used_tokens = used
+        self._is_settled = False
+
+    async def settle(self, *, was_served: bool = True) -> None:
+        if self._is_settled:
+            return
+        self._is_settled = True
+        more_requests = 0 if was_served else -1
+        more_tokens = self._num_used_tokens() - self._num_reserved
+        if more_requests or more_tokens:
+            await self._quotas.settle(
+                self._key, self._reservation, more_requests=more_requests, more_tokens=more_tokens
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,38 +76,33 @@ class QuotaGate:
 
     @asynccontextmanager
     async def admit(
-        self, caller: Caller, demand: Demand, num_used_tokens: Callable[[], int]
-    ) -> AsyncIterator[Headers]:
-        """Gives the x-ratelimit-* headers. `num_used_tokens` is asked when the request has ended, in any way.
+        self, caller: Caller, demand: Demand, num_used_tokens: UsedTokens
+    ) -> AsyncIterator[Grant]:
+        """`num_used_tokens` is asked when the request ends, in whatever way.
 
         Raises QuotaExceeded, and InvalidRequest for a prompt that no wait makes fit.
         """
         key = caller.key
         if self._quotas is None or key is None or not key.has_quota:
-            yield {}
+            yield Grant({})
             return
         num_reserved = _reserved_tokens(key, demand)
         reservation = await self._quotas.reserve(key, num_reserved)
-        headers = _headers(key, reservation)
         if not reservation.is_granted:
             raise QuotaExceeded(
                 f"the API key {key.name!r} has used up {_limits(key)}; "
                 f"try again in {reservation.retry_after_s} s",
                 retry_after_s=reservation.retry_after_s,
-                headers=headers,
+                headers=_headers(key, reservation),
             )
-        more_requests = 0
+        grant = _ReservedGrant(self._quotas, key, reservation, num_reserved, num_used_tokens)
         try:
-            yield headers
+            yield grant
         except Overloaded:
-            more_requests = 0 if num_used_tokens() else -1  # it was turned away, not served
+            await grant.settle(was_served=num_used_tokens() > 0)
             raise
         finally:
-            more_tokens = num_used_tokens() - num_reserved
-            if more_requests or more_tokens:
-                await self._quotas.settle(
-                    key, reservation, more_requests=more_requests, more_tokens=more_tokens
-                )
+            await grant.settle()
 
 
 def _reserved_tokens(key: ApiKey, demand: Demand) -> int:
