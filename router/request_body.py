@@ -50,7 +50,7 @@ def parse_body(cls: type[T], body: bytes) -> T:
     except ValidationError as error:
         raise _invalid(error) from None  # the cause would carry the prompt into logs
     if parsed.model_extra:
-        log.debug("unknown_fields_ignored", fields=",".join(sorted(parsed.model_extra))[:200])
+        log.debug("unknown_fields_ignored", num_fields=len(parsed.model_extra))  # names may hold anything
     return parsed
 
 

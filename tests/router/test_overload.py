@@ -162,7 +162,7 @@ async def test_a_full_batch_with_a_queue_refuses_before_the_worker_hears_of_it(
 
 
 async def test_queued_prompt_tokens_count_with_what_was_just_sent(make_router: RouterFactory) -> None:
-    """At 10 tokens a second a prompt of 20 leaves no room for a second within 1 s; the worker told nothing."""
+    """At 10 tokens a second a prompt of 20 leaves no room for another within 1 s; the worker told nothing."""
     router: Router = await make_router(max_queue_wait_s=1.0)
     worker = await router.add_worker("decode-0", is_held=True)
     record = decode_record("decode-0", f"127.0.0.1:{worker.port}", load=WorkerLoad(prefill_tokens_per_s=10.0))
