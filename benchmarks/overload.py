@@ -185,9 +185,9 @@ def write(options: argparse.Namespace, capacity: float, rows: Sequence[dict[str,
         f"capacity {capacity:.2f} requests/s, measured with {2 * options.max_running} always open",
         f"one prefill and one decode worker, batch of {options.max_running}; prompts of {options.prompt_len} "
         f"tokens, {options.output_len} out",
-        f"max_queue_wait_s {options.max_queue_wait_s:g}, request_timeout_s {options.request_timeout_s:g}; good: "
-        f"whole, first token within {options.ttft_s:g} s",
-        f"{options.seconds:g} s each, after {RAMP_S:g} s of ramp; client, router and workers share the machine",
+        f"max_queue_wait_s {options.max_queue_wait_s:g}, request_timeout_s {options.request_timeout_s:g}",
+        f"good: whole, first token within {options.ttft_s:g} s",
+        f"{options.seconds:g} s each after {RAMP_S:g} s of ramp; client, router, workers share the machine",
     ]
     plot = plot_lines(
         result_path("overload", ".png"),
