@@ -49,7 +49,7 @@ from router.vllm_metrics import add_vllm_metrics
 from servicekit.errors import InvalidRequest
 from servicekit.metrics import build_metrics_registry, render_metrics
 from servicekit.rpc import build_channel
-from servicekit.tls import load_credentials
+from servicekit.tls import check_http_files, load_credentials
 from servicekit.tracing import build_tracer
 
 
@@ -60,6 +60,7 @@ def build(
 
     Without `registry` and `index` both are followed in Redis.
     """
+    check_http_files(settings.http_tls_cert, settings.http_tls_key)
     is_alone = registry is not None and index is not None and not settings.require_api_key
     store = None if is_alone else Store(settings.redis_url)
     mirrored = MemoryIndex()

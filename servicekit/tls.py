@@ -6,6 +6,7 @@ name instead, and callers ask for that name. Servers ask callers for a certifica
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def load_credentials(files: TlsFiles) -> Credentials | None:
         channel=grpc.ssl_channel_credentials(ca, key, cert),
         server=grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=True),
     )
+
+
+def check_http_files(cert: Path | None, key: Path | None) -> None:
+    """ValueError when HTTPS could not be served with these; nothing to check without them."""
+    if cert is None or key is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+    except OSError as error:  # also what ssl raises for a key that does not fit
+        raise ValueError(f"cannot serve HTTPS with {cert} and {key}: {error}") from error
 
 
 def _read(path: Path) -> bytes:

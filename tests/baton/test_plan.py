@@ -37,6 +37,20 @@ def test_services_are_told_model_store_and_ports_by_their_own_prefix():
     assert not [name for name in decode.environment if not name.startswith("BATON_DECODE_")]
 
 
+def test_with_certificates_every_service_gets_its_own_and_the_router_https():
+    prefill, decode, router = members(planned(tls_dir=Path("/pki")))
+    for worker, name in ((prefill, "PREFILL"), (decode, "DECODE")):
+        assert worker.environment[f"BATON_{name}_TLS_CERT"] == "/pki/worker.pem"
+        assert worker.environment[f"BATON_{name}_TLS_KEY"] == "/pki/worker.key"
+        assert worker.environment[f"BATON_{name}_TLS_CA"] == "/pki/ca.pem"
+        assert not [variable for variable in worker.environment if "HTTP_TLS" in variable]
+    assert router.environment["BATON_ROUTER_TLS_CERT"] == "/pki/router.pem"
+    assert router.environment["BATON_ROUTER_HTTP_TLS_KEY"] == "/pki/http.key"
+    assert not [
+        variable for member in members(planned()) for variable in member.environment if "TLS" in variable
+    ]
+
+
 def test_the_ranks_of_a_group_share_rendezvous_and_group_and_differ_in_rank():
     first, second = (group for group in planned(num_decode=2, ep_size=3) if group.role == "decode")
     ranks = [member.environment["BATON_DECODE_EP_RANK"] for member in first.members]

@@ -11,7 +11,7 @@ import pytest
 
 from baton.certs import write_certificates
 from servicekit.rpc import build_channel, build_server
-from servicekit.tls import Credentials, TlsFiles, check_tls_files, load_credentials
+from servicekit.tls import Credentials, TlsFiles, check_http_files, check_tls_files, load_credentials
 
 
 def files_of(directory: Path, role: str) -> TlsFiles:
@@ -115,6 +115,14 @@ def test_some_of_the_files_are_a_mistake(ours: Path) -> None:
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"worker\.pem"):
         load_credentials(files_of(tmp_path, "worker"))
+
+
+def test_https_files_that_do_not_fit_are_a_clear_mistake(ours: Path, theirs: Path) -> None:
+    check_http_files(ours / "http.pem", ours / "http.key")
+    check_http_files(None, None)
+    for key in (theirs / "http.key", ours / "nothing.key"):
+        with pytest.raises(ValueError, match="cannot serve HTTPS"):
+            check_http_files(ours / "http.pem", key)
 
 
 def test_keys_are_for_their_owner_only(ours: Path) -> None:
