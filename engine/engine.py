@@ -24,11 +24,12 @@ from engine.kv_announcer import KvAnnouncer
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
 from engine.outputs import SequenceOutput, StepOutput, TokenLogprobs
+from engine.pins import PinnedRun, Pins
 from engine.runner import Runner, StepResult
 from engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig
 from engine.sequence import Sequence, SequenceStatus
 from engine.step_stats import EngineLoad, build_stats, measure_load
-from kvstore.block_hash import HashChain
+from kvstore.block_hash import BlockHash, HashChain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,7 @@ class Engine:
         self._runner = runner
         self._announcer = KvAnnouncer(layout)
         self._pool = BlockPool(kv_cache.num_blocks)
+        self._pins = Pins(self._pool, kv_cache)
         self._scheduler = Scheduler(scheduler_config, self._pool, self.hash_chain)
         self._handoffs = Handoffs(self._scheduler)
         self._seqs: dict[int, Sequence] = {}
@@ -146,6 +148,16 @@ class Engine:
             self._expect(seq_id, SequenceStatus.KEPT)
             self.abort(seq_id)
 
+    def pin(self, hashes: list[BlockHash]) -> PinnedRun:
+        """The longest leading run of these blocks that is cached. Until unpin() none of them is evicted or
+        reused."""
+        return self._pins.pin(hashes)
+
+    def unpin(self, pin_id: int) -> None:
+        """Idempotent."""
+        if self._pins.unpin(pin_id):
+            self._blocks_came_back()
+
     def step(self) -> StepOutput:
         """One batch, or with expert parallelism one idle step when other ranks have tokens and this one
         none."""
@@ -174,7 +186,8 @@ class Engine:
             expert_load=result.expert_load,
         )
         if not self._seqs:
-            assert self._pool.num_used == 0, f"{self._pool.num_used} blocks are used by nobody"
+            num_pinned = len(set(self._pins.block_ids()))
+            assert self._pool.num_used == num_pinned, f"{self._pool.num_used - num_pinned} blocks are lost"
         return StepOutput(outputs=outputs, stats=stats, block_events=self._pool.take_events())
 
     def load(self) -> EngineLoad:
@@ -187,7 +200,9 @@ class Engine:
 
     def check_integrity(self) -> None:
         """AssertionError when free + cached + used = total, or a reference count, does not hold."""
-        self._pool.check_integrity(Counter(b for seq in self._seqs.values() for b in seq.block_table))
+        references = Counter(self._pins.block_ids())
+        references.update(b for seq in self._seqs.values() for b in seq.block_table)
+        self._pool.check_integrity(references)
         scheduler = self._scheduler
         listed = [
             *scheduler.waiting,

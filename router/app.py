@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse, Response
 from kvstore.api_key_mirror import ApiKeyMirror
 from kvstore.api_keys import RedisApiKeys
 from kvstore.index_mirror import IndexMirror
-from kvstore.prefix_index import MemoryIndex, PrefixIndex
+from kvstore.memory_index import MemoryIndex
+from kvstore.prefix_index import PrefixIndex
 from kvstore.quotas import RedisQuotas
 from kvstore.registry import RedisRegistry, Registry
 from kvstore.store import Store

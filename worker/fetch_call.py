@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from typing import Protocol
 
 import grpc.aio
 
 from engine.engine import Engine
 from engine.kv_layout import KvLayout
+from engine.pins import PinnedRun
 from kvstore.block_hash import BlockHash
 from proto.kv_pb2 import FetchFinished, FetchRequest, FetchStarted
 from worker.async_engine import AsyncEngine
@@ -32,17 +32,6 @@ STALL_S = 20.0  # for the reader to make room for one message; a reader that han
 
 
 ServicerContext = grpc.aio.ServicerContext[bytes, bytes]
-
-
-class PinnedRun(Protocol):
-    """What Engine.pin gives."""
-
-    pin_id: int
-    num_blocks: int
-
-    def read_blocks(self, start: int, stop: int) -> memoryview: ...
-
-    def is_on_device(self, start: int, stop: int) -> list[int] | None: ...
 
 
 class FetchCall:

@@ -214,7 +214,8 @@ class WorkerProcess:
 
         def publish(step: StepOutput) -> None:
             index.evict(step.block_events.removed)
-            index.publish([block_hash for block_hash, _ in step.block_events.placed])
+            for block_hash, tier in step.block_events.placed:
+                index.publish([block_hash], tier)
 
         parts.engine.subscribe(publish)
         _drain_with_group(parts.engine, drain)

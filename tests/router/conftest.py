@@ -11,8 +11,8 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from kvstore.memory_index import MemoryIndex
 from kvstore.memory_registry import MemoryRegistry
-from kvstore.prefix_index import MemoryIndex
 from router.app import build
 from router.server import build_servers
 from router.settings import RouterSettings
