@@ -36,6 +36,7 @@ from router.http_errors import install_error_handlers
 from router.metrics import RouterMetrics
 from router.model_dir import ModelDir, ModelDirError, load_model_dir
 from router.overload import OverloadGuard
+from router.policy import PolicyConfig
 from router.prompts import PromptReader
 from router.quota_gate import QuotaGate
 from router.route_planner import RoutePlanner
@@ -131,8 +132,11 @@ def _build_serving(settings: RouterSettings, sources: _Sources, metrics: RouterM
         planner=RoutePlanner(
             fleet,
             sources.index,
-            policy_name=settings.policy,
-            local_prefill_max_tokens=settings.local_prefill_max_tokens,
+            PolicyConfig(
+                name=settings.policy,
+                temperature_s=settings.policy_temperature_s,
+                local_prefill_max_tokens=settings.local_prefill_max_tokens,
+            ),
         ),
         overload=OverloadGuard(settings.max_queue_wait_s),
         quotas=QuotaGate(quotas),

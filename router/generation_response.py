@@ -32,7 +32,8 @@ from router.quota_gate import Demand, Grant, QuotaGate
 from router.request_body import parse_body, read_body
 from router.request_deadline import request_deadline
 from router.request_flow import FlowLimits, FlowRequest, RequestFlow
-from router.route_planner import PromptHashes, Route, RoutePlanner
+from router.route_header import ROUTE_HEADER, route_header
+from router.route_planner import PromptHashes, RoutePlanner
 from router.settings import RouterSettings
 from router.text_format import TextFormat
 from router.tokenizer import Tokenizer
@@ -218,7 +219,7 @@ class GenerationResponse(Response):
         all_headers = [
             (b"content-type", content_type),
             (b"x-request-id", self._request_id.encode()),
-            (b"x-baton-route", _route_header(route).encode()),
+            (ROUTE_HEADER, route_header(route.decision)),
             *[(name.encode(), value.encode()) for name, value in self._grant.headers.items()],
             *headers,
         ]
@@ -251,9 +252,3 @@ class GenerationResponse(Response):
             elapsed_s=time.monotonic() - self._accepted_at,
             **({"caller": self._caller.key.name} if self._caller.key else {}),
         )
-
-
-def _route_header(route: Route) -> str:
-    decision = route.decision
-    where = decision.prefill_id or "local"
-    return f"decode={decision.decode_id}; prefill={where}; predicted_hit_tokens={decision.num_hit_tokens}"

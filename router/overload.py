@@ -79,5 +79,5 @@ class OverloadGuard:
     def _service_s(self, route: Route, patience: Patience) -> float:
         """From the end of the wait to the last token, as far as is known."""
         rate = route.prefill_tokens_per_s
-        prefill_s = route.num_uncached_tokens / rate if rate > 0 else 0.0
+        prefill_s = route.decision.num_computed_tokens / rate if rate > 0 else 0.0
         return prefill_s + self.times.tpot_s * min(patience.max_tokens, self.times.num_tokens)

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from engine.outputs import StepOutput, StepStats
 from engine.step_stats import EngineLoad
 from servicekit.metrics import SECONDS_BUCKETS, TokenHistogram
+from worker.tier_metrics import TierMetrics
 
 _EXPERT_WINDOW_S = 2.0  # of steps, added up before expert load is judged
 
@@ -47,6 +48,7 @@ class EngineMetrics:
             "baton_engine_itl_seconds", "step time, once for each token decoded", SECONDS_BUCKETS, registry
         )
         self.experts = ExpertLoadMetrics(registry)
+        self.tiers = TierMetrics(registry)
 
     def observe(self, step: StepOutput) -> None:
         stats = step.stats
@@ -62,6 +64,7 @@ class EngineMetrics:
         if stats.num_decode_tokens:
             self._itl_seconds.observe(stats.step_s, stats.num_decode_tokens)
         self.experts.observe(stats)
+        self.tiers.observe(stats.tiers, stats.loads)
 
     @property
     def device_blocks(self) -> dict[str, int]:

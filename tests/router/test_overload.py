@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -12,6 +11,7 @@ from kvstore.worker_record import WorkerLoad
 from router import policy
 from router.link import Link
 from router.overload import OverloadGuard, Patience
+from router.route_cost import Terms
 from router.route_planner import Route
 from router.service_times import ServiceTimes
 from servicekit.errors import Overloaded
@@ -20,27 +20,29 @@ from tests.router.conftest import Router, RouterFactory
 
 
 def route(
-    *, places: int = 0, ahead: int = 0, tokens_ahead: int = 0, tokens_per_s: float = 0.0, uncached: int = 10
+    *, places: int = 0, ahead: int = 0, tokens_ahead: int = 0, tokens_per_s: float = 0.0, computed: int = 10
 ) -> Route:
     record = decode_record("decode-0", "127.0.0.1:1", max_running=places)
     return Route(
         decision=policy.Decision(
             decode_id="decode-0",
             prefill_id=None,
+            peer_id=None,
             decode_reason="least_cost",
             prefill_reason="no_prefill_worker",
             num_hit_tokens=0,
-            decode_cost=0.0,
-            prefill_cost=0.0,
+            num_computed_tokens=computed,
+            terms=Terms(0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+            options=(),
         ),
         link=Link(record, lambda: None),
         decode=record,
         prefill=None,
-        num_uncached_tokens=uncached,
+        peer=None,
         num_requests_ahead=ahead,
         num_tokens_ahead=tokens_ahead,
         prefill_tokens_per_s=tokens_per_s,
-        _pending=Counter(),
+        _prefill_load=None,
     )
 
 
