@@ -24,7 +24,7 @@ from engine.handoffs import Handoffs, OnReady
 from engine.kv_announcer import KvAnnouncer
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
-from engine.outputs import SequenceOutput, StepOutput, TokenLogprobs
+from engine.outputs import FinishReason, SequenceOutput, StepOutput, TokenLogprobs
 from engine.pins import PinnedRun, Pins
 from engine.runner import Runner, StepResult
 from engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig
@@ -211,7 +211,7 @@ class Engine:
             batch,
             began,
             is_idle_step=must_run and not batch.seqs,
-            expert_load=result.expert_load,
+            result=result,
             tiers=self._tiers.stats(),
         )
         if not self._seqs:
@@ -262,12 +262,16 @@ class Engine:
             )
         if seq.num_output_tokens >= seq.max_output_tokens:
             raise ValueError(f"all {seq.max_output_tokens} output tokens are there already")
+        if (seq.sampling.grammar is None) is not (seq.matcher is None):
+            raise ValueError("a sequence has a matcher exactly when its sampling has a grammar")
         if seq.kv_listener is not None and not seq.keeps_blocks:
             raise ValueError("a sequence with a KV listener must keep its blocks")
         for token_ids, what in (
             (seq.token_ids, "token id"),
             (seq.sampling.logit_bias, "logit_bias for token id"),
             (seq.sampling.stop_token_ids, "stop token id"),
+            (seq.sampling.allowed_token_ids, "allowed token id"),
+            *((word, "token id of a bad word") for word in seq.sampling.bad_words),
         ):
             if token_ids and not (0 <= min(token_ids) and max(token_ids) < self.vocab_size):
                 worst = max(token_ids) if max(token_ids) >= self.vocab_size else min(token_ids)
@@ -290,6 +294,11 @@ class Engine:
     def _take_token(
         self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None, now: float
     ) -> SequenceOutput:
+        if seq.matcher is not None and seq.matcher.error is not None:
+            self._finish(seq)
+            return SequenceOutput(
+                seq_id=seq.seq_id, token_ids=(), finish_reason=FinishReason.ABORTED, error=seq.matcher.error
+            )
         seq.token_ids.append(token_id)
         finish_reason = seq.finish_reason_after(self.eos_token_ids, self.max_model_len)
         if finish_reason is not None:

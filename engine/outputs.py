@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from engine.grammar.step_masks import GrammarTimes
 from kvstore.block_hash import BlockHash, BlockTier
 
 
@@ -36,6 +37,7 @@ class SequenceOutput:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token id, or none
     finish_reason: FinishReason | None = None
+    error: str | None = None  # why the sequence cannot go on, with ABORTED: the request's own fault
     num_hit_tokens: int = 0  # set with the first token
     queue_s: float = 0.0  # added -> first scheduled; set with the first token
     prefill_s: float = 0.0  # first scheduled -> first token sampled; set with the first token
@@ -63,6 +65,8 @@ class TierStats:
     num_used_blocks: int  # being read or written
     block_bytes: int
     num_lost_blocks: int  # since the start, of all lower tiers: gone before they were saved
+    load_bytes_per_s: float = 0.0  # as measured; 0: nothing was loaded yet
+    load_latency_s: float = 0.0
 
 
 class LoadOutcome(enum.Enum):
@@ -98,6 +102,7 @@ class StepStats:
     num_queried_tokens: int  # prompt tokens of those sequences
     step_s: float
     is_idle_step: bool = False
+    grammar: GrammarTimes = field(default_factory=GrammarTimes)
     expert_load: tuple[tuple[int, ...], ...] = ()  # [moe layer][logical expert] tokens routed in this step
     tiers: tuple[TierStats, ...] = ()  # below the device
     loads: tuple[LoadStats, ...] = ()  # that ended in this step, or since the last one

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from engine.grammar.matcher import GrammarMatcher
 from engine.kv_load import KvSource, LoadedPrefix, SequenceLoad
 from engine.outputs import FinishReason, TokenLogprobs
 from engine.sampling_params import SamplingParams
@@ -88,6 +89,7 @@ class Sequence:
         "kv_source",
         "load",
         "loaded",
+        "matcher",
         "max_output_tokens",
         "num_computed_tokens",
         "num_hit_tokens",
@@ -115,6 +117,7 @@ class Sequence:
         keeps_blocks: bool = False,
         kv_listener: KvListener | None = None,
         kv_source: KvSource | None = None,
+        matcher: GrammarMatcher | None = None,
     ) -> None:
         """output_ids were generated elsewhere and count against max_tokens. A keeps_blocks sequence ends with
         its next token, whatever max_tokens says, and holds its blocks until release() or abort()."""
@@ -126,6 +129,7 @@ class Sequence:
         self.keeps_blocks = keeps_blocks
         self.kv_listener = kv_listener
         self.kv_source = kv_source  # a peer that holds leading blocks
+        self.matcher = matcher  # of sampling.grammar
         self.load: SequenceLoad | None = None  # blocks are on their way; nothing behind them is computed
         self.loaded = LoadedPrefix()
         self.token_ids: array[int] = array("q", prompt_ids)
@@ -177,6 +181,8 @@ class Sequence:
         """Judges the newest token."""
         last = self.token_ids[-1]
         sampling = self.sampling
+        if self.matcher is not None and self.matcher.is_open and last in eos_token_ids:
+            return FinishReason.STOP  # drawn only where nothing else could follow, or where it may be drawn
         if self.num_output_tokens >= sampling.min_tokens:
             if last in sampling.stop_token_ids or (not sampling.ignore_eos and last in eos_token_ids):
                 return FinishReason.STOP

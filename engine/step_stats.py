@@ -6,10 +6,9 @@ import time
 from dataclasses import dataclass
 
 from engine.outputs import StepStats, TierStats
+from engine.runner import StepResult
 from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import Sequence
-
-ExpertLoad = tuple[tuple[int, ...], ...]  # [moe layer][logical expert]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ def build_stats(
     began: float,
     *,
     is_idle_step: bool,
-    expert_load: ExpertLoad,
+    result: StepResult,
     tiers: tuple[TierStats, ...] = (),
 ) -> StepStats:
     """After the step; `began` is its start in monotonic seconds."""
@@ -62,7 +61,8 @@ def build_stats(
         num_queried_tokens=sum(seq.num_prompt_tokens for seq in batch.started),
         step_s=time.monotonic() - began,
         is_idle_step=is_idle_step,
-        expert_load=expert_load,
+        expert_load=result.expert_load,
+        grammar=result.grammar,
         tiers=tiers,
         loads=scheduler.loads.take_ended(),
     )

@@ -27,6 +27,7 @@ from prometheus_client import CollectorRegistry
 
 from engine.engine import Engine
 from engine.ep.ep_group import EpGroupLost
+from engine.grammar.compiler import compiler_for_model
 from engine.outputs import StepOutput
 from kvstore.redis_index import RedisIndex
 from kvstore.registry import RedisRegistry, WorkerRecord, WorkerRole
@@ -158,8 +159,10 @@ class WorkerProcess:
         load = LoadMeter(admission, engine.num_blocks)
         admission.retry_after_s = load.retry_after_s
         metrics = build_metrics_registry()
-        async_engine = AsyncEngine(engine)
+        grammars = compiler_for_model(self._settings.model, engine.vocab_size, engine.eos_token_ids)
+        async_engine = AsyncEngine(engine, grammars)
         engine_metrics = EngineMetrics(metrics, engine.num_blocks)
+        grammars.on_compiled = engine_metrics.grammars.observe_compile
         block_size = engine.kv_layout.block_size
         add_vllm_metrics(metrics, self._role, self._settings.model_name, block_size, engine.num_blocks)
         for observer in (load, engine_metrics):
@@ -176,6 +179,7 @@ class WorkerProcess:
         fetcher = PeerFetcher(transfers, fetch_metrics, worker_id=self._worker_id)
         load.add_kv_rates(transfers.rates.kv_rates)
         load.add_kv_rates(fetcher.rates.kv_rates)
+        load.add_kv_rates(engine_metrics.tiers.kv_rates)
         return WorkerParts(
             settings=self._settings,
             worker_id=self._worker_id,
