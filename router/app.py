@@ -6,12 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jinja2
 from fastapi import FastAPI, Request
+from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
@@ -24,33 +23,26 @@ from kvstore.quotas import RedisQuotas
 from kvstore.registry import RedisRegistry, Registry
 from kvstore.store import Store
 from router.api_schema import install_api_schema
-from router.api_types import ChatRequest, CompletionRequest
-from router.chat_template import ChatTemplate
 from router.drain import Drain
+from router.endpoint import ENDPOINTS, Endpoint
 from router.exposure import warn_if_open
 from router.fleet import Fleet
 from router.gate import Gate, GateRules
-from router.generation import GenerationBuilder
 from router.generation_response import GenerationResponse, Serving
 from router.http_errors import install_error_handlers
 from router.metrics import RouterMetrics
-from router.model_dir import ModelDir, ModelDirError, load_model_dir
-from router.overload import OverloadGuard
-from router.policy import PolicyConfig
-from router.prompts import PromptReader
 from router.quota_gate import QuotaGate
-from router.route_planner import RoutePlanner
+from router.served_model import ServedModel, ServedModels, build_served_model
 from router.settings import RouterSettings
-from router.tokenizer import Tokenizer
+from router.token_endpoints import TOKEN_BODIES, add_token_endpoints
 from router.ui.access import UiAccess
 from router.ui.endpoints import add_ui
 from router.ui.publisher import Publisher
 from router.ui.snapshot import Snapshots
 from router.version import version
 from router.vllm_metrics import add_vllm_metrics
-from servicekit.errors import InvalidRequest
 from servicekit.metrics import build_metrics_registry, render_metrics
-from servicekit.rpc import build_channel
+from servicekit.rpc import ChannelFactory, build_channel
 from servicekit.tls import check_http_files, load_credentials
 from servicekit.tracing import build_tracer
 
@@ -58,29 +50,33 @@ from servicekit.tracing import build_tracer
 def build(
     settings: RouterSettings, *, registry: Registry | None = None, index: PrefixIndex | None = None
 ) -> FastAPI:
-    """The application; app.state.serving holds its objects. ModelDirError when the model cannot be read.
+    """The application; app.state.serving holds its objects. ModelDirError when a model cannot be read.
 
-    Without `registry` and `index` both are followed in Redis.
+    Workers and indexes are followed in Redis, unless `registry` and `index` are given, of the one model.
     """
     check_http_files(settings.http_tls_cert, settings.http_tls_key)
-    is_alone = registry is not None and index is not None and not settings.require_api_key
-    store = None if is_alone else Store(settings.redis_url)
-    mirrored = MemoryIndex()
-    mirror = None
-    if index is None:
+    mirrors: list[IndexMirror] = []
+    store = Store(settings.redis_url) if registry is None or settings.require_api_key else None
+    if registry is not None and index is not None:
+        models = _models_of(settings, registry, index)
+    else:
         assert store is not None
-        mirror = IndexMirror(store, settings.model_name, mirrored)
-    if registry is None:
-        assert store is not None
-        registry = RedisRegistry(store, settings.model_name)
+        models, mirrors = _models_in(settings, store)
     metrics_registry = build_metrics_registry()
     add_vllm_metrics(metrics_registry, settings.model_name)
     keys = None
+    quotas = None
     if settings.require_api_key:
         assert store is not None
         keys = ApiKeyMirror(RedisApiKeys(store), grace_s=settings.api_key_grace_s)
-    serving = _build_serving(
-        settings, _Sources(registry, index or mirrored, store), RouterMetrics(metrics_registry)
+        quotas = RedisQuotas(store)
+    serving = Serving(
+        settings=settings,
+        models=ServedModels(models),
+        quotas=QuotaGate(quotas),
+        metrics=RouterMetrics(metrics_registry),
+        drain=Drain(),
+        tracer=build_tracer(settings.otlp_endpoint, "router"),
     )
 
     @asynccontextmanager
@@ -89,13 +85,14 @@ def build(
             stack.push_async_callback(asyncio.to_thread, serving.tracer.close)
             if store is not None:
                 stack.push_async_callback(store.close)
-            if mirror is not None:
+            for mirror in mirrors:
                 stack.push_async_callback(_cancel, asyncio.create_task(mirror.run(), name="index mirror"))
             if keys is not None:
                 stack.push_async_callback(_cancel, asyncio.create_task(keys.run(), name="API keys"))
             warn_if_open(settings)
-            serving.fleet.start()
-            stack.push_async_callback(serving.fleet.stop)
+            for model in serving.models:
+                model.fleet.start()
+                stack.push_async_callback(model.fleet.stop)
             yield
 
     app = FastAPI(title="Baton", version=version(), lifespan=lifespan)
@@ -105,56 +102,32 @@ def build(
     _add_endpoints(app)
     app.state.admin_app = _add_admin(app)
     _guard(app, GateRules(keys=keys, max_concurrent_requests=settings.max_concurrent_requests))
-    install_api_schema(app, {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest})
+    add_token_endpoints(app, serving)
+    bodies: dict[str, type[BaseModel]] = {endpoint.path: endpoint.body for endpoint in ENDPOINTS}
+    install_api_schema(app, bodies | TOKEN_BODIES)
     return app
 
 
-@dataclass(frozen=True, slots=True)
-class _Sources:
-    registry: Registry
-    index: PrefixIndex
-    store: Store | None
+def _models_of(settings: RouterSettings, registry: Registry, index: PrefixIndex) -> dict[str, ServedModel]:
+    """The one model, over what the caller brings."""
+    [source] = settings.models
+    return {source.name: build_served_model(settings, source, Fleet(registry, _channels(settings)), index)}
 
 
-def _build_serving(settings: RouterSettings, sources: _Sources, metrics: RouterMetrics) -> Serving:
-    model_dir = load_model_dir(settings.model)
-    tokenizer = Tokenizer.from_file(model_dir.tokenizer_file, model_dir.vocab_size)
-    channels = partial(build_channel, credentials=load_credentials(settings.tls_files))
-    fleet = Fleet(sources.registry, channels)
-    quotas = RedisQuotas(sources.store) if settings.require_api_key and sources.store else None
-    return Serving(
-        settings=settings,
-        model_dir=model_dir,
-        tokenizer=tokenizer,
-        prompts=PromptReader(tokenizer, _chat_template(model_dir)),
-        generations=GenerationBuilder(tokenizer, model_dir.sampling_defaults, settings.max_sequences),
-        fleet=fleet,
-        planner=RoutePlanner(
-            fleet,
-            sources.index,
-            PolicyConfig(
-                name=settings.policy,
-                temperature_s=settings.policy_temperature_s,
-                local_prefill_max_tokens=settings.local_prefill_max_tokens,
-            ),
-        ),
-        overload=OverloadGuard(settings.max_queue_wait_s),
-        quotas=QuotaGate(quotas),
-        metrics=metrics,
-        drain=Drain(),
-        tracer=build_tracer(settings.otlp_endpoint, "router"),
-    )
+def _models_in(settings: RouterSettings, store: Store) -> tuple[dict[str, ServedModel], list[IndexMirror]]:
+    """All models, followed in Redis; the mirrors are still to be run."""
+    channels = _channels(settings)
+    models, mirrors = {}, []
+    for source in settings.models:
+        mirrored = MemoryIndex()
+        mirrors.append(IndexMirror(store, source.name, mirrored))
+        fleet = Fleet(RedisRegistry(store, source.name), channels)
+        models[source.name] = build_served_model(settings, source, fleet, mirrored)
+    return models, mirrors
 
 
-def _chat_template(model_dir: ModelDir) -> ChatTemplate | None:
-    if model_dir.chat_template is None:
-        return None
-    try:
-        return ChatTemplate(model_dir.chat_template, model_dir.special_tokens)
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelDirError(
-            f"{model_dir.path}: chat template, line {error.lineno}: {error.message}"
-        ) from error
+def _channels(settings: RouterSettings) -> ChannelFactory:
+    return partial(build_channel, credentials=load_credentials(settings.tls_files))
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
@@ -165,25 +138,27 @@ async def _cancel(task: asyncio.Task[None]) -> None:
 def _add_endpoints(app: FastAPI) -> None:
     serving: Serving = app.state.serving
 
-    @app.post("/v1/chat/completions")
-    async def create_chat_completion(request: Request) -> Response:
-        return GenerationResponse(serving, request, ChatRequest)
-
-    @app.post("/v1/completions")
-    async def create_completion(request: Request) -> Response:
-        return GenerationResponse(serving, request, CompletionRequest)
+    for endpoint in ENDPOINTS:
+        _add_generation(app, endpoint)
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_card(app)]}
+        return {"object": "list", "data": [_model_card(app, model) for model in serving.models]}
 
     @app.get("/v1/models/{model_id:path}")
     async def show_model(model_id: str) -> dict[str, Any]:
-        if model_id != serving.settings.model_name:
-            raise InvalidRequest(
-                f"the model {model_id!r} does not exist", param="model", code="model_not_found"
-            )
-        return _model_card(app)
+        return _model_card(app, serving.models.named(model_id))
+
+    @app.get("/load")
+    async def load() -> dict[str, int]:
+        """Open requests here, and sequences running and waiting on the decode workers."""
+        links = [link for model in serving.models for _, link in model.fleet.decode_workers()]
+        loads = [link.load for link in links if link.load is not None]
+        return {
+            "server_load": serving.drain.num_open,
+            "num_running": sum(each.num_running for each in loads),
+            "num_waiting": sum(each.num_waiting for each in loads),
+        }
 
     @app.get("/version")
     async def show_version() -> dict[str, str]:
@@ -203,7 +178,7 @@ def _add_health(app: FastAPI, serving: Serving) -> None:
     async def ready() -> Response:
         """A request sent now would be served."""
         status = "draining" if serving.drain.is_draining else "no decode worker"
-        is_ready = serving.fleet.is_ready and not serving.drain.is_draining
+        is_ready = any(model.fleet.is_ready for model in serving.models) and not serving.drain.is_draining
         return JSONResponse({"status": "ready" if is_ready else status}, 200 if is_ready else 503)
 
 
@@ -239,6 +214,13 @@ def _guard(app: FastAPI, rules: GateRules) -> None:
         )
 
 
+def _add_generation(app: FastAPI, endpoint: Endpoint) -> None:
+    async def generate(request: Request) -> Response:
+        return GenerationResponse(app.state.serving, request, endpoint)
+
+    app.add_api_route(endpoint.path, generate, methods=["POST"], name=endpoint.name)
+
+
 def _add_ui(admin: FastAPI, app: FastAPI, access: UiAccess) -> None:
     serving: Serving = app.state.serving
     drain = serving.drain
@@ -249,14 +231,12 @@ def _add_ui(admin: FastAPI, app: FastAPI, access: UiAccess) -> None:
     add_ui(admin, access, publisher)
 
 
-def _model_card(app: FastAPI) -> dict[str, Any]:
-    serving: Serving = app.state.serving
-    name = serving.settings.model_name
+def _model_card(app: FastAPI, model: ServedModel) -> dict[str, Any]:
     return {
-        "id": name,
+        "id": model.name,
         "object": "model",
         "created": app.state.created,
         "owned_by": "baton",
-        "root": name,
-        "max_model_len": serving.max_model_len,
+        "root": model.name,
+        "max_model_len": model.max_model_len,
     }

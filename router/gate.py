@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvstore.api_key_mirror import ApiKeyMirror
 from router.caller import ANYBODY, Caller, authenticate
+from router.endpoint import error_body_of
 from router.http_errors import error_response
 from router.metrics import RouterMetrics
 from servicekit.errors import Overloaded, ServingError
@@ -48,7 +49,7 @@ class Gate:
                 )
         except ServingError as error:
             self._metrics.refused(error)
-            await error_response(error, path=scope["path"])(scope, receive, send)
+            await error_response(error, error_body_of(scope["path"]))(scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
         self._num_open += 1

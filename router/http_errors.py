@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -16,8 +17,6 @@ from servicekit.logging import get_logger
 
 log = get_logger(__name__)
 
-ANTHROPIC_PATH = "/v1/messages"
-
 _NOT_FOUND_CODES = {"model_not_found"}
 _TOO_LARGE_CODES = {"request_too_large", "request_exceeds_quota"}
 _REFUSALS: dict[type[ServingError], tuple[int, str, str]] = {  # status, type and code of OpenAI's error body
@@ -26,16 +25,6 @@ _REFUSALS: dict[type[ServingError], tuple[int, str, str]] = {  # status, type an
     RequestTimeout: (408, "invalid_request_error", "request_timeout"),
     QuotaExceeded: (429, "rate_limit_error", "rate_limit_exceeded"),
     Overloaded: (503, "overloaded_error", "overloaded"),
-}
-# What Anthropic's clients look for.
-_ANTHROPIC_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
 }
 
 
@@ -61,11 +50,6 @@ def error_body(error: ServingError) -> dict[str, Any]:
     return _body(str(error) or "the server failed", "server_error", code="server_error")
 
 
-def anthropic_error_body(error: ServingError) -> dict[str, Any]:
-    kind = _ANTHROPIC_TYPES.get(error_status(error), "api_error")
-    return {"type": "error", "error": {"type": kind, "message": str(error) or "the server failed"}}
-
-
 def error_headers(error: ServingError) -> dict[str, str]:
     headers = {}
     if isinstance(error, Overloaded | QuotaExceeded):
@@ -77,10 +61,10 @@ def error_headers(error: ServingError) -> dict[str, str]:
     return headers
 
 
-def error_response(error: ServingError, *, path: str = "") -> Response:
-    """`path` of the request: Anthropic's endpoint has an error body of its own."""
-    body = anthropic_error_body(error) if path.startswith(ANTHROPIC_PATH) else error_body(error)
-    return _json(body, error_status(error), error_headers(error))
+def error_response(
+    error: ServingError, body_of: Callable[[ServingError], dict[str, Any]] = error_body
+) -> Response:
+    return _json(body_of(error), error_status(error), error_headers(error))
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -91,7 +75,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
 async def _on_serving_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)
-    return error_response(error, path=request.url.path)
+    return error_response(error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

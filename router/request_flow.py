@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,14 @@ class FlowLimits:
     overload: OverloadGuard
 
 
+@dataclass(slots=True)
+class Branches:
+    """Several answers to one prompt: they go to one worker, which computes the prompt once."""
+
+    group: int = field(default_factory=lambda: secrets.randbits(63) | 1)
+    route: Route | None = None  # of the first one
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowRequest:
     request_id: str
@@ -46,6 +55,7 @@ class FlowRequest:
     deadline: float | None = None
     priority: Priority = "normal"
     may_be_refused: bool = True  # when all workers are too busy: not one of several sequences after the first
+    branches: Branches | None = None  # this is one of them
     span: Span = NO_SPAN  # of the whole request; the workers' spans are its children
 
 
@@ -75,6 +85,7 @@ class RequestFlow:
         self.first_route: Route | None = None
         self.timings: link_pb2.RequestTimings | None = None
         self._has_logprobs = request.sampling.HasField("num_logprobs")
+        self._has_prompt_logprobs = request.sampling.HasField("num_prompt_logprobs")
         self._route: Route | None = None
         self._stream: LinkStream | None = None
         self._excluded: set[Link] = set()
@@ -92,10 +103,15 @@ class RequestFlow:
 
     async def submit(self) -> None:
         """Choose workers and send the sequence to them. Overloaded when no decode worker shows up in time."""
-        route = await self._wait_for_route()
+        branches = self._request.branches if self.first_route is None else None
+        route = self._branch_route(branches) or await self._wait_for_route()
         if self.first_route is None and self._request.may_be_refused:
             route = self._limits.overload.admitted(route, self._patience(), self._replan)
-        self._stream = route.link.submit(self._submission(route))
+        submission = self._submission(route)
+        if branches is not None:
+            submission.branch_group = branches.group
+            branches.route = route
+        self._stream = route.link.submit(submission)
         self._route = route
         self._routed_at = time.monotonic()
         route.begin()
@@ -197,6 +213,12 @@ class RequestFlow:
             num_prompt_tokens=self.num_prompt_tokens,
         )
 
+    def _branch_route(self, branches: Branches | None) -> Route | None:
+        """Where the first branch went, if that is still there; None for the first."""
+        if branches is None or branches.route is None or not branches.route.link.is_up:
+            return None
+        return branches.route.for_branch()
+
     async def _wait_for_route(self) -> Route:
         give_up_at = time.monotonic() + self._limits.worker_timeout_s
         if self._request.deadline is not None:
@@ -258,6 +280,7 @@ class RequestFlow:
             merged.token_ids += update.token_ids[:]  # the slice is a list: three times as fast as the field
             if self._has_logprobs:
                 merged.logprobs += update.logprobs
+            if self._has_prompt_logprobs:
                 merged.prompt_logprobs = merged.prompt_logprobs or update.prompt_logprobs
         if merged.token_ids and self._route is not None:
             self._route.prefill_ended()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from kvstore.block_hash import BlockHash, HashChain
@@ -71,6 +71,11 @@ class Route:
             if self._prefill_load is not None:
                 self._prefill_load.end()
                 self.link.own.num_handing_off -= 1
+
+    def for_branch(self) -> Route:
+        """The same way for another answer to the same prompt, which adds nothing to compute."""
+        decision = replace(self.decision, num_computed_tokens=0)
+        return replace(self, decision=decision, _prefill_load=None, _is_counted=False)
 
     @property
     def _computing(self) -> OwnLoad:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from router.output.rules import ReasoningParserName, ToolParserName
 from router.policy import PolicyName
 from servicekit.logging import LogFormat
 from servicekit.settings import load_settings, setting
@@ -14,12 +16,34 @@ from servicekit.tls import TlsFiles, check_tls_files
 PREFIX = "BATON_ROUTER"
 
 
+ReasoningField = Literal["both", "reasoning_content", "reasoning"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    name: str  # in the API and the registry
+    path: Path
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSettings:
     model: Path = setting(doc="model directory: tokenizer, chat template, config.json")
     served_model_name: str | None = setting(
         None, doc="name in the API and the registry; the directory's name"
     )
+    extra_models: str = setting(
+        "", doc="more models behind this router: NAME=DIRECTORY, several with commas between them"
+    )
+    tool_parser: ToolParserName = setting(
+        "auto", doc="how models write tool calls: auto (by the chat template), hermes, llama3, deepseek, none"
+    )
+    reasoning_parser: ReasoningParserName = setting(
+        "auto", doc="think: split off <think>; deepseek_r1: answers begin with a thought; none; or auto"
+    )
+    reasoning_field: ReasoningField = setting(
+        "both", doc="field with a chat answer's thoughts: reasoning_content, reasoning, or both"
+    )
+    rejects_unknown_fields: bool = setting(False, doc="refuse requests with fields that are not known")
     host: str = setting("127.0.0.1", doc="address to listen on")
     port: int = setting(8000, doc="TCP port to listen on; 0: any free one")
     redis_url: str = setting("redis://127.0.0.1:6379", doc="worker registry and block index", secret=True)
@@ -96,6 +120,9 @@ class RouterSettings:
         ):
             if not is_valid:
                 raise ValueError(f"{name} must be {accepted}, got {getattr(self, name)!r}")
+        names = [source.name for source in self.models] if self.extra_models else []
+        if len(set(names)) < len(names):
+            raise ValueError(f"extra_models names a model twice: {', '.join(names)}")
 
         check_tls_files(self.tls_files)
 
@@ -106,6 +133,24 @@ class RouterSettings:
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.model.resolve().name
+
+    @property
+    def models(self) -> list[ModelSource]:
+        """All that are served, the first of them by default. ValueError when extra_models cannot be read."""
+        extra = [_model_source(entry) for entry in self.extra_models.split(",") if entry.strip()]
+        return [ModelSource(name=self.model_name, path=self.model), *extra]
+
+    @property
+    def reasoning_fields(self) -> tuple[str, ...]:
+        both = ("reasoning_content", "reasoning")
+        return both if self.reasoning_field == "both" else (self.reasoning_field,)
+
+
+def _model_source(entry: str) -> ModelSource:
+    name, _, path = (part.strip() for part in entry.partition("="))
+    if not name or not path:
+        raise ValueError(f"extra_models must be NAME=DIRECTORY, got {entry!r}")
+    return ModelSource(name=name, path=Path(path))
 
 
 def load_router_settings(environment: Mapping[str, str] | None = None) -> RouterSettings:

@@ -79,6 +79,11 @@ def test_settings_are_frozen_as_a_list() -> None:
     assert list(RouterSettings.__dataclass_fields__) == [
         "model",
         "served_model_name",
+        "extra_models",
+        "tool_parser",
+        "reasoning_parser",
+        "reasoning_field",
+        "rejects_unknown_fields",
         "host",
         "port",
         "redis_url",

@@ -149,7 +149,7 @@ async def test_a_full_batch_with_a_queue_refuses_before_the_worker_hears_of_it(
     record = decode_record("decode-0", f"127.0.0.1:{worker.port}", max_running=2)
     await router.registry.announce(record, 60.0)
     await router.until(lambda: router.fleet.workers()[0][0].max_running == 2)
-    router.app.state.serving.overload.times.ended(1.5, 1.5, 10)
+    router.app.state.serving.models.first.overload.times.ended(1.5, 1.5, 10)
     accepted = [asyncio.create_task(router.complete()) for _ in range(3)]  # two run, one waits 0.75 s
     await worker.until(lambda: len(worker.submits) == 3)
     refused = await router.complete()
