@@ -65,6 +65,8 @@ class TierStats:
     num_used_blocks: int  # being read or written
     block_bytes: int
     num_lost_blocks: int  # since the start, of all lower tiers: gone before they were saved
+    load_bytes_per_s: float = 0.0  # as measured; 0: nothing was loaded yet
+    load_latency_s: float = 0.0
 
 
 class LoadOutcome(enum.Enum):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from engine.outputs import LoadStats, TierStats
 from kvstore.block_hash import BlockTier
+from kvstore.worker_record import KvPath, KvRate
 from servicekit.metrics import SECONDS_BUCKETS
 
 
@@ -28,6 +30,7 @@ class TierMetrics:
             registry=registry,
         )
         self._num_lost = 0
+        self._rates: dict[KvPath, KvRate] = {}
         self.blocks: dict[str, dict[str, int]] = {}  # by tier; replaced as a whole, so any thread may read
         self._loads = Counter(
             "baton_engine_loads",
@@ -55,6 +58,13 @@ class TierMetrics:
             num_held = stats.num_cached_blocks + stats.num_used_blocks
             self._bytes.labels(name).set(num_held * stats.block_bytes)
         self.blocks = {stats.tier.name.lower(): _counts(stats) for stats in tiers}
+        self._rates = {
+            cast(KvPath, stats.tier.name.lower()): KvRate(
+                bytes_per_s=stats.load_bytes_per_s, latency_s=stats.load_latency_s
+            )
+            for stats in tiers
+            if stats.load_bytes_per_s
+        }
         if tiers:
             self._lost.inc(tiers[0].num_lost_blocks - self._num_lost)
             self._num_lost = tiers[0].num_lost_blocks
@@ -63,6 +73,10 @@ class TierMetrics:
             self._loads.labels(source, load.outcome.value).inc()
             self._loaded_blocks.labels(source).inc(load.num_blocks)
             self._load_seconds.labels(source).observe(load.load_s)
+
+    def kv_rates(self) -> dict[KvPath, KvRate]:
+        """For the registry: how fast blocks come from the tiers that something was loaded from."""
+        return self._rates
 
 
 def _counts(stats: TierStats) -> dict[str, int]:

@@ -169,6 +169,7 @@ class WorkerProcess:
         fetcher = PeerFetcher(transfers, fetch_metrics, worker_id=self._worker_id)
         load.add_kv_rates(transfers.rates.kv_rates)
         load.add_kv_rates(fetcher.rates.kv_rates)
+        load.add_kv_rates(engine_metrics.tiers.kv_rates)
         return WorkerParts(
             settings=self._settings,
             worker_id=self._worker_id,

@@ -104,6 +104,7 @@ class TierStore:
     def stats(self) -> tuple[TierStats, ...]:
         num_lost = 0 if self._write_behind is None else self._write_behind.num_lost
         pairs = ((BlockTier.HOST, self._tiers.host), (BlockTier.DISK, self._tiers.disk))
+        rates = {} if self._loads is None else self._loads.rates
         return tuple(
             TierStats(
                 tier=name,
@@ -112,6 +113,8 @@ class TierStore:
                 num_used_blocks=tier.num_used,
                 block_bytes=self._block_bytes,
                 num_lost_blocks=num_lost,
+                load_bytes_per_s=rates[name].bytes_per_s,
+                load_latency_s=rates[name].latency_s,
             )
             for name, tier in pairs
             if tier is not None

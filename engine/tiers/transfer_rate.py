@@ -11,16 +11,19 @@ class TransferRate:
     def __init__(self, assumed_bytes_per_s: float, latency_s: float) -> None:
         """assumed_bytes_per_s: before anything was loaded. latency_s: before the first byte."""
         self._assumed_bytes_per_s = assumed_bytes_per_s
-        self._latency_s = latency_s
+        self.latency_s = latency_s
         self._num_bytes = 0.0
         self._seconds = 0.0
 
     @property
     def bytes_per_s(self) -> float:
-        return self._num_bytes / self._seconds if self._seconds else self._assumed_bytes_per_s
+        """0: nothing was loaded yet."""
+        return self._num_bytes / self._seconds if self._seconds else 0.0
 
     def estimate_s(self, num_bytes: int) -> float:
-        return self._latency_s + num_bytes / self.bytes_per_s if num_bytes else 0.0
+        if not num_bytes:
+            return 0.0
+        return self.latency_s + num_bytes / (self.bytes_per_s or self._assumed_bytes_per_s)
 
     def observe(self, num_bytes: int, seconds: float) -> None:
         if num_bytes:

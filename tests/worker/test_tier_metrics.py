@@ -4,6 +4,7 @@ from prometheus_client import CollectorRegistry
 
 from engine.outputs import LoadOutcome, LoadStats, TierStats
 from kvstore.block_hash import BlockTier
+from kvstore.worker_record import KvRate
 from worker.tier_metrics import TierMetrics
 
 
@@ -19,6 +20,8 @@ def test_tiers_and_loads_are_told_apart() -> None:
             num_used_blocks=1,
             block_bytes=100,
             num_lost_blocks=num_lost,
+            load_bytes_per_s=5e8 if name is BlockTier.DISK else 0.0,
+            load_latency_s=0.002,
         )
 
     load = LoadStats(tier=BlockTier.DISK, outcome=LoadOutcome.MET, num_blocks=7, load_s=0.5)
@@ -26,6 +29,7 @@ def test_tiers_and_loads_are_told_apart() -> None:
     metrics.observe([tier(BlockTier.HOST, 2), tier(BlockTier.DISK, 2)], [load, load, fetch])
     metrics.observe([tier(BlockTier.HOST, 5), tier(BlockTier.DISK, 5)], [])
 
+    assert metrics.kv_rates() == {"disk": KvRate(bytes_per_s=5e8, latency_s=0.002)}
     assert metrics.blocks == {
         "host": {"total": 10, "used": 1, "cached": 4},
         "disk": {"total": 11, "used": 1, "cached": 5},
