@@ -85,12 +85,12 @@ class Link:
                 await context.write(LinkResponse(updates=part, load=self._load_pb()))
 
     def _load_pb(self) -> link_pb2.WorkerLoad:
-        load = self._load.load()
+        load = self._load  # rates change slowly and come with the registry, not with every step
         return link_pb2.WorkerLoad(
             num_running=load.num_running,
             num_waiting=load.num_waiting,
             num_free_blocks=load.num_free_blocks,
-            num_total_blocks=self._load.num_blocks,
+            num_total_blocks=load.num_blocks,
             num_waiting_tokens=load.num_waiting_tokens,
         )
 

@@ -74,11 +74,13 @@ def _worker_families() -> Iterable[Any]:
     from decode_svc.metrics import DecodeMetrics
     from prefill_svc.metrics import PrefillMetrics
     from worker.engine_metrics import EngineMetrics
+    from worker.fetch_metrics import FetchMetrics
 
     registry = CollectorRegistry()
     EngineMetrics(registry, 1)
     PrefillMetrics(registry)
     DecodeMetrics(registry)
+    FetchMetrics(registry)
     return registry.collect()
 
 

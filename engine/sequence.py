@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.grammar.matcher import GrammarMatcher
-from engine.kv_load import KvSource
+from engine.kv_load import KvSource, LoadedPrefix, SequenceLoad
 from engine.outputs import FinishReason, TokenLogprobs
 from engine.sampling_params import SamplingParams
 from kvstore.block_hash import BlockHash, HashChain
@@ -57,11 +57,16 @@ class PrefixHashes:
     tenant: str = ""
     hashes: list[BlockHash] = field(default_factory=list)
 
+    @property
+    def root(self) -> BlockHash:
+        """The parent of the first block."""
+        return self.chain.root(self.cache_salt, self.tenant)
+
     def upto(self, num_blocks: int, token_ids: array[int]) -> list[BlockHash]:
         """At least num_blocks hashes; all those blocks must be full of tokens."""
         size = self.chain.block_size
         while len(self.hashes) < num_blocks:
-            parent = self.hashes[-1] if self.hashes else self.chain.root(self.cache_salt, self.tenant)
+            parent = self.hashes[-1] if self.hashes else self.root
             start = len(self.hashes) * size
             self.hashes.append(self.chain.child(parent, token_ids[start : start + size]))
         return self.hashes
@@ -82,6 +87,8 @@ class Sequence:
         "keeps_blocks",
         "kv_listener",
         "kv_source",
+        "load",
+        "loaded",
         "matcher",
         "max_output_tokens",
         "num_computed_tokens",
@@ -123,6 +130,8 @@ class Sequence:
         self.kv_listener = kv_listener
         self.kv_source = kv_source  # a peer that holds leading blocks
         self.matcher = matcher  # of sampling.grammar
+        self.load: SequenceLoad | None = None  # blocks are on their way; nothing behind them is computed
+        self.loaded = LoadedPrefix()
         self.token_ids: array[int] = array("q", prompt_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.token_ids.extend(output_ids)

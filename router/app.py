@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from kvstore.index_mirror import IndexMirror
-from kvstore.prefix_index import MemoryIndex, PrefixIndex
+from kvstore.memory_index import MemoryIndex
+from kvstore.prefix_index import PrefixIndex
 from kvstore.registry import RedisRegistry, Registry
 from kvstore.store import Store
 from router.api_schema import install_api_schema

@@ -26,7 +26,8 @@ from router.http_errors import ClientGone, error_response, error_status
 from router.metrics import RouterMetrics
 from router.request_body import parse_body, read_body
 from router.request_flow import Branches, FlowLimits, FlowRequest, RequestFlow
-from router.route_planner import PromptHashes, Route, RoutePlanner
+from router.route_header import ROUTE_HEADER, route_header
+from router.route_planner import PromptHashes, RoutePlanner
 from router.served_model import ServedModel, ServedModels
 from router.settings import RouterSettings
 from router.tokenizer import Tokenizer
@@ -189,7 +190,7 @@ class GenerationResponse(Response):
         all_headers = [
             (b"content-type", content_type),
             (b"x-request-id", self._request_id.encode()),
-            (b"x-baton-route", _route_header(route).encode()),
+            (ROUTE_HEADER, route_header(route.decision)),
             *headers,
         ]
         await send({"type": "http.response.start", "status": 200, "headers": all_headers})
@@ -219,9 +220,3 @@ class GenerationResponse(Response):
             num_generated_tokens=sum(choice.num_tokens for choice in self._choices),
             elapsed_s=time.monotonic() - self._accepted_at,
         )
-
-
-def _route_header(route: Route) -> str:
-    decision = route.decision
-    where = decision.prefill_id or "local"
-    return f"decode={decision.decode_id}; prefill={where}; predicted_hit_tokens={decision.num_hit_tokens}"

@@ -13,13 +13,13 @@ import asyncio
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from proto import common_pb2, link_pb2
 from router.fleet import Fleet
 from router.link import Link, LinkStream
 from router.metrics import RouterMetrics
-from router.route_planner import PromptHashes, Route, RoutePlanner
+from router.route_planner import PromptHashes, Route, RoutePlanner, log_route
 from servicekit.errors import HandoffFailed, InvalidRequest, Overloaded, ServingError, WorkerLost
 from servicekit.logging import get_logger
 from servicekit.tracing import NO_SPAN, Span
@@ -90,6 +90,7 @@ class RequestFlow:
         self._last_token_at = 0.0
         self._expiry: asyncio.TimerHandle | None = None
         self._is_closed = False
+        self._routed_at = 0.0
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -105,6 +106,7 @@ class RequestFlow:
             branches.route = route
         self._stream = route.link.submit(submission)
         self._route = route
+        self._routed_at = time.monotonic()
         route.begin()
         if self.first_route is None:
             self.first_route = route
@@ -156,18 +158,22 @@ class RequestFlow:
                 num_hit_tokens=self.timings.num_hit_tokens if self.timings else 0,
             )
             if self.timings is not None and self._route is not None:
-                decode_id = self._route.decision.decode_id
-                self._metrics.activity.took_route(decode_id, self.timings, self.num_prompt_tokens)
+                decision = self._route.decision
+                self._metrics.activity.took_route(decision.decode_id, self.timings, self.num_prompt_tokens)
+                self._metrics.predicted(decision, self.timings, ttft_s=now - self._routed_at)
         self._last_token_at = now
 
     def _tell_routed(self, route: Route) -> None:
         decision = route.decision
         self._metrics.routed(decision)
+        log_route(self._request.request_id, self.num_prompt_tokens, decision)
+        route.decision = replace(decision, options=())  # as many as workers: not for the life of a request
         self._request.span.event(
             "routed",
             {
                 "baton.decode_worker": decision.decode_id,
                 "baton.prefill_worker": decision.prefill_id or "",
+                "baton.peer": decision.peer_id or "",
                 "baton.predicted_hit_tokens": decision.num_hit_tokens,
             },
         )
@@ -176,6 +182,7 @@ class RequestFlow:
             request_id=self._request.request_id,
             decode=decision.decode_id,
             prefill=decision.prefill_id or "local",
+            peer=decision.peer_id or "",
             predicted_hit_tokens=decision.num_hit_tokens,
             num_prompt_tokens=self.num_prompt_tokens,
         )
@@ -194,11 +201,17 @@ class RequestFlow:
         if self.output_ids:
             prompt = PromptHashes([*prompt.token_ids, *self.output_ids], prompt.cache_salt)
         while True:
-            route = self._planner.plan(prompt, excluded=self._excluded, allows_prefill=self._allows_prefill)
+            route = self._plan(prompt)
             if route is not None:
                 return route
             if not await self._fleet.wait_for_change(give_up_at - time.monotonic()):
                 raise Overloaded("no decode worker is available")
+
+    def _plan(self, prompt: PromptHashes) -> Route | None:
+        max_tokens = self._request.sampling.max_tokens - len(self.output_ids)
+        return self._planner.plan(
+            prompt, max_tokens, excluded=self._excluded, allows_prefill=self._allows_prefill
+        )
 
     def _submission(self, route: Route) -> link_pb2.Submit:
         request = self._request
@@ -217,6 +230,10 @@ class RequestFlow:
         if route.prefill is not None:
             submit.prefill_worker_id = route.prefill.worker_id
             submit.prefill_address = route.prefill.address
+        if route.peer is not None:
+            peer = route.peer.record
+            submit.peer.worker_id, submit.peer.address = peer.worker_id, peer.address
+            submit.peer.num_blocks = route.peer.num_blocks
         return submit
 
     def _time_left_s(self) -> float:
@@ -271,7 +288,7 @@ class RequestFlow:
                 self._fleet.suspect(route.prefill.worker_id)
         elif isinstance(error, Overloaded):
             self._excluded.add(route.link)
-            if self._planner.plan(self._request.prompt, excluded=self._excluded) is None:
+            if self._plan(self._request.prompt) is None:
                 raise error
         elif not isinstance(error, WorkerLost):
             raise error

@@ -17,6 +17,7 @@ from router.model_dir import ModelDir, ModelDirError, load_model_dir
 from router.output.chat_output import ThoughtTokens
 from router.output.reasoning import END_THINK, THINK
 from router.output.rules import OutputRules, detect_reasoning_parser, detect_tool_parser
+from router.policy import PolicyConfig
 from router.prompts import PromptReader
 from router.route_planner import RoutePlanner
 from router.settings import ModelSource, RouterSettings
@@ -89,8 +90,11 @@ def build_served_model(
         planner=RoutePlanner(
             fleet,
             index,
-            policy_name=settings.policy,
-            local_prefill_max_tokens=settings.local_prefill_max_tokens,
+            PolicyConfig(
+                name=settings.policy,
+                temperature_s=settings.policy_temperature_s,
+                local_prefill_max_tokens=settings.local_prefill_max_tokens,
+            ),
         ),
     )
 

@@ -47,7 +47,12 @@ class RouterSettings:
     port: int = setting(8000, doc="TCP port to listen on; 0: any free one")
     redis_url: str = setting("redis://127.0.0.1:6379", doc="worker registry and block index", secret=True)
     policy: PolicyName = setting("prefix", doc="how workers are chosen: prefix, round_robin or least_loaded")
-    local_prefill_max_tokens: int = setting(32, doc="uncached tokens that decode prefills itself, at most")
+    policy_temperature_s: float = setting(
+        0.0, doc="prefix draws among routes, one so many seconds dearer e times less often; 0: the cheapest"
+    )
+    local_prefill_max_tokens: int = setting(
+        32, doc="uncached tokens that decode prefills itself, at most, with round_robin and least_loaded"
+    )
     max_retries: int = setting(3, doc="submissions of one sequence to another worker after a failure")
     request_timeout_s: float = setting(600.0, doc="seconds a request may take in all; 0: no limit")
     worker_timeout_s: float = setting(10.0, doc="seconds a request waits for a decode worker to appear")
@@ -66,6 +71,7 @@ class RouterSettings:
     def __post_init__(self) -> None:
         for name, is_valid, accepted in (
             ("port", 0 <= self.port < 65536, "in [0, 65535]"),
+            ("policy_temperature_s", self.policy_temperature_s >= 0, "0 or more"),
             ("local_prefill_max_tokens", self.local_prefill_max_tokens >= 0, "0 or more"),
             ("max_retries", self.max_retries >= 0, "0 or more"),
             ("request_timeout_s", self.request_timeout_s >= 0, "0 or more"),

@@ -10,6 +10,7 @@ from engine.grammar.step_masks import GrammarTimes
 from engine.outputs import StepOutput, StepStats
 from engine.step_stats import EngineLoad
 from servicekit.metrics import SECONDS_BUCKETS, TokenHistogram
+from worker.tier_metrics import TierMetrics
 
 _EXPERT_WINDOW_S = 2.0  # of steps, added up before expert load is judged
 
@@ -49,6 +50,7 @@ class EngineMetrics:
         )
         self.experts = ExpertLoadMetrics(registry)
         self.grammars = GrammarMetrics(registry)
+        self.tiers = TierMetrics(registry)
 
     def observe(self, step: StepOutput) -> None:
         stats = step.stats
@@ -65,6 +67,7 @@ class EngineMetrics:
             self._itl_seconds.observe(stats.step_s, stats.num_decode_tokens)
         self.experts.observe(stats)
         self.grammars.observe(stats.grammar)
+        self.tiers.observe(stats.tiers, stats.loads)
 
     @property
     def device_blocks(self) -> dict[str, int]:

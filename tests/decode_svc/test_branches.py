@@ -51,7 +51,14 @@ class Stack:
         return [await self.router.submit(spec, prefill, branch_group=group) for spec in specs]
 
     async def finish(self, specs: list[SequenceSpec], prefill: FakeWorker | str) -> list[Reply]:
+        """All have come before the first one can end."""
+        self.prefill_model.hold()
+        self.decode_model.hold()
         replies = [reply for _, reply in await self.submit(specs, prefill)]
+        refused = await self.router.finish(greedy_spec([1], 0))  # a link is read in order
+        assert refused.last.HasField("error")
+        self.prefill_model.open()
+        self.decode_model.open()
         await until_ended(replies)
         await self.until_idle()
         return replies
