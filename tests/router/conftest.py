@@ -42,18 +42,13 @@ class Router:
         return self.app.state.serving.fleet
 
     async def add_worker(
-        self,
-        worker_id: str,
-        *,
-        load: WorkerLoad | None = None,
-        max_model_len: int = 512,
-        **fields: Any,
+        self, worker_id: str, *, load: WorkerLoad | None = None, max_model_len: int = 512, **fields: Any
     ) -> FakeDecodeWorker:
         """Started, registered and linked."""
         worker = FakeDecodeWorker(**{"script": mixing_script(300), **fields})
         self.workers[worker_id] = worker
         address = await worker.start()
-        record = decode_record(worker_id, address, load=load or WorkerLoad(), max_model_len=max_model_len)
+        record = decode_record(worker_id, address, max_model_len=max_model_len, load=load or WorkerLoad())
         await self.registry.announce(record, 60.0)
         await self.until(lambda: worker_id in self.linked())
         return worker
