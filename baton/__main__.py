@@ -16,6 +16,7 @@ COMMANDS = {
     "bench": ("baton.bench.command", "measure any OpenAI-compatible server"),
     "doctor": ("baton.doctor", "what this machine has and what is missing"),
     "make-checkpoint": ("baton.make_checkpoint", "write a small random checkpoint"),
+    "prepare-model": ("baton.prepare_model", "make the model directory of a deployment"),
 }
 
 

@@ -20,6 +20,7 @@ from kvstore.store import Store
 from router.api_schema import install_api_schema
 from router.drain import Drain
 from router.endpoint import ENDPOINTS, Endpoint
+from router.fleet_metrics import FleetMetrics
 from router.generation_response import GenerationResponse, Serving
 from router.http_errors import install_error_handlers
 from router.metrics import RouterMetrics
@@ -64,6 +65,8 @@ def build(
         drain=Drain(),
         tracer=build_tracer(settings.otlp_endpoint, "router"),
     )
+    fleets = {name: model.fleet for name, model in models.items()}
+    FleetMetrics(metrics_registry, fleets, lambda: store is None or store.is_up)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -111,9 +114,10 @@ def _add_endpoints(app: FastAPI) -> None:
         return _model_card(app, serving.models.named(model_id))
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        """This process answers; nothing about workers."""
-        return {"status": "ok"}
+    async def health() -> Response:
+        """This process answers and still follows the registry; nothing about workers."""
+        has_failed = any(model.fleet.has_failed for model in serving.models)
+        return JSONResponse({"status": "failed" if has_failed else "ok"}, 503 if has_failed else 200)
 
     @app.get("/ready")
     async def ready() -> Response:
