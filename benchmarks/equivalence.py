@@ -40,8 +40,9 @@ DEPLOYMENTS = {
     "disaggregated": (),
     "disaggregated, EP 2": ("--ep-size", "2"),
 }
-# The shortest prompts are handed off too.
+# Every prompt is handed off, the shortest ones too.
 ENVIRONMENT = {"BATON_ROUTER_LOCAL_PREFILL_MAX_TOKENS": "0"}
+POLICY = ("--policy", "round_robin")
 
 
 def main() -> None:
@@ -66,7 +67,7 @@ def main() -> None:
             if "EP" in name and args.arch == "llama":
                 continue
             with baton_up(
-                "--model", str(checkpoint), *WORKER_OPTIONS, *options, environment=ENVIRONMENT
+                "--model", str(checkpoint), *WORKER_OPTIONS, *POLICY, *options, environment=ENVIRONMENT
             ) as server:
                 found = asyncio.run(served_tokens(server, prompts, args))
                 rows.append(compare(name, server, prompts, expected, found))

@@ -30,7 +30,7 @@ from benchmarks.simulated_traffic import Traffic, TrafficShape
 from engine.engine import Engine
 from kvstore.embedded import EmbeddedServer
 from kvstore.index_mirror import IndexMirror
-from kvstore.prefix_index import MemoryIndex
+from kvstore.memory_index import MemoryIndex
 from kvstore.store import Store
 
 # The fakes of the tests are what a simulation needs; neither they nor benchmarks are ever installed.

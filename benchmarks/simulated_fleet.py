@@ -96,7 +96,8 @@ class Worker:
     def publish(self, step: StepOutput) -> None:
         events = step.block_events
         self.index.evict(events.removed)
-        self.index.publish([block_hash for block_hash, _ in events.placed])
+        for block_hash, tier in events.placed:
+            self.index.publish([block_hash], tier)
 
     async def stop(self) -> None:
         self._close()

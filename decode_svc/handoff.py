@@ -15,9 +15,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 
 import grpc.aio
 
@@ -96,6 +98,7 @@ class Handoff:
         self._block_size = self._engine.engine.kv_layout.block_size
         self._num_blocks = num_prompt_blocks(spec_pb, self._block_size)
         self._num_held_blocks = 0
+        self._arrivals: list[tuple[float, int]] = []  # when, and how many bytes had come by then
         self._accepts_shared_memory = environment.accepts_shared_memory_of(self._address)
         self._clock = asyncio.get_running_loop().time
 
@@ -140,6 +143,7 @@ class Handoff:
                 # STARTED took a while to get here, so this is early; but never before the token arrived.
                 sampled_at = min(finished_at, started_at + finished_pb.prefill_s)
                 await self._commit(self._first_token(started_pb, finished_pb), sampled_at, on_commit)
+                self._tell_rate(sampled_at)
             await _tell_committed(call)
         finally:
             call.cancel()
@@ -193,7 +197,9 @@ class Handoff:
             while (frame := await _next(call)).kind == FrameKind.KV_CHUNK:
                 first_chunk_at = first_chunk_at or self._clock()
                 await receiver.receive(read_header(frame, FrameKind.KV_CHUNK, KvChunk), frame.payload)
-                self.transfer_s = self._clock() - first_chunk_at
+                now = self._clock()
+                self.transfer_s = now - first_chunk_at
+                self._arrivals.append((now, receiver.num_bytes))
         finally:
             self.num_bytes = receiver.num_bytes
         finished_pb = read_header(frame, FrameKind.PREFILL_FINISHED, PrefillFinished)
@@ -232,6 +238,14 @@ class Handoff:
             num_bytes=self.num_bytes,
             handoff_s=first.timings_pb.handoff_s,
         )
+
+    def _tell_rate(self, sampled_at: float) -> None:
+        """What the compute did not hide."""
+        if not self.needs_no_kv:
+            came_before = bisect_right(self._arrivals, sampled_at, key=itemgetter(0))
+            num_hidden = self._arrivals[came_before - 1][1] if came_before else 0
+            elapsed_s = self._clock() - sampled_at
+            self._environment.rates.observe(self.carrier_name, self.num_bytes - num_hidden, elapsed_s)
 
     def _first_token(self, started_pb: PrefillStarted, finished_pb: PrefillFinished) -> FirstToken:
         token_id = finished_pb.first_token_id

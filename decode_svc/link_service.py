@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from decode_svc.branches import BranchGroups, BranchTurn
 from decode_svc.request import DecodeRequest, RequestEnvironment
 from proto import link_pb2
 from proto.link_pb2 import LinkRequest, LinkResponse, SequenceUpdate, Submit
@@ -57,6 +58,7 @@ class Link:
         self._load = load
         self._group = group
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._branch_groups = BranchGroups()
         self._updates: list[SequenceUpdate] = []
         self._has_updates = asyncio.Event()
 
@@ -83,12 +85,12 @@ class Link:
                 await context.write(LinkResponse(updates=part, load=self._load_pb()))
 
     def _load_pb(self) -> link_pb2.WorkerLoad:
-        load = self._load.load()
+        load = self._load  # rates change slowly and come with the registry, not with every step
         return link_pb2.WorkerLoad(
             num_running=load.num_running,
             num_waiting=load.num_waiting,
             num_free_blocks=load.num_free_blocks,
-            num_total_blocks=self._load.num_blocks,
+            num_total_blocks=load.num_blocks,
             num_waiting_tokens=load.num_waiting_tokens,
         )
 
@@ -97,13 +99,15 @@ class Link:
         if key in self._tasks:
             # Not an update for that key: it would end the request that owns it.
             raise InvalidRequest(f"key {key} is already in use on this link")
-        request = DecodeRequest(self._environment, submit_pb, self._send)
+        group = self._branch_groups.join(submit_pb.branch_group)
+        request = DecodeRequest(self._environment, submit_pb, self._send, BranchTurn(group))
         task = self._group.create_task(request.run())
         self._tasks[key] = task
         task.add_done_callback(lambda done: self._forget(key, request, done))
 
     def _forget(self, key: int, request: DecodeRequest, task: asyncio.Task[None]) -> None:
         del self._tasks[key]
+        self._branch_groups.leave(request.branch_group)
         if task.cancelled():
             request.cancelled_before_run()
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as PbSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from decode_svc.branches import BranchTurn
 from decode_svc.handoff import FirstToken, Handoff
 from decode_svc.metrics import DecodeMetrics
 from decode_svc.request_trace import RequestTrace
@@ -52,8 +54,13 @@ class RequestEnvironment:
 
 class DecodeRequest:
     def __init__(
-        self, environment: RequestEnvironment, submit_pb: Submit, send: Callable[[SequenceUpdate], None]
+        self,
+        environment: RequestEnvironment,
+        submit_pb: Submit,
+        send: Callable[[SequenceUpdate], None],
+        turn: BranchTurn,
     ) -> None:
+        """`turn` of a group of one waits for nobody."""
         self._environment = environment
         self._engine = environment.engine
         self._metrics = environment.metrics
@@ -61,13 +68,22 @@ class DecodeRequest:
         self._submit_pb = submit_pb
         self._spec_pb = submit_pb.sequence
         self._send = send
+        self._turn = turn
         self._ended = asyncio.Event()
+        self._failure: ServingError | None = None  # of the engine, told already
+        self._prompt_logprobs_pb: PbSequence[
+            common_pb2.TokenLogprobs
+        ] = ()  # of another branch of this prompt
         self._num_tokens = 0
         self._accepted_at = time.monotonic()
         self._first_token_at = 0.0
         self._finish_reason = "abort"
         self._prefill_fell_back = False
         self._trace = RequestTrace(environment.transfers.tracer, self._spec_pb)
+
+    @property
+    def branch_group(self) -> int:
+        return self._submit_pb.branch_group
 
     async def run(self) -> None:
         """Ends with exactly one final update. Raises only CancelledError."""
@@ -92,6 +108,7 @@ class DecodeRequest:
             internal = ServingError(f"decode failed: {type(error).__name__}")
             self._end(SequenceUpdate(key=self._key, error=error_to_pb(internal)))
         finally:
+            self._turn.end()
             self._tell_ended(outcome, failure)
 
     def cancelled_before_run(self) -> None:
@@ -100,20 +117,28 @@ class DecodeRequest:
         self._trace.end("cancelled", 0, asyncio.CancelledError())
 
     async def _run(self, deadline: Deadline) -> None:
-        if self._submit_pb.prefill_address and await self._run_handed_off(deadline):
+        await self._turn.wait()
+        self._prompt_logprobs_pb = self._turn.take_prompt_logprobs(self._spec_pb.sampling)
+        if self._is_handed_off and await self._run_handed_off(deadline):
             return
         with self._environment.fetcher.offered(self._submit_pb, deadline) as source:
             await self._run_locally(source)
 
+    @property
+    def _is_handed_off(self) -> bool:
+        """Not where no more is to be computed than the last block of a prompt that is here already."""
+        is_nearly_computed = self._turn.finds_prompt_cached and not self._spec_pb.output_ids
+        return bool(self._submit_pb.prefill_address) and not is_nearly_computed
+
     async def _run_locally(self, source: KvSource | None) -> None:
-        seq = decode_sequence(self._spec_pb, self._engine.next_seq_id(), source)
+        seq = await decode_sequence(self._engine, self._spec_pb, source)
         with self._owned(seq):
             await self._engine.call(lambda engine: add_sequence(engine, seq))
-            await self._ended.wait()
+            await self._until_ended()
 
     async def _run_handed_off(self, deadline: Deadline) -> bool:
         """False when the prefill worker failed, with nothing left of the attempt."""
-        seq = decode_sequence(self._spec_pb, self._engine.next_seq_id())
+        seq = await decode_sequence(self._engine, self._spec_pb)
         handoff = Handoff(self._environment.transfers, seq, self._submit_pb, deadline)
         with self._owned(seq):
             try:
@@ -134,8 +159,13 @@ class DecodeRequest:
                 return False
             finally:
                 self._metrics.observe_handoff(handoff)
-            await self._ended.wait()
+            await self._until_ended()
         return True
+
+    async def _until_ended(self) -> None:
+        await self._ended.wait()
+        if self._failure is not None:
+            raise self._failure
 
     @contextmanager
     def _owned(self, seq: Sequence) -> Iterator[None]:
@@ -153,6 +183,8 @@ class DecodeRequest:
             reason = self._reason_after(first.logprobs.token_id)
         wants_logprobs = self._spec_pb.sampling.HasField("num_logprobs")
         self._tell_first_token(first.timings_pb, is_last=reason is not None)
+        prompt_logprobs_pb = first.prompt_logprobs_pb or self._prompt_logprobs_pb
+        self._turn.computed(self._spec_pb.sampling, prompt_logprobs_pb, is_cached=not first.is_last)
         self._update(
             SequenceUpdate(
                 key=self._key,
@@ -160,11 +192,15 @@ class DecodeRequest:
                 logprobs=[logprobs_to_pb(first.logprobs)] if wants_logprobs else None,
                 finish_reason=finish_reason_to_pb(reason),
                 timings=first.timings_pb,
-                prompt_logprobs=first.prompt_logprobs_pb,
+                prompt_logprobs=prompt_logprobs_pb,
             )
         )
 
     def _on_output(self, output: SequenceOutput) -> None:
+        if output.error is not None:
+            self._failure = InvalidRequest(output.error)
+            self._end(SequenceUpdate(key=self._key, error=error_to_pb(self._failure)))
+            return
         update_pb = SequenceUpdate(
             key=self._key,
             token_ids=output.token_ids,
@@ -182,8 +218,10 @@ class DecodeRequest:
                 load_s=output.load_s,
             )
             update_pb.timings.CopyFrom(timings_pb)
-            update_pb.prompt_logprobs.extend(all_logprobs_to_pb(output.prompt_logprobs))
+            prompt_logprobs_pb = all_logprobs_to_pb(output.prompt_logprobs) or self._prompt_logprobs_pb
+            update_pb.prompt_logprobs.extend(prompt_logprobs_pb)
             self._tell_first_token(timings_pb, is_last=output.finish_reason is not None)
+            self._turn.computed(self._spec_pb.sampling, prompt_logprobs_pb, is_cached=True)
         self._update(update_pb)
 
     def _update(self, update_pb: SequenceUpdate) -> None:
@@ -227,6 +265,8 @@ class DecodeRequest:
 
     def _reason_after(self, token_id: int) -> FinishReason:
         sampling_pb = self._spec_pb.sampling
-        eos_token_ids = frozenset() if sampling_pb.ignore_eos else self._engine.engine.eos_token_ids
+        # A grammar lets the end be drawn only where nothing else can follow.
+        is_ignored = sampling_pb.ignore_eos and not sampling_pb.HasField("grammar")
+        eos_token_ids = frozenset() if is_ignored else self._engine.engine.eos_token_ids
         is_stop = token_id in eos_token_ids or token_id in sampling_pb.stop_token_ids
         return FinishReason.STOP if is_stop else FinishReason.LENGTH

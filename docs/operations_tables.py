@@ -71,7 +71,7 @@ def _router_families() -> Iterable[Any]:
 
     registry = CollectorRegistry()
     RouterMetrics(registry)
-    FleetMetrics(registry, Fleet(MemoryRegistry()), lambda: True)
+    FleetMetrics(registry, {"": Fleet(MemoryRegistry())}, lambda: True)
     return registry.collect()
 
 
@@ -87,9 +87,9 @@ def _worker_families() -> Iterable[Any]:
     registry = CollectorRegistry()
     EngineMetrics(registry, 1)
     WorkerMetrics(registry, lambda: 0, lambda: True)
-    FetchMetrics(registry)
     PrefillMetrics(registry)
     DecodeMetrics(registry)
+    FetchMetrics(registry)
     return registry.collect()
 
 

@@ -32,6 +32,7 @@ class BlockPool:
         self._num_references = [0] * num_blocks
         self._hash_of: list[BlockHash | None] = [None] * num_blocks
         self._block_of: dict[BlockHash, int] = {}
+        self._num_evictions = [0] * num_blocks
         self._next_start = 0  # where the search for a place goes on
         self._stored: list[BlockHash] = []
         self._removed: list[BlockHash] = []
@@ -59,6 +60,14 @@ class BlockPool:
             hits.append(block_id)
         return hits
 
+    def block_of(self, block_hash: BlockHash) -> int | None:
+        """Where it is; None when it is not here."""
+        return self._block_of.get(block_hash)
+
+    def generation(self, block_id: int) -> int:
+        """While it is the same, a registered block keeps its content. Any thread may ask."""
+        return self._num_evictions[block_id]
+
     def num_unused(self, block_ids: Iterable[int]) -> int:
         """How many of these acquire() would take out of what is available."""
         return sum(self._num_references[block_id] == 0 for block_id in block_ids)
@@ -68,6 +77,12 @@ class BlockPool:
         for block_id in block_ids:
             if self._num_references[block_id] == 0:
                 del self._cached[block_id]
+            self._num_references[block_id] += 1
+
+    def share(self, block_ids: Iterable[int]) -> None:
+        """One more reference to each of these used blocks."""
+        for block_id in block_ids:
+            assert self._num_references[block_id] > 0
             self._num_references[block_id] += 1
 
     def allocate(self, num_blocks: int, *, after: int | None = None, room: int = 0) -> list[int]:
@@ -175,6 +190,7 @@ class BlockPool:
             block_id = self._cached.popitem(last=False)[0]
             block_hash = self._hash_of[block_id]
             assert block_hash is not None
+            self._num_evictions[block_id] += 1
             self._hash_of[block_id] = None
             del self._block_of[block_hash]
             self._removed.append(block_hash)

@@ -21,6 +21,7 @@ from engine.kv_layout import KvLayout
 from engine.models import CausalLM, build_model
 from engine.runner import Runner
 from engine.sampler import Sampler
+from engine.tiers.build import build_lower_tiers
 
 Progress = Callable[[int, int], None]
 
@@ -63,7 +64,7 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
     runner = Runner(
         model, kv_cache, sampler, scheduler_config.token_budget, config.device, graph_limits=graph_limits
     )
-    return Engine(runner, kv_cache, limits, scheduler_config, ep)
+    return Engine(runner, kv_cache, limits, scheduler_config, ep, build_lower_tiers(config, layout))
 
 
 def num_parameters(config: ModelConfig, ep_size: int = 1) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
@@ -23,12 +24,13 @@ from engine.handoffs import Handoffs, OnReady
 from engine.kv_announcer import KvAnnouncer
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
-from engine.outputs import SequenceOutput, StepOutput, TokenLogprobs
+from engine.outputs import FinishReason, SequenceOutput, StepOutput, TokenLogprobs
 from engine.pins import PinnedRun, Pins
 from engine.runner import Runner, StepResult
 from engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig
 from engine.sequence import Sequence, SequenceStatus
 from engine.step_stats import EngineLoad, build_stats, measure_load
+from engine.tiers.tier_store import LowerTiers, TierStore
 from kvstore.block_hash import BlockHash, HashChain
 
 
@@ -47,8 +49,9 @@ class Engine:
         limits: EngineLimits,
         scheduler_config: SchedulerConfig,
         ep: EpGroup | None = None,
+        tiers: LowerTiers | None = None,
     ) -> None:
-        """ValueError when a sequence of max_model_len tokens would not fit in the cache."""
+        """Owns the tiers. ValueError when a sequence of max_model_len tokens would not fit in the cache."""
         layout = kv_cache.layout
         capacity = kv_cache.num_blocks * layout.block_size
         if limits.max_model_len > capacity:
@@ -65,11 +68,15 @@ class Engine:
         self._runner = runner
         self._announcer = KvAnnouncer(layout)
         self._pool = BlockPool(kv_cache.num_blocks)
-        self._pins = Pins(self._pool, kv_cache)
-        self._scheduler = Scheduler(scheduler_config, self._pool, self.hash_chain)
+        self._tiers = TierStore(self._pool, kv_cache, tiers or LowerTiers())
+        self._pins = Pins(self._tiers.places, kv_cache)
+        self._scheduler = Scheduler(scheduler_config, self._pool, self.hash_chain, self._tiers)
         self._handoffs = Handoffs(self._scheduler)
         self._seqs: dict[int, Sequence] = {}
         self._is_stalled = False  # the last step found nothing to compute, and nothing has changed since
+        self._has_news = bool(self._tiers.places.hashes())  # for the next step; set by any thread
+        self._on_news: Callable[[], None] = lambda: None
+        self._tiers.on_change = self._scheduler.loads.on_change = self._note_news
 
     @property
     def kv_layout(self) -> KvLayout:
@@ -81,9 +88,25 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether step() can get anywhere: not while all sequences wait for a hand-off or for blocks."""
+        """Whether step() can get anywhere: not while all sequences wait for a hand-off, a load or blocks."""
+        if self._has_news or self.next_work_s == 0.0:
+            return True
         scheduler = self._scheduler
-        return bool(scheduler.running) or (bool(scheduler.waiting) and not self._is_stalled)
+        return bool(scheduler.running or scheduler.waiting) and not self._is_stalled
+
+    @property
+    def next_work_s(self) -> float | None:
+        """Seconds until step() should be called though nobody has said anything; None: no need."""
+        recheck_at = self._scheduler.loads.recheck_at
+        return None if recheck_at is None else max(0.0, recheck_at - time.monotonic())
+
+    def subscribe(self, on_news: Callable[[], None]) -> None:
+        """on_news() from any thread: a load or a background write got on, so has_work may be true now."""
+        self._on_news = on_news
+
+    def close(self) -> None:
+        """Ends the threads of the tiers; what they are doing is finished. No step may follow. Idempotent."""
+        self._tiers.close()
 
     def add(self, seq: Sequence) -> None:
         """ValueError for what can never run."""
@@ -91,7 +114,8 @@ class Engine:
         self._scheduler.add(seq)
 
     def abort(self, seq_id: int) -> None:
-        """End the sequence in any state; its blocks are free on return. No output follows. Idempotent."""
+        """End the sequence in any state; its blocks are free on return, but for those that a load is writing
+        at this moment. No output follows. Idempotent."""
         seq = self._seqs.pop(seq_id, None)
         if seq is not None:
             self._scheduler.remove(seq)
@@ -148,8 +172,8 @@ class Engine:
             self.abort(seq_id)
 
     def pin(self, hashes: list[BlockHash]) -> PinnedRun:
-        """The longest leading run of these blocks that is cached. Until unpin() none of them is evicted or
-        reused."""
+        """The longest leading run of these blocks that is here, in any tier, as far as pins are allowed.
+        Until unpin() none of them is evicted or reused."""
         return self._pins.pin(hashes)
 
     def unpin(self, pin_id: int) -> None:
@@ -161,6 +185,8 @@ class Engine:
         """One batch, or with expert parallelism one idle step when other ranks have tokens and this one
         none."""
         began = time.monotonic()
+        self._has_news = False
+        self._tiers.poll()
         batch = self._scheduler.schedule()
         self._start_sequences(batch, began)
         self._handoffs.grant()
@@ -170,7 +196,9 @@ class Engine:
         if must_run:
             result = self._runner.run(batch, self._announcer.layer_done(batch))
             self._scheduler.advance(batch)
+            self._tiers.pump()
         now = time.monotonic()
+        self._scheduler.loads.planner.observe_step(batch.num_tokens - batch.num_decodes, now - began)
         outputs = [
             self._take_token(seq, token_id, logprobs, now)
             for seq, token_id, logprobs in zip(result.seqs, result.token_ids, result.logprobs, strict=True)
@@ -182,26 +210,28 @@ class Engine:
             batch,
             began,
             is_idle_step=must_run and not batch.seqs,
-            expert_load=result.expert_load,
+            result=result,
+            tiers=self._tiers.stats(),
         )
         if not self._seqs:
-            num_pinned = len(set(self._pins.block_ids()))
-            assert self._pool.num_used == num_pinned, f"{self._pool.num_used - num_pinned} blocks are lost"
-        return StepOutput(outputs=outputs, stats=stats, block_events=self._pool.take_events())
+            num_held = len({*self._pins.block_ids(), *self._scheduler.loads.held_ids()})
+            assert self._pool.num_used == num_held, f"{self._pool.num_used - num_held} blocks are lost"
+        return StepOutput(outputs=outputs, stats=stats, block_events=self._tiers.take_events())
 
     def load(self) -> EngineLoad:
         return measure_load(self._scheduler)
 
     def cached_hashes(self) -> list[bytes]:
-        """Everything in the prefix cache: what the block events so far add up to, once step() has given them
+        """Everything cached in any tier: what the block events so far add up to, once step() has given them
         all."""
-        return list(self._pool.registered_hashes())
+        return list(self._tiers.places.hashes())
 
     def check_integrity(self) -> None:
-        """AssertionError when free + cached + used = total, or a reference count, does not hold."""
-        references = Counter(self._pins.block_ids())
+        """AssertionError when free + cached + used = total in a tier, or a reference count, does not hold."""
+        references = Counter((*self._pins.block_ids(), *self._scheduler.loads.held_ids()))
         references.update(b for seq in self._seqs.values() for b in seq.block_table)
         self._pool.check_integrity(references)
+        self._tiers.places.check_integrity()
         scheduler = self._scheduler
         listed = [
             *scheduler.waiting,
@@ -231,12 +261,16 @@ class Engine:
             )
         if seq.num_output_tokens >= seq.max_output_tokens:
             raise ValueError(f"all {seq.max_output_tokens} output tokens are there already")
+        if (seq.sampling.grammar is None) is not (seq.matcher is None):
+            raise ValueError("a sequence has a matcher exactly when its sampling has a grammar")
         if seq.kv_listener is not None and not seq.keeps_blocks:
             raise ValueError("a sequence with a KV listener must keep its blocks")
         for token_ids, what in (
             (seq.token_ids, "token id"),
             (seq.sampling.logit_bias, "logit_bias for token id"),
             (seq.sampling.stop_token_ids, "stop token id"),
+            (seq.sampling.allowed_token_ids, "allowed token id"),
+            *((word, "token id of a bad word") for word in seq.sampling.bad_words),
         ):
             if token_ids and not (0 <= min(token_ids) and max(token_ids) < self.vocab_size):
                 worst = max(token_ids) if max(token_ids) >= self.vocab_size else min(token_ids)
@@ -253,10 +287,17 @@ class Engine:
         for seq in batch.started:
             seq.times.scheduled = now
             self._announcer.announce_start(seq)
+        for met in batch.met:
+            self._announcer.announce_blocks(met.seq, met.first_block, met.end_block)
 
     def _take_token(
         self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None, now: float
     ) -> SequenceOutput:
+        if seq.matcher is not None and seq.matcher.error is not None:
+            self._finish(seq)
+            return SequenceOutput(
+                seq_id=seq.seq_id, token_ids=(), finish_reason=FinishReason.ABORTED, error=seq.matcher.error
+            )
         seq.token_ids.append(token_id)
         finish_reason = seq.finish_reason_after(self.eos_token_ids, self.max_model_len)
         if finish_reason is not None:
@@ -277,7 +318,14 @@ class Engine:
             queue_s=seq.times.scheduled - seq.times.added,
             prefill_s=now - seq.times.scheduled,
             prompt_logprobs=tuple(seq.prompt_logprobs),
+            num_loaded_tokens=seq.loaded.num_loaded_tokens,
+            num_fetched_tokens=seq.loaded.num_fetched_tokens,
+            load_s=seq.loaded.load_s,
         )
+
+    def _note_news(self) -> None:
+        self._has_news = True
+        self._on_news()
 
     def _finish(self, seq: Sequence) -> None:
         self._scheduler.finish(seq)

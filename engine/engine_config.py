@@ -19,6 +19,7 @@ DEFAULT_MAX_RUNNING = 64
 # longer.
 DEFAULT_TOKEN_BUDGET = 512
 MAX_DEFAULT_KV_BYTES = 4 << 30
+DEFAULT_DISK_KV_BYTES = 8 << 30
 DEFAULT_KV_SHARE = {"cpu": 0.25, "cuda": 0.9}  # of the memory that is free once the weights are loaded
 
 
@@ -38,6 +39,9 @@ class EngineConfig:
     block_size: int = 16  # tokens
     kv_cache_bytes: int | None = None
     num_blocks: int | None = None  # wins over kv_cache_bytes
+    host_kv_bytes: int = 0  # of host memory for blocks that the device has no room for; 0: none
+    disk_kv_dir: Path | None = None  # this engine's alone; None: no blocks on disk
+    disk_kv_bytes: int = DEFAULT_DISK_KV_BYTES  # of files there
     max_model_len: int | None = None  # tokens of prompt and output
     token_budget: int | None = None  # tokens of one step
     max_running: int | None = None  # sequences of one step

@@ -1,7 +1,7 @@
 """The thread that steps the engine, and the one way into it.
 
-It sleeps on its command queue while there is nothing to compute. A command, a peer's doorbell and stop() are
-all entries of that queue, so none of them can be missed between looking and sleeping.
+It sleeps on its command queue while there is nothing to compute. A command, a peer's doorbell, news of a load
+and stop() are all entries of that queue, so none of them can be missed between looking and sleeping.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Command:
 
 class EngineThread:
     """`on_step` hears every step and `on_failure` the one failure there may be, both on the engine thread,
-    which leaves and closes the engine's expert-parallel group when it ends."""
+    which leaves and closes the engine's expert-parallel group, and closes the engine, when it ends."""
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class EngineThread:
     def start(self) -> None:
         if self._engine.ep is not None:
             self._engine.ep.subscribe(self._wake)
+        self._engine.subscribe(self._wake)
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> bool:
@@ -89,6 +90,7 @@ class EngineThread:
             if self._failure is not None:
                 self._on_failure(self._failure)
         finally:
+            self._engine.close()
             if self._engine.ep is not None:
                 self._engine.ep.close()
 
@@ -113,8 +115,12 @@ class EngineThread:
         return ep.has_ended or time.monotonic() > stop_at
 
     def _wait(self) -> None:
-        """For the next command; not beyond the time that stop() gave a group to end."""
+        """For the next command; not beyond the time that stop() gave a group to end, or that a load gave
+        itself."""
         timeout_s = None if self._stop_at is None else max(0.0, self._stop_at - time.monotonic())
+        next_work_s = self._engine.next_work_s
+        if next_work_s is not None:
+            timeout_s = next_work_s if timeout_s is None else min(timeout_s, next_work_s)
         try:
             self._execute(self._commands.get(timeout=timeout_s))
         except queue.Empty:

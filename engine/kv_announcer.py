@@ -37,9 +37,12 @@ class KvAnnouncer:
             return
         assert seq.times.scheduled is not None
         listener.started(len(seq.block_table), seq.num_hit_tokens, seq.times.scheduled - seq.times.added)
-        hit_blocks = seq.block_table[: seq.num_hit_tokens // self._block_size]
-        if hit_blocks:
-            chunk = self._chunk(listener, 0, hit_blocks)
+        self.announce_blocks(seq, 0, seq.num_hit_tokens // self._block_size)
+
+    def announce_blocks(self, seq: Sequence, first_block: int, end_block: int) -> None:
+        """These blocks are there, in all layers."""
+        if seq.kv_listener is not None and first_block < end_block:
+            chunk = self._chunk(seq.kv_listener, first_block, seq.block_table[first_block:end_block])
             for layer in range(self._num_layers):
                 self._layer_done(chunk, layer)
 

@@ -30,9 +30,16 @@ class KvCache:
     """
 
     def __init__(
-        self, layout: KvLayout, num_blocks: int, *, device: str = "cpu", is_shared: bool = False
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        *,
+        device: str = "cpu",
+        is_shared: bool = False,
+        is_pinned: bool = False,
     ) -> None:
-        """is_shared is a wish: without memfd (not Linux) or off the CPU shared_name stays None."""
+        """is_shared is a wish: without memfd (not Linux) or off the CPU shared_name stays None. is_pinned: in
+        memory that CUDA copies from and to by itself."""
         self.layout = layout
         self.num_blocks = num_blocks
         self.shared_name: str | None = None
@@ -45,7 +52,7 @@ class KvCache:
             assert self._map is not None
             self.data: torch.Tensor = torch.frombuffer(self._map, dtype=dtype).view(shape)
         else:
-            self.data = torch.zeros(shape, dtype=dtype, device=device)
+            self.data = torch.zeros(shape, dtype=dtype, device=device, pin_memory=is_pinned)
         self._rows = [layer.view(-1, *layout.token_shape) for layer in self.data.unbind()]
         self._bytes_LBX = self._byte_view() if device == "cpu" else None
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvstore.block_hash import BlockTier
@@ -119,13 +120,30 @@ class KvLoad:
             return not self._outstanding
 
     @property
+    def needs_engine(self) -> bool:
+        """Whether the engine can do anything about it: it has met, failed or been closed."""
+        with self._lock:
+            return not self._is_open or (self._front >= self._back and not self._outstanding)
+
+    def writing_ids(self) -> list[int]:
+        """After close(): where the source may still be writing."""
+        with self._lock:
+            return [block_id for blocks in self._outstanding for block_id in self.block_ids(blocks)]
+
+    @property
+    def num_open_blocks(self) -> int:
+        """Nobody's yet."""
+        with self._lock:
+            return max(0, self._back - self._front)
+
+    @property
     def front(self) -> int:
         """Compute has, or is computing, the blocks before this one."""
         return self._front
 
     @property
     def num_loaded_blocks(self) -> int:
-        """Once is_met: how many the source brought."""
+        """How many the source has claimed; once is_met, how many it brought."""
         return self.end_block - self._back
 
     @property
@@ -133,3 +151,21 @@ class KvLoad:
         """Every block of the run is the source's and there, or compute's."""
         with self._lock:
             return self._front >= self._back and not self._outstanding
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceLoad:
+    """What a sequence waits for."""
+
+    load: KvLoad
+    source: KvSource
+    began: float  # monotonic seconds
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPrefix:
+    """What a sequence got."""
+
+    num_loaded_tokens: int = 0  # from this worker's lower tiers
+    num_fetched_tokens: int = 0  # from a peer
+    load_s: float = 0.0

@@ -1,4 +1,4 @@
-"""Penalties, bias and masks, in place on the logits of the rows that ask for them.
+"""Penalties and bias, and after them masks, in place on the logits of the rows that ask for them.
 
 N rows, V vocabulary, P rows with penalties, M places of tokens that occur in them.
 """
@@ -11,23 +11,29 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.grammar.step_masks import NO_MASKS, StepMasks
 from engine.sequence import Sequence
+from engine.token_masks import is_masked, mask_tokens
 
 Places = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def edit_logits(logits_NV: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int]) -> None:
-    """In the order of SamplingParams: penalties, logit_bias, min_tokens mask."""
+def edit_logits(
+    logits_NV: torch.Tensor,
+    seqs: list[Sequence],
+    eos_token_ids: frozenset[int],
+    grammar_masks: StepMasks = NO_MASKS,
+) -> None:
+    """In the order of SamplingParams: penalties, logit_bias, masks."""
     penalised = [row for row, seq in enumerate(seqs) if has_penalties(seq)]
     if penalised:
         _apply_penalties(logits_NV, penalised, [seqs[row] for row in penalised])
     _add_bias(logits_NV, seqs)
-    _mask_ends(logits_NV, seqs, eos_token_ids)
+    mask_tokens(logits_NV, seqs, eos_token_ids, grammar_masks)
 
 
 def needs_edits(seq: Sequence) -> bool:
-    sampling = seq.sampling
-    return bool(sampling.logit_bias) or seq.num_output_tokens < sampling.min_tokens or has_penalties(seq)
+    return bool(seq.sampling.logit_bias) or is_masked(seq) or has_penalties(seq)
 
 
 def has_penalties(seq: Sequence) -> bool:
@@ -93,19 +99,3 @@ def _add_bias(logits_NV: torch.Tensor, seqs: list[Sequence]) -> None:
         logits_NV.index_put_(
             index, torch.tensor(biases, device=device, dtype=logits_NV.dtype), accumulate=True
         )
-
-
-def _mask_ends(logits_NV: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int]) -> None:
-    """What would end a sequence too early cannot be drawn."""
-    entries = [
-        (row, token_id)
-        for row, seq in enumerate(seqs)
-        if seq.num_output_tokens < seq.sampling.min_tokens
-        for token_id in seq.sampling.stop_token_ids
-        | (frozenset() if seq.sampling.ignore_eos else eos_token_ids)
-    ]
-    if entries:
-        rows, token_ids = (
-            torch.tensor(column, device=logits_NV.device) for column in zip(*entries, strict=True)
-        )
-        logits_NV[rows, token_ids] = -torch.inf

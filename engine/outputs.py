@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from engine.grammar.step_masks import GrammarTimes
 from kvstore.block_hash import BlockHash, BlockTier
 
 
@@ -36,6 +37,7 @@ class SequenceOutput:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token id, or none
     finish_reason: FinishReason | None = None
+    error: str | None = None  # why the sequence cannot go on, with ABORTED: the request's own fault
     num_hit_tokens: int = 0  # set with the first token
     queue_s: float = 0.0  # added -> first scheduled; set with the first token
     prefill_s: float = 0.0  # first scheduled -> first token sampled; set with the first token
@@ -54,6 +56,37 @@ class BlockEvents:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TierStats:
+    """Of host memory or disk. free + cached + used = what fits."""
+
+    tier: BlockTier
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_used_blocks: int  # being read or written
+    block_bytes: int
+    num_lost_blocks: int  # since the start, of all lower tiers: gone before they were saved
+    load_bytes_per_s: float = 0.0  # as measured; 0: nothing was loaded yet
+    load_latency_s: float = 0.0
+
+
+class LoadOutcome(enum.Enum):
+    COMPLETE = "complete"  # the source brought all blocks
+    MET = "met"  # compute had some of them first
+    FAILED = "failed"  # the source gave up; compute had the rest
+    DROPPED = "dropped"  # the sequence was aborted or preempted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadStats:
+    """One load that has ended."""
+
+    tier: BlockTier | None  # the slowest that it read; None: a peer
+    outcome: LoadOutcome
+    num_blocks: int  # that it brought
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
     num_prefill_tokens: int  # computed in this step
     num_decode_tokens: int
@@ -64,11 +97,15 @@ class StepStats:
     num_cached_blocks: int  # unused, kept for prefix hits
     num_used_blocks: int  # owned by sequences or reservations
     num_preemptions: int  # in this step
-    num_hit_tokens: int  # prompt tokens of sequences first scheduled in this step that came from the cache
+    num_hit_tokens: int  # prompt tokens of sequences first scheduled in this step that came from the cache,
+    # and those that loads brought meanwhile
     num_queried_tokens: int  # prompt tokens of those sequences
     step_s: float
     is_idle_step: bool = False
+    grammar: GrammarTimes = field(default_factory=GrammarTimes)
     expert_load: tuple[tuple[int, ...], ...] = ()  # [moe layer][logical expert] tokens routed in this step
+    tiers: tuple[TierStats, ...] = ()  # below the device
+    loads: tuple[LoadStats, ...] = ()  # that ended in this step, or since the last one
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,48 +4,89 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from engine.block_pool import BlockPool
+import numpy as np
+
 from engine.kv_cache import KvCache
-from kvstore.block_hash import BlockHash
+from engine.tiers.block_directory import BlockDamaged
+from engine.tiers.block_places import BlockPlaces, Place
+from kvstore.block_hash import BlockHash, BlockTier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PinnedRun:
-    """Leading blocks that are here. Readable from any thread until Engine.unpin(pin_id)."""
+    """Leading blocks that are here, each in the fastest tier that has it. Readable from any thread until
+    Engine.unpin(pin_id)."""
 
     pin_id: int  # never used again
-    block_ids: tuple[int, ...]
+    places: tuple[Place, ...]
     kv_cache: KvCache
+    tiers: BlockPlaces
+    damaged: list[BlockHash] = field(default_factory=list)  # found so by a reader
 
     @property
     def num_blocks(self) -> int:
-        return len(self.block_ids)
+        return len(self.places)
 
     def read_blocks(self, start: int, stop: int) -> memoryview:
-        """A copy of blocks [start, stop) of the run, [layer][block][token in block][token_shape]."""
-        layout = self.kv_cache.layout
-        return self.kv_cache.read_blocks(0, layout.num_layers, list(self.block_ids[start:stop]))
+        """A copy of blocks [start, stop) of the run, [layer][block][token in block][token_shape].
+        BlockDamaged, a ValueError, when a block is not what it was."""
+        block_ids = self.is_on_device(start, stop)
+        if block_ids is not None:
+            return self.kv_cache.read_blocks(0, self.kv_cache.layout.num_layers, block_ids)
+        num_layers = self.kv_cache.layout.num_layers
+        blocks = [np.frombuffer(self._read(place), np.uint8) for place in self.places[start:stop]]
+        joined = np.stack([block.reshape(num_layers, -1) for block in blocks], axis=1)
+        return np.ascontiguousarray(joined).reshape(-1).data
 
     def is_on_device(self, start: int, stop: int) -> list[int] | None:
         """Block ids of blocks [start, stop) of the run in the KV cache; None when they are elsewhere."""
-        return list(self.block_ids[start:stop])
+        places = self.places[start:stop]
+        if any(place.tier is not BlockTier.DEVICE for place in places):
+            return None
+        return [place.where for place in places]
+
+    def _read(self, place: Place) -> memoryview:
+        num_layers = self.kv_cache.layout.num_layers
+        if place.tier is BlockTier.DEVICE:
+            return self.kv_cache.read_blocks(0, num_layers, [place.where])
+        if place.tier is BlockTier.HOST:
+            assert self.tiers.host is not None
+            return self.tiers.host.blocks.read_blocks(0, num_layers, [place.where])
+        assert self.tiers.disk is not None and place.key is not None
+        try:
+            return self.tiers.disk.directory.read(place.key)
+        except (OSError, BlockDamaged) as error:
+            self.damaged.append(place.block_hash)
+            raise BlockDamaged(f"a block on disk cannot be read: {error}") from error
 
 
 class Pins:
-    def __init__(self, pool: BlockPool, kv_cache: KvCache) -> None:
-        self._pool = pool
+    """Of all blocks of the device three quarters at most are pinned, whatever tier they are in: the rest is
+    for sequences."""
+
+    def __init__(self, places: BlockPlaces, kv_cache: KvCache) -> None:
+        self._places = places
         self._kv_cache = kv_cache
+        self._max_blocks = max(1, places.pool.num_blocks * 3 // 4)
+        self._num_blocks = 0
         self._runs: dict[int, PinnedRun] = {}
         self._ids = itertools.count(1)
 
     def pin(self, hashes: list[BlockHash]) -> PinnedRun:
-        """The longest leading run of these blocks that is here, maybe none."""
-        block_ids = self._pool.lookup(hashes)
-        self._pool.acquire(block_ids)
-        run = PinnedRun(pin_id=next(self._ids), block_ids=tuple(block_ids), kv_cache=self._kv_cache)
+        """The longest leading run of these blocks that is here and may be pinned, maybe none."""
+        places = []
+        for block_hash in hashes[: self._max_blocks - self._num_blocks]:
+            place = self._places.pin(block_hash, with_device=True)
+            if place is None:
+                break
+            places.append(place)
+        run = PinnedRun(
+            pin_id=next(self._ids), places=tuple(places), kv_cache=self._kv_cache, tiers=self._places
+        )
         self._runs[run.pin_id] = run
+        self._num_blocks += len(places)
         return run
 
     def unpin(self, pin_id: int) -> bool:
@@ -53,10 +94,13 @@ class Pins:
         run = self._runs.pop(pin_id, None)
         if run is None:
             return False
-        self._pool.release(run.block_ids)
-        return bool(run.block_ids)
+        self._places.unpin(run.places)
+        for block_hash in run.damaged:
+            self._places.discard_from_disk(block_hash)
+        self._num_blocks -= run.num_blocks
+        return bool(run.num_blocks)
 
     def block_ids(self) -> Iterator[int]:
-        """Of every pin, as often as it is pinned."""
+        """Of every pin on the device, as often as it is pinned."""
         for run in self._runs.values():
-            yield from run.block_ids
+            yield from (place.where for place in run.places if place.tier is BlockTier.DEVICE)

@@ -11,6 +11,7 @@ import torch
 from engine.batch_tensors import BatchTensors
 from engine.chunk_graphs import ChunkGraphs
 from engine.decode_graphs import DecodeGraphs, DecodeLaunch, GraphLimits
+from engine.grammar.step_masks import GrammarTimes
 from engine.kv_cache import KvCache
 from engine.logits_edits import needs_edits
 from engine.logprobs import token_logprobs
@@ -32,6 +33,7 @@ class StepResult:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     expert_load: tuple[tuple[int, ...], ...] = ()
+    grammar: GrammarTimes = field(default_factory=GrammarTimes)
 
 
 @dataclass(slots=True)
@@ -75,12 +77,14 @@ class Runner:
         """Computes the batch; a sequence whose last token is computed gets the next one, which is not
         appended. Prompt logprobs are appended to their sequences. An empty batch is an idle step."""
         self._num_steps += 1
+        self._sampler.begin(_sampled(batch))
         decodes = batch.seqs[: batch.num_decodes]
         if self._graphs is None or not decodes or any(seq.wants_prompt_logprobs for seq in decodes):
             result = self._run_eagerly(batch, layer_done)
         else:
             result = self._run_decodes_apart(self._graphs, decodes, batch, layer_done)
         result.expert_load = self._take_expert_load()
+        result.grammar = self._sampler.take_grammar_times()
         return result
 
     def _run_decodes_apart(
@@ -174,6 +178,12 @@ class Runner:
             return ()
         load_LE = self._model.take_expert_load()
         return () if load_LE is None else tuple(tuple(layer) for layer in load_LE.tolist())
+
+
+def _sampled(batch: ScheduledBatch) -> list[Sequence]:
+    """Those whose last token is computed in this step."""
+    pairs = zip(batch.seqs, batch.num_scheduled_tokens, strict=True)
+    return [seq for seq, num_tokens in pairs if seq.num_remaining_tokens == num_tokens]
 
 
 def _is_plain_greedy(seq: Sequence) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from engine.draw import Truncation, argmax, draw, draw_truncated
+from engine.grammar.step_masks import GrammarTimes, MaskComputer
 from engine.logits_edits import edit_logits, needs_edits
 from engine.logprobs import token_logprobs
 from engine.outputs import TokenLogprobs
@@ -17,16 +20,25 @@ GREEDY_BELOW = 1e-5  # temperatures below are greedy: dividing by them would ove
 class Sampler:
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self._eos_token_ids = eos_token_ids
+        self._masks = MaskComputer()
+
+    def begin(self, seqs: Iterable[Sequence]) -> None:
+        """These will be sampled in this step: what needs no logits is computed beside the forward pass."""
+        self._masks.begin(seqs)
+
+    def take_grammar_times(self) -> GrammarTimes:
+        return self._masks.take_times()
 
     def sample(
         self, logits_NV: torch.Tensor, seqs: list[Sequence]
     ) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """Row n is the next token of seqs[n]; the logits are float32 and may be changed. A draw is keyed by
+        """Row n is the next token of seqs[n]; the logits are float32 and may be changed. Sequences with a
+        grammar were named to begin(); whoever's grammar failed gets some token. A draw is keyed by
         (seed, position of the new token): the same wherever and whenever this sequence runs."""
         logprob_rows = [row for row, seq in enumerate(seqs) if seq.sampling.num_logprobs is not None]
         raw_MV = logits_NV[logprob_rows] if logprob_rows else None  # a copy
         if any(map(needs_edits, seqs)):
-            edit_logits(logits_NV, seqs, self._eos_token_ids)
+            edit_logits(logits_NV, seqs, self._eos_token_ids, self._masks.take())
         token_ids = self._draw(logits_NV, seqs)
         logprobs: list[TokenLogprobs | None] = [None] * len(seqs)
         if raw_MV is not None:

@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from engine.grammar.grammar import Grammar
+
 MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """Drawing order: penalties, logit_bias, min_tokens mask, temperature, top_k, top_p, min_p, draw."""
+    """Drawing order: penalties, logit_bias, masks (grammar, allowed_token_ids, bad_words, min_tokens),
+    temperature, top_k, top_p, min_p, draw. A mask that would leave no token is left out in that step; the
+    grammar never is."""
 
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0  # 1 is off
@@ -29,6 +33,9 @@ class SamplingParams:
     ignore_eos: bool = False
     num_logprobs: int | None = None  # None: none; 0: of the chosen token; k: also of the k likeliest
     num_prompt_logprobs: int | None = None
+    grammar: Grammar | None = None  # the sequence must come with its matcher
+    allowed_token_ids: tuple[int, ...] = ()  # empty: all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids that never occur in this order in the output
 
     def __post_init__(self) -> None:
         for name, is_valid, accepted in self._rules():
@@ -55,6 +62,7 @@ class SamplingParams:
             ("seed", lambda x: 0 <= x < 2**64, "in [0, 2**64)"),
             ("min_tokens", finite(0), "0 or more"),
             ("max_tokens", finite(1), "1 or more"),
+            ("bad_words", all, "lists of one or more token ids"),
             ("num_logprobs", logprobs, f"none or in [0, {MAX_LOGPROBS}]"),
             ("num_prompt_logprobs", logprobs, f"none or in [0, {MAX_LOGPROBS}]"),
         )

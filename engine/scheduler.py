@@ -4,7 +4,8 @@ tensors.
 Life of a sequence:
 1. add(): WAITING, no blocks.
 2. schedule() admits it, first come first served: it takes what the prefix cache has of it, gets the rest of
-   the blocks of all its tokens, and is RUNNING.
+   the blocks of all its tokens, and is RUNNING. Where a lower tier or a peer has more of it, a load begins
+   (engine.loads).
 3. Each step computes a chunk of it under the token budget, until only sampling is left; then one token a
    step.
 4. Out of blocks: the youngest running sequence is preempted, WAITING again in its old place, and recomputed
@@ -18,10 +19,17 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engine.block_pool import BlockPool
+from engine.load_planner import LoadPlanner
+from engine.loads import Loads, MetLoad
 from engine.sequence import PrefixHashes, Sequence, SequenceStatus
+from engine.tiers.block_key import BlockKey
 from kvstore.block_hash import HashChain
+
+if TYPE_CHECKING:
+    from engine.tiers.tier_store import TierStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +59,7 @@ class ScheduledBatch:
     num_scheduled_tokens: list[int] = field(default_factory=list)
     num_decodes: int = 0  # sequences with one token
     started: list[Sequence] = field(default_factory=list)  # those scheduled for the first time
+    met: list[MetLoad] = field(default_factory=list)  # loads that ended well
     num_preemptions: int = 0
 
     @property
@@ -59,11 +68,19 @@ class ScheduledBatch:
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig, pool: BlockPool, hash_chain: HashChain) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        hash_chain: HashChain,
+        tiers: TierStore | None = None,
+    ) -> None:
         config.check(hash_chain.block_size)
         self.config = config
         self.pool = pool
         self.block_size = hash_chain.block_size
+        self.loads = Loads(pool, tiers, LoadPlanner(self.block_size), self.block_size)
+        self._tiers = tiers
         self.waiting: list[Sequence] = []  # by arrival
         self.running: list[Sequence] = []  # by arrival
         self.reserved: dict[int, Sequence] = {}  # RESERVED and EXTENDED
@@ -92,8 +109,10 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """Decodes first, then chunks of running prompts, then new sequences. Empty: nothing can be computed
-        until blocks come back or a hand-off is committed."""
-        batch = ScheduledBatch()
+        until blocks come back, a load gets on or a hand-off is committed."""
+        batch = ScheduledBatch(met=self.loads.settle())
+        for met in batch.met:
+            self.register_blocks(met.seq)
         budget = self.config.token_budget - self._schedule_decodes(batch)
         chunks: list[tuple[Sequence, int]] = []
         for seq in self.running:
@@ -122,7 +141,11 @@ class Scheduler:
         assert seq.prefix is not None
         hashes = seq.prefix.upto(num_full, seq.token_ids)
         for i in range(seq.num_registered_blocks, num_full):
-            self.pool.register(seq.block_table[i], hashes[i])
+            block_id = seq.block_table[i]
+            self.pool.register(block_id, hashes[i])
+            if self._tiers is not None and self.pool.block_of(hashes[i]) == block_id:
+                parent = hashes[i - 1] if i else seq.prefix.root
+                self._tiers.offer(block_id, BlockKey(hashes[i], parent, i))
         seq.num_registered_blocks = num_full
 
     def finish(self, seq: Sequence) -> None:
@@ -147,6 +170,7 @@ class Scheduler:
             del self.reserved[seq.seq_id]
             if seq in self.extending:
                 self.extending.remove(seq)
+        self.loads.drop(seq)
         self.pool.release(seq.block_table)
         seq.block_table = []
 
@@ -230,13 +254,16 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
+        self.loads.drop(seq)
         self.pool.release(seq.block_table)
         seq.restart()
         seq.status = SequenceStatus.WAITING
         insort(self.waiting, seq, key=_arrival)
 
     def _chunk_tokens(self, seq: Sequence, budget: int) -> int:
-        """As much as fits, to the end of a block unless it is the end of the tokens."""
+        """As much as fits, to the end of a block unless it is the end of the tokens. 0: nothing now."""
+        if seq.load is not None:
+            return self.loads.take_chunk(seq, budget)
         if seq.num_remaining_tokens <= budget:
             return seq.num_remaining_tokens
         end = (seq.num_computed_tokens + budget) // self.block_size * self.block_size
@@ -255,6 +282,7 @@ class Scheduler:
             if not self.has_room(seq, num_new + self.pool.num_unused(hits)):
                 return
             del self.waiting[0]
+            source = self.loads.choose(seq, len(hits))
             self.take_prefix(seq, hits)
             self.allocate_rest(seq)
             self.join(seq)
@@ -262,9 +290,11 @@ class Scheduler:
                 seq.has_started = True
                 seq.num_hit_tokens = num_computed
                 batch.started.append(seq)
-            num_tokens = self._chunk_tokens(seq, budget)
-            chunks.append((seq, num_tokens))
-            budget -= num_tokens
+            if source is not None:
+                self.loads.begin(seq, source)
+            if num_tokens := self._chunk_tokens(seq, budget):
+                chunks.append((seq, num_tokens))
+                budget -= num_tokens
 
     def _fits_budget(self, num_remaining: int, budget: int) -> bool:
         """Whether a sequence that starts at a block boundary can compute anything."""

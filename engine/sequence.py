@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from engine.kv_load import KvSource
+from engine.grammar.matcher import GrammarMatcher
+from engine.kv_load import KvSource, LoadedPrefix, SequenceLoad
 from engine.outputs import FinishReason, TokenLogprobs
 from engine.sampling_params import SamplingParams
 from kvstore.block_hash import BlockHash, HashChain
@@ -56,11 +57,16 @@ class PrefixHashes:
     tenant: str = ""
     hashes: list[BlockHash] = field(default_factory=list)
 
+    @property
+    def root(self) -> BlockHash:
+        """The parent of the first block."""
+        return self.chain.root(self.cache_salt, self.tenant)
+
     def upto(self, num_blocks: int, token_ids: array[int]) -> list[BlockHash]:
         """At least num_blocks hashes; all those blocks must be full of tokens."""
         size = self.chain.block_size
         while len(self.hashes) < num_blocks:
-            parent = self.hashes[-1] if self.hashes else self.chain.root(self.cache_salt, self.tenant)
+            parent = self.hashes[-1] if self.hashes else self.root
             start = len(self.hashes) * size
             self.hashes.append(self.chain.child(parent, token_ids[start : start + size]))
         return self.hashes
@@ -81,6 +87,9 @@ class Sequence:
         "keeps_blocks",
         "kv_listener",
         "kv_source",
+        "load",
+        "loaded",
+        "matcher",
         "max_output_tokens",
         "num_computed_tokens",
         "num_hit_tokens",
@@ -108,6 +117,7 @@ class Sequence:
         keeps_blocks: bool = False,
         kv_listener: KvListener | None = None,
         kv_source: KvSource | None = None,
+        matcher: GrammarMatcher | None = None,
     ) -> None:
         """output_ids were generated elsewhere and count against max_tokens. A keeps_blocks sequence ends with
         its next token, whatever max_tokens says, and holds its blocks until release() or abort()."""
@@ -119,6 +129,9 @@ class Sequence:
         self.keeps_blocks = keeps_blocks
         self.kv_listener = kv_listener
         self.kv_source = kv_source  # a peer that holds leading blocks
+        self.matcher = matcher  # of sampling.grammar
+        self.load: SequenceLoad | None = None  # blocks are on their way; nothing behind them is computed
+        self.loaded = LoadedPrefix()
         self.token_ids: array[int] = array("q", prompt_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.token_ids.extend(output_ids)
@@ -168,6 +181,8 @@ class Sequence:
         """Judges the newest token."""
         last = self.token_ids[-1]
         sampling = self.sampling
+        if self.matcher is not None and self.matcher.is_open and last in eos_token_ids:
+            return FinishReason.STOP  # drawn only where nothing else could follow, or where it may be drawn
         if self.num_output_tokens >= sampling.min_tokens:
             if last in sampling.stop_token_ids or (not sampling.ignore_eos and last in eos_token_ids):
                 return FinishReason.STOP

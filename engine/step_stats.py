@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from engine.outputs import StepStats
+from engine.outputs import StepStats, TierStats
+from engine.runner import StepResult
 from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import Sequence
-
-ExpertLoad = tuple[tuple[int, ...], ...]  # [moe layer][logical expert]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,13 @@ def measure_load(scheduler: Scheduler) -> EngineLoad:
 
 
 def build_stats(
-    scheduler: Scheduler, batch: ScheduledBatch, began: float, *, is_idle_step: bool, expert_load: ExpertLoad
+    scheduler: Scheduler,
+    batch: ScheduledBatch,
+    began: float,
+    *,
+    is_idle_step: bool,
+    result: StepResult,
+    tiers: tuple[TierStats, ...] = (),
 ) -> StepStats:
     """After the step; `began` is its start in monotonic seconds."""
     pool = scheduler.pool
@@ -51,11 +56,15 @@ def build_stats(
         num_cached_blocks=pool.num_cached,
         num_used_blocks=pool.num_used,
         num_preemptions=batch.num_preemptions,
-        num_hit_tokens=sum(seq.num_hit_tokens for seq in batch.started),
+        num_hit_tokens=sum(seq.num_hit_tokens for seq in batch.started)
+        + sum(met.num_hit_tokens for met in batch.met),
         num_queried_tokens=sum(seq.num_prompt_tokens for seq in batch.started),
         step_s=time.monotonic() - began,
         is_idle_step=is_idle_step,
-        expert_load=expert_load,
+        expert_load=result.expert_load,
+        grammar=result.grammar,
+        tiers=tiers,
+        loads=scheduler.loads.take_ended(),
     )
 
 

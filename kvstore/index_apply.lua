@@ -1,11 +1,12 @@
 -- Apply one event of one worker and tell the mirrors.
 -- Returns 1 applied (or applied before), 0 start over with a reset, -1 another incarnation has taken over.
 -- Hash lists are concatenated hashes of hash_bytes each. An event without hashes only lengthens the lease.
+-- The arguments from the tenth on are the blocks that are now in the first tier, in the second, and so on.
 local writers, events, blocks = KEYS[1], KEYS[2], KEYS[3]
 local worker_id, incarnation, sequence = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local stored, removed, is_reset = ARGV[4], ARGV[5], ARGV[6] == '1'
-local takes_over, lease_ms = ARGV[7] == '1', tonumber(ARGV[8])
-local hash_bytes, max_events = tonumber(ARGV[9]), ARGV[10]
+local is_reset, takes_over, lease_ms = ARGV[4] == '1', ARGV[5] == '1', tonumber(ARGV[6])
+local hash_bytes, max_events, removed = tonumber(ARGV[7]), ARGV[8], ARGV[9]
+local placed = { unpack(ARGV, 10) }
 local batch = 512 -- arguments of one call inside a script are limited
 
 local time = redis.call('TIME')
@@ -28,7 +29,7 @@ if held_by and held_by ~= incarnation and not takes_over then
   return -1
 end
 
-local is_new = is_reset or stored ~= '' or removed ~= ''
+local is_new = is_reset or removed ~= '' or table.concat(placed) ~= ''
 if held_by == incarnation and is_new and last == sequence then
   is_new = false -- the answer to the first attempt was lost
 elseif not is_reset then
@@ -38,24 +39,31 @@ elseif not is_reset then
   end
 end
 
-if is_new then
-  if is_reset then
-    redis.call('DEL', blocks)
-  end
-  local function each_batch(command, hashes)
-    local members = {}
-    for start = 1, #hashes, hash_bytes do
-      members[#members + 1] = string.sub(hashes, start, start + hash_bytes - 1)
-      if #members == batch or start + hash_bytes > #hashes then
-        redis.call(command, blocks, unpack(members))
-        members = {}
-      end
+local function each_batch(command, hashes, value)
+  local arguments = {}
+  for start = 1, #hashes, hash_bytes do
+    arguments[#arguments + 1] = string.sub(hashes, start, start + hash_bytes - 1)
+    arguments[#arguments + 1] = value -- nil for commands without one
+    if #arguments >= batch or start + hash_bytes > #hashes then
+      redis.call(command, blocks, unpack(arguments))
+      arguments = {}
     end
   end
-  each_batch('SREM', removed)
-  each_batch('SADD', stored)
-  redis.call('XADD', events, 'MAXLEN', '~', max_events, '*', 'w', worker_id, 'i', incarnation, 'n', sequence,
-    'r', is_reset and '1' or '0', 's', stored, 'x', removed)
+end
+
+if is_new then
+  local event = { 'w', worker_id, 'i', incarnation, 'n', sequence, 'r', is_reset and '1' or '0', 'x', removed }
+  if is_reset then
+    redis.call('UNLINK', blocks)
+  end
+  each_batch('HDEL', removed)
+  for index, hashes in ipairs(placed) do
+    local tier = index - 1
+    each_batch('HSET', hashes, tier)
+    event[#event + 1] = tier
+    event[#event + 1] = hashes
+  end
+  redis.call('XADD', events, 'MAXLEN', '~', max_events, '*', unpack(event))
 end
 
 local ends_at = now_ms + lease_ms

@@ -1,8 +1,8 @@
 """The reading side of the prefix index: a router's own copy, in a MemoryIndex.
 
-1. Note where the event stream ends, list the live writers, take a snapshot of each: its set of blocks,
-   scanned piece by piece. Changes made meanwhile come again as events; repeating them in order gives the
-   right set.
+1. Note where the event stream ends, list the live writers, take a snapshot of each: its blocks,
+   scanned piece by piece and shown when complete. Changes made meanwhile come again as events; repeating
+   them in order gives the right sets.
 2. Follow the stream. Each writer numbers its events: a number too high, or an incarnation that is not
    known, means that something was lost, so that writer's snapshot is taken again.
 3. Every audit_s list the writers: one whose number is ahead of what the stream brought gets a snapshot (its
@@ -13,19 +13,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 from kvstore import keys
-from kvstore.block_hash import HASH_SIZE_BYTES, BlockHash
+from kvstore.block_hash import HASH_SIZE_BYTES, BlockHash, BlockTier
 from kvstore.leases import Leased, LeaseView
-from kvstore.prefix_index import MemoryIndex
+from kvstore.memory_index import MemoryIndex, Replacement
 from kvstore.store import MAX_BLOCK_S, Outage, Store, StoreUnavailable
 
-_EVENTS_PER_READ = 64
-_HASHES_PER_SCAN = 2000
+log = logging.getLogger(__name__)
+
+_EVENTS_PER_READ = 16
+_HASHES_PER_SCAN = 1000
 
 StreamEvents = list[tuple[bytes, dict[bytes, bytes]]]
 
@@ -58,6 +61,7 @@ class IndexMirror:
         self._last_event_id: bytes | None = None  # None: not following
         self._reached: dict[str, _Position] = {}  # worker id -> what `index` shows
         self._writers = LeaseView[_Position](monotonic)
+        self._is_full = False
         self.num_snapshots = 0
 
     @property
@@ -116,6 +120,8 @@ class IndexMirror:
         for event_id, fields in cast(StreamEvents, streams[0][1]):
             self._last_event_id = event_id
             await self._apply(fields)
+            await asyncio.sleep(0)  # requests come first
+        await self._sweep()
         return True
 
     async def _audit(self) -> None:
@@ -132,6 +138,10 @@ class IndexMirror:
             is_same = reached is not None and reached.incarnation == leased.value.incarnation
             if reached is None or not is_same or reached.sequence < leased.value.sequence:
                 await self._take_snapshot(leased.key)
+        await self._sweep()
+        if self._index.num_refused and not self._is_full:
+            self._is_full = True
+            log.warning("prefix_index_full", extra={"fields": {"num_blocks": self._index.num_blocks}})
 
     async def _apply(self, fields: dict[bytes, bytes]) -> None:
         worker_id, incarnation = fields[b"w"].decode(), fields[b"i"].decode()
@@ -153,7 +163,8 @@ class IndexMirror:
         if is_reset:
             self._index.drop(worker_id)
         self._index.evict(worker_id, _split(fields[b"x"]))
-        self._index.publish(worker_id, _split(fields[b"s"]))
+        for tier in BlockTier:
+            self._index.publish(worker_id, _split(fields[b"%d" % tier]), tier)
         self._reached[worker_id] = _Position(incarnation, sequence)
 
     async def _take_snapshot(self, worker_id: str) -> None:
@@ -161,23 +172,31 @@ class IndexMirror:
         position = listing.get(worker_id)
         if position is None or position == self._reached.get(worker_id):
             return
-        key = keys.worker_blocks(self._model, worker_id, position.incarnation)
-        hashes: set[BlockHash] = set()
-        cursor: Any = 0
-        while True:
+        replacement = self._index.replace(worker_id)
+        try:
+            await self._scan(keys.worker_blocks(self._model, worker_id, position.incarnation), replacement)
+            replacement.show()
+            self._reached[worker_id] = position
+            self.num_snapshots += 1
+        finally:
+            replacement.discard()
+
+    async def _scan(self, key: str, replacement: Replacement) -> None:
+        cursor: Any = None
+        while cursor is None or int(cursor):
             async with self._store.exchange():
-                cursor, found = await self._store.redis.sscan(key, cursor, count=_HASHES_PER_SCAN)
-            hashes.update(cast(list[BlockHash], found))
-            if int(cursor) == 0:
-                break
-        self._index.drop(worker_id)
-        self._index.publish(worker_id, hashes)
-        self._reached[worker_id] = position
-        self.num_snapshots += 1
+                cursor, found = await self._store.redis.hscan(key, cursor or 0, count=_HASHES_PER_SCAN)
+            tiers = cast(dict[BlockHash, bytes], found)
+            for tier in BlockTier:
+                replacement.publish((h for h, now in tiers.items() if now == b"%d" % tier), tier)
 
     def _drop(self, worker_id: str) -> None:
-        self._index.drop(worker_id)
         self._reached.pop(worker_id, None)
+        self._index.drop(worker_id)
+
+    async def _sweep(self) -> None:
+        while self._index.sweep():  # noqa: ASYNC110
+            await asyncio.sleep(0)  # not waiting: requests come first
 
     async def _list_writers(self) -> list[Leased[_Position]]:
         flat = await self._store.run_script("index_writers", [keys.index_writers(self._model)])

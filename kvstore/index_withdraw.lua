@@ -2,7 +2,7 @@
 local writers, events, blocks = KEYS[1], KEYS[2], KEYS[3]
 local worker_id, incarnation, max_events = ARGV[1], ARGV[2], ARGV[3]
 
-redis.call('DEL', blocks)
+redis.call('UNLINK', blocks)
 local state = redis.call('HGET', writers, worker_id)
 if not state or string.match(state, '^%S+') ~= incarnation then
   return 0

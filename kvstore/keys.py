@@ -7,7 +7,8 @@ baton:{model}:wrk:leases               zset    worker id -> end of lease, server
 baton:{model}:wrk:changes              pubsub  "announced <id>" or "withdrawn <id>"       -
 baton:{model}:<scheme>:idx             hash    worker id -> incarnation, sequence, end    longest index lease
 baton:{model}:<scheme>:idx:events      stream  changes of all workers, capped             longest index lease
-baton:{model}:<scheme>:blk:<id>:<inc>  set     block hashes that this incarnation holds   its index lease
+baton:{model}:<scheme>:blk:<id>:<inc>  hash    block hash -> fastest BlockTier where this its index lease
+                                               incarnation has it
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The life of a change:
 1. publish() / evict() on the event loop: noted in `_held` (the truth) and `_pending` (what Redis lacks). No
    waiting.
 2. The writer task takes what is pending as one numbered event and applies it in one script: the worker's
-   set of blocks, its sequence number, its lease, and the event stream that mirrors follow. While it waits
+   blocks, its sequence number, its lease, and the event stream that mirrors follow. While it waits
    for the answer the next changes gather.
 3. The answer was lost: the same event is sent again; the script knows its number.
 4. Redis does not know this writer (came back empty, lease ran out) or too much is pending: everything that
@@ -18,10 +18,9 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 
 from kvstore import keys
-from kvstore.block_hash import HASH_SIZE_BYTES, BlockHash
+from kvstore.block_hash import HASH_SIZE_BYTES, BlockHash, BlockTier
 from kvstore.store import Outage, Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -32,8 +31,8 @@ _START_OVER, _REPLACED = 0, -1
 @dataclass(frozen=True, slots=True)
 class _Event:
     sequence: int
-    stored: bytes
-    removed: bytes
+    placed: tuple[bytes, ...] = (b"",) * len(BlockTier)  # joined hashes by tier
+    removed: bytes = b""
     is_reset: bool = False
 
 
@@ -54,8 +53,8 @@ class RedisIndex:
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._lease_s = lease_s
-        self._held: set[BlockHash] = set()
-        self._pending: dict[BlockHash, bool] = {}  # True: stored, False: removed
+        self._held: dict[BlockHash, BlockTier] = {}
+        self._pending: dict[BlockHash, BlockTier | None] = {}  # None: removed
         self._sequence = 0  # of the last event made; never used twice
         self._unanswered: _Event | None = None
         self._starts_over = True
@@ -88,13 +87,19 @@ class RedisIndex:
         except StoreUnavailable as error:
             log.warning("prefix_index_not_withdrawn", extra={"fields": {"reason": str(error)}})
 
-    def publish(self, hashes: Iterable[BlockHash]) -> None:
-        """The worker holds these blocks now."""
-        self._note(set(hashes) - self._held, is_stored=True)
+    def publish(self, hashes: Iterable[BlockHash], tier: BlockTier = BlockTier.DEVICE) -> None:
+        """The worker holds these blocks now, and `tier` is the fastest where it has them."""
+        for block_hash in hashes:
+            if self._held.get(block_hash) is not tier:
+                self._held[block_hash] = self._pending[block_hash] = tier
+        self._changes_noted()
 
     def evict(self, hashes: Iterable[BlockHash]) -> None:
-        """The worker holds these blocks no longer."""
-        self._note(self._held.intersection(hashes), is_stored=False)
+        """The worker holds these blocks no longer, in no tier."""
+        for block_hash in hashes:
+            if self._held.pop(block_hash, None) is not None:
+                self._pending[block_hash] = None
+        self._changes_noted()
 
     async def flush(self) -> None:
         """Return once Redis has confirmed everything noted so far.
@@ -106,19 +111,11 @@ class RedisIndex:
         self._changed.set()
         await confirmed
 
-    def _note(self, hashes: set[BlockHash], *, is_stored: bool) -> None:
-        if not hashes:
-            return
-        if is_stored:
-            self._held |= hashes
-        else:
-            self._held -= hashes
-        for block_hash in hashes:
-            # Only the last change of a block counts, so the order within an event does not matter.
-            self._pending[block_hash] = is_stored
+    def _changes_noted(self) -> None:
         if len(self._pending) > len(self._held) + keys.MAX_EVENT_HASHES:
             self._start_over()
-        self._changed.set()
+        if self._pending or self._starts_over:
+            self._changed.set()
 
     def _start_over(self) -> None:
         self._starts_over = True
@@ -164,20 +161,20 @@ class RedisIndex:
             return self._unanswered
         if self._starts_over:
             self._starts_over = False
-            self._pending = dict.fromkeys(self._held, True)
+            self._pending = dict(self._held)
             self._sequence += 1
-            self._unanswered = _Event(self._sequence, b"", b"", is_reset=True)
+            self._unanswered = _Event(self._sequence, is_reset=True)
             return self._unanswered
         if self._pending:
-            batch = list(islice(self._pending.items(), keys.MAX_EVENT_HASHES))
-            for block_hash, _ in batch:
-                del self._pending[block_hash]
+            num_changes = min(len(self._pending), keys.MAX_EVENT_HASHES)
+            # From the end, where taking costs nothing, and in order: prompts will follow these blocks so.
+            batch = [self._pending.popitem() for _ in range(num_changes)][::-1]
             self._sequence += 1
-            stored = b"".join(block_hash for block_hash, is_stored in batch if is_stored)
-            removed = b"".join(block_hash for block_hash, is_stored in batch if not is_stored)
-            self._unanswered = _Event(self._sequence, stored, removed)
+            placed = tuple(b"".join(h for h, now in batch if now is tier) for tier in BlockTier)
+            removed = b"".join(block_hash for block_hash, now in batch if now is None)
+            self._unanswered = _Event(self._sequence, placed, removed)
             return self._unanswered
-        return _Event(self._sequence, b"", b"")
+        return _Event(self._sequence)
 
     async def _apply(self, event: _Event) -> None:
         takes_over = event.is_reset and not self._has_started
@@ -185,13 +182,13 @@ class RedisIndex:
             self._worker_id,
             self._incarnation,
             event.sequence,
-            event.stored,
-            event.removed,
             int(event.is_reset),
             int(takes_over),
             round(self._lease_s * 1000),
             HASH_SIZE_BYTES,
             keys.MAX_STREAM_EVENTS,
+            event.removed,
+            *event.placed,
         ]
         result = await self._store.run_script("index_apply", self._keys, args)
         if result == _REPLACED:

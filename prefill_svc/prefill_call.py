@@ -23,6 +23,7 @@ from engine.kv_load import KvSource
 from engine.outputs import SequenceOutput
 from prefill_svc.prefill_trace import PrefillTrace
 from proto.prefill_pb2 import PrefillFinished, PrefillRequest, PrefillStarted
+from servicekit.errors import InvalidRequest
 from servicekit.logging import get_logger
 from worker.async_engine import AsyncEngine
 from worker.conversions import all_logprobs_to_pb, logprobs_to_pb
@@ -104,8 +105,7 @@ class PrefillCall:
 
     async def run(self, context: ServicerContext[Any, Any], source: KvSource | None) -> bool:
         """Whether the receiver committed. Raises InvalidRequest; whatever it raises, nothing stays behind."""
-        seq_id = self._engine.next_seq_id()
-        seq = prefill_sequence(self._request_pb.sequence, seq_id, self._events, source)
+        seq = await prefill_sequence(self._engine, self._request_pb.sequence, self._events, source)
         self._engine.attach(seq.seq_id, self._events.output)
         try:
             await self._engine.call(lambda engine: add_sequence(engine, seq))
@@ -131,6 +131,8 @@ class PrefillCall:
                 yield from self._join(rectangle)
         else:
             self.finished = event
+            if event.error is not None:
+                raise InvalidRequest(event.error)
         # Small neighbours share a message, but nothing waits for a neighbour that is not there yet.
         if self._pending is not None and (self.finished or self._events.is_empty):
             yield from self._flush()

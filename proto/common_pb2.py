@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12proto/common.proto\x12\x08\x62\x61ton.v1\"\xda\x03\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12;\n\nlogit_bias\x18\t \x03(\x0b\x32\'.baton.v1.SamplingParams.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x12\n\nmax_tokens\x18\x0b \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x19\n\x0cnum_logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x12 \n\x13num_prompt_logprobs\x18\x0f \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs\"_\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\xc4\x01\n\x0cSequenceSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x12\n\noutput_ids\x18\x03 \x03(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x13\n\x0btime_left_s\x18\x06 \x01(\x02\x12\x13\n\x0btraceparent\x18\x07 \x01(\t\x12\x0e\n\x06tenant\x18\x08 \x01(\t\"@\n\x06KvPeer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\"R\n\x05\x45rror\x12!\n\x04kind\x18\x01 \x01(\x0e\x32\x13.baton.v1.ErrorKind\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x15\n\rretry_after_s\x18\x03 \x01(\x02*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03*\xb6\x01\n\tErrorKind\x12\x1a\n\x16\x45RROR_KIND_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_KIND_INVALID_REQUEST\x10\x01\x12\x19\n\x15\x45RROR_KIND_OVERLOADED\x10\x02\x12\x1a\n\x16\x45RROR_KIND_WORKER_LOST\x10\x03\x12\x1d\n\x19\x45RROR_KIND_HANDOFF_FAILED\x10\x04\x12\x17\n\x13\x45RROR_KIND_INTERNAL\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12proto/common.proto\x12\x08\x62\x61ton.v1\"\xc0\x04\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12;\n\nlogit_bias\x18\t \x03(\x0b\x32\'.baton.v1.SamplingParams.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x12\n\nmax_tokens\x18\x0b \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x19\n\x0cnum_logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x12 \n\x13num_prompt_logprobs\x18\x0f \x01(\rH\x01\x88\x01\x01\x12\"\n\x07grammar\x18\x10 \x01(\x0b\x32\x11.baton.v1.Grammar\x12\x19\n\x11\x61llowed_token_ids\x18\x11 \x03(\r\x12%\n\tbad_words\x18\x12 \x03(\x0b\x32\x12.baton.v1.TokenIds\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"e\n\x07Grammar\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.baton.v1.GrammarKind\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x12\n\nis_compact\x18\x03 \x01(\x08\x12\x13\n\x0b\x62\x65gin_after\x18\x04 \x03(\r\"_\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\xc4\x01\n\x0cSequenceSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x12\n\noutput_ids\x18\x03 \x03(\r\x12*\n\x08sampling\x18\x04 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x13\n\x0btime_left_s\x18\x06 \x01(\x02\x12\x13\n\x0btraceparent\x18\x07 \x01(\t\x12\x0e\n\x06tenant\x18\x08 \x01(\t\"@\n\x06KvPeer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\"R\n\x05\x45rror\x12!\n\x04kind\x18\x01 \x01(\x0e\x32\x13.baton.v1.ErrorKind\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x15\n\rretry_after_s\x18\x03 \x01(\x02*\xc6\x01\n\x0bGrammarKind\x12\x1c\n\x18GRAMMAR_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18GRAMMAR_KIND_JSON_SCHEMA\x10\x01\x12\x1c\n\x18GRAMMAR_KIND_JSON_OBJECT\x10\x02\x12\x16\n\x12GRAMMAR_KIND_REGEX\x10\x03\x12\x15\n\x11GRAMMAR_KIND_EBNF\x10\x04\x12\x15\n\x11GRAMMAR_KIND_LARK\x10\x05\x12\x17\n\x13GRAMMAR_KIND_CHOICE\x10\x06*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03*\xb6\x01\n\tErrorKind\x12\x1a\n\x16\x45RROR_KIND_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_KIND_INVALID_REQUEST\x10\x01\x12\x19\n\x15\x45RROR_KIND_OVERLOADED\x10\x02\x12\x1a\n\x16\x45RROR_KIND_WORKER_LOST\x10\x03\x12\x1d\n\x19\x45RROR_KIND_HANDOFF_FAILED\x10\x04\x12\x17\n\x13\x45RROR_KIND_INTERNAL\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,20 +33,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=955
-  _globals['_FINISHREASON']._serialized_end=1077
-  _globals['_ERRORKIND']._serialized_start=1080
-  _globals['_ERRORKIND']._serialized_end=1262
+  _globals['_GRAMMARKIND']._serialized_start=1192
+  _globals['_GRAMMARKIND']._serialized_end=1390
+  _globals['_FINISHREASON']._serialized_start=1392
+  _globals['_FINISHREASON']._serialized_end=1514
+  _globals['_ERRORKIND']._serialized_start=1517
+  _globals['_ERRORKIND']._serialized_end=1699
   _globals['_SAMPLINGPARAMS']._serialized_start=33
-  _globals['_SAMPLINGPARAMS']._serialized_end=507
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=418
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=466
-  _globals['_TOKENLOGPROBS']._serialized_start=509
-  _globals['_TOKENLOGPROBS']._serialized_end=604
-  _globals['_SEQUENCESPEC']._serialized_start=607
-  _globals['_SEQUENCESPEC']._serialized_end=803
-  _globals['_KVPEER']._serialized_start=805
-  _globals['_KVPEER']._serialized_end=869
-  _globals['_ERROR']._serialized_start=871
-  _globals['_ERROR']._serialized_end=953
+  _globals['_SAMPLINGPARAMS']._serialized_end=609
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=520
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=568
+  _globals['_TOKENIDS']._serialized_start=611
+  _globals['_TOKENIDS']._serialized_end=640
+  _globals['_GRAMMAR']._serialized_start=642
+  _globals['_GRAMMAR']._serialized_end=743
+  _globals['_TOKENLOGPROBS']._serialized_start=745
+  _globals['_TOKENLOGPROBS']._serialized_end=840
+  _globals['_SEQUENCESPEC']._serialized_start=843
+  _globals['_SEQUENCESPEC']._serialized_end=1039
+  _globals['_KVPEER']._serialized_start=1041
+  _globals['_KVPEER']._serialized_end=1105
+  _globals['_ERROR']._serialized_start=1107
+  _globals['_ERROR']._serialized_end=1189
 # @@protoc_insertion_point(module_scope)

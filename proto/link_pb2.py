@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from proto import common_pb2 as proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10proto/link.proto\x12\x08\x62\x61ton.v1\x1a\x12proto/common.proto\"`\n\x0bLinkRequest\x12\"\n\x06submit\x18\x01 \x01(\x0b\x32\x10.baton.v1.SubmitH\x00\x12\"\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x42\t\n\x07message\"\x93\x01\n\x06Submit\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12(\n\x08sequence\x18\x02 \x01(\x0b\x32\x16.baton.v1.SequenceSpec\x12\x19\n\x11prefill_worker_id\x18\x03 \x01(\t\x12\x17\n\x0fprefill_address\x18\x04 \x01(\t\x12\x1e\n\x04peer\x18\x05 \x01(\x0b\x32\x10.baton.v1.KvPeer\"\x15\n\x06\x43\x61ncel\x12\x0b\n\x03key\x18\x01 \x01(\x04\"]\n\x0cLinkResponse\x12)\n\x07updates\x18\x01 \x03(\x0b\x32\x18.baton.v1.SequenceUpdate\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.baton.v1.WorkerLoad\"\x87\x02\n\x0eSequenceUpdate\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x0f.baton.v1.Error\x12)\n\x07timings\x18\x06 \x01(\x0b\x32\x18.baton.v1.RequestTimings\x12\x30\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\"\xf4\x01\n\x0eRequestTimings\x12\x19\n\x11prefill_worker_id\x18\x01 \x01(\t\x12\x16\n\x0enum_hit_tokens\x18\x02 \x01(\r\x12\x0f\n\x07queue_s\x18\x03 \x01(\x02\x12\x11\n\tprefill_s\x18\x04 \x01(\x02\x12\x11\n\thandoff_s\x18\x05 \x01(\x02\x12\x16\n\x0etransfer_bytes\x18\x06 \x01(\x04\x12\x19\n\x11prefill_fell_back\x18\x07 \x01(\x08\x12\x19\n\x11num_loaded_tokens\x18\x08 \x01(\r\x12\x1a\n\x12num_fetched_tokens\x18\t \x01(\r\x12\x0e\n\x06load_s\x18\n \x01(\x02\"\x85\x01\n\nWorkerLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x03 \x01(\r\x12\x18\n\x10num_total_blocks\x18\x04 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x05 \x01(\r2H\n\x0bLinkService\x12\x39\n\x04Link\x12\x15.baton.v1.LinkRequest\x1a\x16.baton.v1.LinkResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10proto/link.proto\x12\x08\x62\x61ton.v1\x1a\x12proto/common.proto\"`\n\x0bLinkRequest\x12\"\n\x06submit\x18\x01 \x01(\x0b\x32\x10.baton.v1.SubmitH\x00\x12\"\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x10.baton.v1.CancelH\x00\x42\t\n\x07message\"\xa9\x01\n\x06Submit\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12(\n\x08sequence\x18\x02 \x01(\x0b\x32\x16.baton.v1.SequenceSpec\x12\x19\n\x11prefill_worker_id\x18\x03 \x01(\t\x12\x17\n\x0fprefill_address\x18\x04 \x01(\t\x12\x1e\n\x04peer\x18\x05 \x01(\x0b\x32\x10.baton.v1.KvPeer\x12\x14\n\x0c\x62ranch_group\x18\x06 \x01(\x04\"\x15\n\x06\x43\x61ncel\x12\x0b\n\x03key\x18\x01 \x01(\x04\"]\n\x0cLinkResponse\x12)\n\x07updates\x18\x01 \x03(\x0b\x32\x18.baton.v1.SequenceUpdate\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.baton.v1.WorkerLoad\"\x87\x02\n\x0eSequenceUpdate\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x1e\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x0f.baton.v1.Error\x12)\n\x07timings\x18\x06 \x01(\x0b\x32\x18.baton.v1.RequestTimings\x12\x30\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\"\xf4\x01\n\x0eRequestTimings\x12\x19\n\x11prefill_worker_id\x18\x01 \x01(\t\x12\x16\n\x0enum_hit_tokens\x18\x02 \x01(\r\x12\x0f\n\x07queue_s\x18\x03 \x01(\x02\x12\x11\n\tprefill_s\x18\x04 \x01(\x02\x12\x11\n\thandoff_s\x18\x05 \x01(\x02\x12\x16\n\x0etransfer_bytes\x18\x06 \x01(\x04\x12\x19\n\x11prefill_fell_back\x18\x07 \x01(\x08\x12\x19\n\x11num_loaded_tokens\x18\x08 \x01(\r\x12\x1a\n\x12num_fetched_tokens\x18\t \x01(\r\x12\x0e\n\x06load_s\x18\n \x01(\x02\"\x85\x01\n\nWorkerLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x03 \x01(\r\x12\x18\n\x10num_total_blocks\x18\x04 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x05 \x01(\r2H\n\x0bLinkService\x12\x39\n\x04Link\x12\x15.baton.v1.LinkRequest\x1a\x16.baton.v1.LinkResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,17 +35,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LINKREQUEST']._serialized_start=50
   _globals['_LINKREQUEST']._serialized_end=146
   _globals['_SUBMIT']._serialized_start=149
-  _globals['_SUBMIT']._serialized_end=296
-  _globals['_CANCEL']._serialized_start=298
-  _globals['_CANCEL']._serialized_end=319
-  _globals['_LINKRESPONSE']._serialized_start=321
-  _globals['_LINKRESPONSE']._serialized_end=414
-  _globals['_SEQUENCEUPDATE']._serialized_start=417
-  _globals['_SEQUENCEUPDATE']._serialized_end=680
-  _globals['_REQUESTTIMINGS']._serialized_start=683
-  _globals['_REQUESTTIMINGS']._serialized_end=927
-  _globals['_WORKERLOAD']._serialized_start=930
-  _globals['_WORKERLOAD']._serialized_end=1063
-  _globals['_LINKSERVICE']._serialized_start=1065
-  _globals['_LINKSERVICE']._serialized_end=1137
+  _globals['_SUBMIT']._serialized_end=318
+  _globals['_CANCEL']._serialized_start=320
+  _globals['_CANCEL']._serialized_end=341
+  _globals['_LINKRESPONSE']._serialized_start=343
+  _globals['_LINKRESPONSE']._serialized_end=436
+  _globals['_SEQUENCEUPDATE']._serialized_start=439
+  _globals['_SEQUENCEUPDATE']._serialized_end=702
+  _globals['_REQUESTTIMINGS']._serialized_start=705
+  _globals['_REQUESTTIMINGS']._serialized_end=949
+  _globals['_WORKERLOAD']._serialized_start=952
+  _globals['_WORKERLOAD']._serialized_end=1085
+  _globals['_LINKSERVICE']._serialized_start=1087
+  _globals['_LINKSERVICE']._serialized_end=1159
 # @@protoc_insertion_point(module_scope)

@@ -16,18 +16,20 @@ class LinkRequest(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("key", "sequence", "prefill_worker_id", "prefill_address", "peer")
+    __slots__ = ("key", "sequence", "prefill_worker_id", "prefill_address", "peer", "branch_group")
     KEY_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
+    BRANCH_GROUP_FIELD_NUMBER: _ClassVar[int]
     key: int
     sequence: _common_pb2.SequenceSpec
     prefill_worker_id: str
     prefill_address: str
     peer: _common_pb2.KvPeer
-    def __init__(self, key: _Optional[int] = ..., sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., prefill_worker_id: _Optional[str] = ..., prefill_address: _Optional[str] = ..., peer: _Optional[_Union[_common_pb2.KvPeer, _Mapping]] = ...) -> None: ...
+    branch_group: int
+    def __init__(self, key: _Optional[int] = ..., sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., prefill_worker_id: _Optional[str] = ..., prefill_address: _Optional[str] = ..., peer: _Optional[_Union[_common_pb2.KvPeer, _Mapping]] = ..., branch_group: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("key",)

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 from kvstore.registry import Registry, WorkerRecord
 from router.link import Link
+from router.own_load import OwnLoad
+from router.worker_rates import WorkerRates, resolve_rates
 from servicekit.logging import get_logger
 
 log = get_logger(__name__)
@@ -24,6 +26,8 @@ class Fleet:
         self._registry = registry
         self._records: dict[str, WorkerRecord] = {}
         self._links: dict[str, Link] = {}
+        self._own_loads: dict[str, OwnLoad] = {}  # of prefill workers, by incarnation
+        self._rates: dict[str, WorkerRates] = {}
         self._retired: set[asyncio.Task[None]] = set()  # links of gone workers, ending
         self._changed = asyncio.Event()
         self._suspect_until: dict[str, float] = {}
@@ -73,6 +77,13 @@ class Fleet:
         """All that are registered, in any state, with the links of those that decode; by worker id."""
         return [(record, self._links.get(worker_id)) for worker_id, record in sorted(self._records.items())]
 
+    def own_load(self, record: WorkerRecord) -> OwnLoad:
+        """What this router has at a prefill worker. That of a decode worker is its link's."""
+        return self._own_loads[record.incarnation]
+
+    def rates(self, worker_id: str) -> WorkerRates:
+        return self._rates[worker_id]
+
     def is_suspected(self, record: WorkerRecord) -> bool:
         return self._suspect_until.get(record.incarnation, 0.0) > time.monotonic()
 
@@ -108,7 +119,9 @@ class Fleet:
             raise
 
     def _update(self, records: list[WorkerRecord]) -> None:
+        self._note_loads(records)
         self._records = {record.worker_id: record for record in records}
+        self._rates = dict(zip(self._records, resolve_rates(records), strict=True))
         decode = {record.worker_id: record for record in records if record.role == "decode"}
         for worker_id, link in list(self._links.items()):
             record = decode.get(worker_id)
@@ -121,6 +134,18 @@ class Fleet:
         alive = {record.incarnation for record in records}
         self._suspect_until = {key: end for key, end in self._suspect_until.items() if key in alive}
         self._notify()
+
+    def _note_loads(self, records: list[WorkerRecord]) -> None:
+        known, self._own_loads = self._own_loads, {}
+        for record in records:
+            last = self._records.get(record.worker_id)
+            is_new = last is None or last.load != record.load
+            if record.role == "prefill":
+                own = self._own_loads[record.incarnation] = known.get(record.incarnation) or OwnLoad()
+                if is_new:
+                    own.told()
+            elif is_new and record.worker_id in self._links:
+                self._links[record.worker_id].registry_told()
 
     def _retire(self, worker_id: str) -> None:
         """The worker left the registry but may still be finishing: its link stays until no stream is open."""

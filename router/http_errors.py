@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -39,11 +40,13 @@ def error_body(error: ServingError) -> dict[str, Any]:
     return _body(str(error) or "the server failed", "server_error", code="server_error")
 
 
-def error_response(error: ServingError) -> Response:
+def error_response(
+    error: ServingError, body_of: Callable[[ServingError], dict[str, Any]] = error_body
+) -> Response:
     headers = {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-    return _json(error_body(error), error_status(error), headers)
+    return _json(body_of(error), error_status(error), headers)
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ import grpc
 from kvstore.store import Backoff
 from kvstore.worker_record import WorkerRecord
 from proto import link_pb2, link_pb2_grpc
+from router.own_load import OwnLoad
 from servicekit.errors import ServingError, WorkerLost
 from servicekit.logging import get_logger
 from servicekit.rpc import build_channel, error_from_rpc
@@ -26,6 +28,7 @@ from servicekit.rpc import build_channel, error_from_rpc
 log = get_logger(__name__)
 
 _CONNECT_TIMEOUT_S = 5.0
+_LOAD_LASTS_S = 2.0  # then the registry's is newer
 _END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 
@@ -78,8 +81,10 @@ class Link:
         self.incarnation = record.incarnation
         self.address = record.address
         self.is_up = False
-        self.load: link_pb2.WorkerLoad | None = None  # as the worker last told on this link
-        self.num_submitted_since_load = 0
+        self.load: link_pb2.WorkerLoad | None = None  # told on this link, not long ago
+        self.own = OwnLoad()
+        self._told_at = 0.0
+        self._was_up = False  # since it was last lost
         self._on_change = on_change
         self._streams: dict[int, LinkStream] = {}
         self._keys = itertools.count(1)
@@ -113,9 +118,15 @@ class Link:
         submit.key = next(self._keys)
         stream = self._streams[submit.key] = LinkStream(self, submit.key)
         self._idle.clear()
-        self.num_submitted_since_load += 1
+        self.own.begin()
         self._outgoing.put_nowait(link_pb2.LinkRequest(submit=submit))
         return stream
+
+    def registry_told(self) -> None:
+        """A load came by the registry. On the link it comes with tokens, so that of an idle one is old."""
+        if time.monotonic() - self._told_at > _LOAD_LASTS_S:
+            self.load = None
+            self.own.told()
 
     def cancel(self, key: int) -> None:
         """Nothing more comes for this key. Idempotent."""
@@ -149,7 +160,7 @@ class Link:
                 response = await call.read()  # the worker tells its load at once
             writer = asyncio.create_task(self._write(call))
             try:
-                self.is_up = True
+                self.is_up = self._was_up = True
                 self._on_change()
                 log.info("link_up", worker_id=self.worker_id, address=self.address)
                 while response is not _END:
@@ -170,7 +181,8 @@ class Link:
     def _receive(self, response: link_pb2.LinkResponse) -> None:
         if response.HasField("load"):
             self.load = response.load
-            self.num_submitted_since_load = 0
+            self._told_at = time.monotonic()
+            self.own.told()
         for update in response.updates:
             stream = self._streams.get(update.key)
             if stream is None:
@@ -181,18 +193,20 @@ class Link:
 
     def _forget(self, key: int) -> bool:
         is_known = self._streams.pop(key, None) is not None
+        if is_known:
+            self.own.end()
         if not self._streams:
             self._idle.set()
         return is_known
 
     def _lose(self) -> None:
-        was_used = bool(self._streams) or self.load is not None
+        was_up, self._was_up = self._was_up, False
         streams, self._streams = self._streams, {}
         self._idle.set()
         self._outgoing = asyncio.Queue()
         self.load = None
-        self.num_submitted_since_load = 0
+        self.own.end(len(streams))
         for stream in streams.values():
             stream.fail(WorkerLost(f"the link to {self.worker_id} was lost"))
-        if was_used:
+        if was_up:
             self._on_change()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from proto.link_pb2 import RequestTimings
 from router.activity import Activity
 from router.policy import Decision
 from servicekit.metrics import SECONDS_BUCKETS, TOKENS_BUCKETS, TokenHistogram
@@ -30,8 +31,16 @@ class RouterMetrics:
         self._generated_tokens = counter("generated_tokens_total", "Tokens generated")
         self._hit_tokens = counter("hit_tokens_total", "Prompt tokens found in a worker's prefix cache")
         self._predicted_hit_tokens = counter(
-            "predicted_hit_tokens_total", "Hit tokens that the policy expected"
+            "predicted_hit_tokens_total", "Hit tokens that the policy expected, by first tokens"
         )
+        self._hit_error = histogram(
+            "hit_error_tokens", "Expected minus real hit tokens without its sign, by sequence", TOKENS_BUCKETS
+        )
+        self._predicted_ttft = histogram("predicted_ttft_seconds", "Routed to first token, as expected")
+        self._ttft_error = histogram(
+            "ttft_error_seconds", "Expected minus real time from routed to first token without its sign"
+        )
+        self._peer_offers = counter("peer_offers_total", "Routes that name a peer to fetch blocks from")
         self._finished = counter("finished_total", "Sequences ended: stop, length or abort", ("reason",))
         for reason in ("stop", "length", "abort"):
             self._finished.labels(reason)  # 0 is a number, no series is none
@@ -45,7 +54,15 @@ class RouterMetrics:
 
     def routed(self, decision: Decision) -> None:
         self._decisions.labels(decision.decode_reason, decision.prefill_reason).inc()
+        if decision.peer_id is not None:
+            self._peer_offers.inc()
+
+    def predicted(self, decision: Decision, timings: RequestTimings, *, ttft_s: float) -> None:
+        """The first token of a route is there. ttft_s: since it was routed."""
         self._predicted_hit_tokens.inc(decision.num_hit_tokens)
+        self._hit_error.observe(abs(decision.num_hit_tokens - timings.num_hit_tokens))
+        self._predicted_ttft.observe(decision.terms.ttft_s)
+        self._ttft_error.observe(abs(decision.terms.ttft_s - ttft_s))
 
     def migrated(self) -> None:
         self._migrations.inc()

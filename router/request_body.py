@@ -34,11 +34,15 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
             return bytes(body)
 
 
-def parse_body(cls: type[T], body: bytes) -> T:
+def parse_body(cls: type[T], body: bytes, *, rejects_unknown: bool = False) -> T:
+    """Fields that are not known have no effect, or are refused when `rejects_unknown`."""
     try:
         parsed = cls.model_validate_json(body)
     except ValidationError as error:
         raise _invalid(error) from None  # the cause would carry the prompt into logs
+    if parsed.model_extra and rejects_unknown:
+        name = sorted(parsed.model_extra)[0][:100]
+        raise InvalidRequest(f"unknown field {name!r}", param=name, code="unknown_field")
     if parsed.model_extra:
         log.debug("unknown_fields_ignored", fields=",".join(sorted(parsed.model_extra))[:200])
     return parsed

@@ -10,15 +10,16 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from proto import common_pb2, link_pb2
 from router.fleet import Fleet
 from router.link import Link, LinkStream
 from router.metrics import RouterMetrics
-from router.route_planner import PromptHashes, Route, RoutePlanner
+from router.route_planner import PromptHashes, Route, RoutePlanner, log_route
 from servicekit.errors import HandoffFailed, InvalidRequest, Overloaded, ServingError, WorkerLost
 from servicekit.logging import get_logger
 from servicekit.tracing import NO_SPAN, Span
@@ -34,6 +35,14 @@ class FlowLimits:
     worker_timeout_s: float
 
 
+@dataclass(slots=True)
+class Branches:
+    """Several answers to one prompt: they go to one worker, which computes the prompt once."""
+
+    group: int = field(default_factory=lambda: secrets.randbits(63) | 1)
+    route: Route | None = None  # of the first one
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowRequest:
     request_id: str
@@ -41,6 +50,7 @@ class FlowRequest:
     sampling: common_pb2.SamplingParams
     accepted_at: float  # time.monotonic(), as the deadline
     deadline: float | None = None
+    branches: Branches | None = None  # this is one of them
     span: Span = NO_SPAN  # of the whole request; the workers' spans are its children
 
 
@@ -70,6 +80,7 @@ class RequestFlow:
         self.first_route: Route | None = None
         self.timings: link_pb2.RequestTimings | None = None
         self._has_logprobs = request.sampling.HasField("num_logprobs")
+        self._has_prompt_logprobs = request.sampling.HasField("num_prompt_logprobs")
         self._route: Route | None = None
         self._stream: LinkStream | None = None
         self._excluded: set[Link] = set()
@@ -79,6 +90,7 @@ class RequestFlow:
         self._last_token_at = 0.0
         self._expiry: asyncio.TimerHandle | None = None
         self._is_closed = False
+        self._routed_at = 0.0
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -86,9 +98,15 @@ class RequestFlow:
 
     async def submit(self) -> None:
         """Choose workers and send the sequence to them. Overloaded when no decode worker shows up in time."""
-        route = await self._wait_for_route()
-        self._stream = route.link.submit(self._submission(route))
+        branches = self._request.branches if self.first_route is None else None
+        route = self._branch_route(branches) or await self._wait_for_route()
+        submission = self._submission(route)
+        if branches is not None:
+            submission.branch_group = branches.group
+            branches.route = route
+        self._stream = route.link.submit(submission)
         self._route = route
+        self._routed_at = time.monotonic()
         route.begin()
         if self.first_route is None:
             self.first_route = route
@@ -140,18 +158,22 @@ class RequestFlow:
                 num_hit_tokens=self.timings.num_hit_tokens if self.timings else 0,
             )
             if self.timings is not None and self._route is not None:
-                decode_id = self._route.decision.decode_id
-                self._metrics.activity.took_route(decode_id, self.timings, self.num_prompt_tokens)
+                decision = self._route.decision
+                self._metrics.activity.took_route(decision.decode_id, self.timings, self.num_prompt_tokens)
+                self._metrics.predicted(decision, self.timings, ttft_s=now - self._routed_at)
         self._last_token_at = now
 
     def _tell_routed(self, route: Route) -> None:
         decision = route.decision
         self._metrics.routed(decision)
+        log_route(self._request.request_id, self.num_prompt_tokens, decision)
+        route.decision = replace(decision, options=())  # as many as workers: not for the life of a request
         self._request.span.event(
             "routed",
             {
                 "baton.decode_worker": decision.decode_id,
                 "baton.prefill_worker": decision.prefill_id or "",
+                "baton.peer": decision.peer_id or "",
                 "baton.predicted_hit_tokens": decision.num_hit_tokens,
             },
         )
@@ -160,9 +182,16 @@ class RequestFlow:
             request_id=self._request.request_id,
             decode=decision.decode_id,
             prefill=decision.prefill_id or "local",
+            peer=decision.peer_id or "",
             predicted_hit_tokens=decision.num_hit_tokens,
             num_prompt_tokens=self.num_prompt_tokens,
         )
+
+    def _branch_route(self, branches: Branches | None) -> Route | None:
+        """Where the first branch went, if that is still there; None for the first."""
+        if branches is None or branches.route is None or not branches.route.link.is_up:
+            return None
+        return branches.route.for_branch()
 
     async def _wait_for_route(self) -> Route:
         give_up_at = time.monotonic() + self._limits.worker_timeout_s
@@ -172,11 +201,17 @@ class RequestFlow:
         if self.output_ids:
             prompt = PromptHashes([*prompt.token_ids, *self.output_ids], prompt.cache_salt)
         while True:
-            route = self._planner.plan(prompt, excluded=self._excluded, allows_prefill=self._allows_prefill)
+            route = self._plan(prompt)
             if route is not None:
                 return route
             if not await self._fleet.wait_for_change(give_up_at - time.monotonic()):
                 raise Overloaded("no decode worker is available")
+
+    def _plan(self, prompt: PromptHashes) -> Route | None:
+        max_tokens = self._request.sampling.max_tokens - len(self.output_ids)
+        return self._planner.plan(
+            prompt, max_tokens, excluded=self._excluded, allows_prefill=self._allows_prefill
+        )
 
     def _submission(self, route: Route) -> link_pb2.Submit:
         request = self._request
@@ -195,6 +230,10 @@ class RequestFlow:
         if route.prefill is not None:
             submit.prefill_worker_id = route.prefill.worker_id
             submit.prefill_address = route.prefill.address
+        if route.peer is not None:
+            peer = route.peer.record
+            submit.peer.worker_id, submit.peer.address = peer.worker_id, peer.address
+            submit.peer.num_blocks = route.peer.num_blocks
         return submit
 
     def _time_left_s(self) -> float:
@@ -214,6 +253,7 @@ class RequestFlow:
             merged.token_ids += update.token_ids[:]  # the slice is a list: three times as fast as the field
             if self._has_logprobs:
                 merged.logprobs += update.logprobs
+            if self._has_prompt_logprobs:
                 merged.prompt_logprobs = merged.prompt_logprobs or update.prompt_logprobs
         if merged.token_ids and self._route is not None:
             self._route.prefill_ended()
@@ -248,7 +288,7 @@ class RequestFlow:
                 self._fleet.suspect(route.prefill.worker_id)
         elif isinstance(error, Overloaded):
             self._excluded.add(route.link)
-            if self._planner.plan(self._request.prompt, excluded=self._excluded) is None:
+            if self._plan(self._request.prompt) is None:
                 raise error
         elif not isinstance(error, WorkerLost):
             raise error

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from random import Random
 
 from kvstore.block_hash import BlockHash, HashChain
-from kvstore.prefix_index import PrefixIndex
+from kvstore.prefix_index import PrefixHit, PrefixIndex
 from kvstore.registry import WorkerRecord
 from router import policy
 from router.fleet import Fleet
 from router.link import Link
+from router.own_load import OwnLoad
+from router.route_cost import Candidate, RouteRequest
+from servicekit.logging import get_logger
+
+log = get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -29,6 +34,12 @@ class PromptHashes:
         return self._by_chain[chain]
 
 
+@dataclass(frozen=True, slots=True)
+class RoutePeer:
+    record: WorkerRecord
+    num_blocks: int  # of the prompt, as the index says
+
+
 @dataclass(slots=True, kw_only=True)
 class Route:
     """A decision, with the workers it names. Counts as load on them until prefill_ended()."""
@@ -36,23 +47,48 @@ class Route:
     decision: policy.Decision
     link: Link
     prefill: WorkerRecord | None
-    num_uncached_tokens: int
-    _pending: Counter[str]
+    peer: RoutePeer | None
+    _prefill_load: OwnLoad | None  # of `prefill`; the link counts the request itself
     _is_counted: bool = False
 
     def begin(self) -> None:
-        self._pending[self._computing_worker] += self.num_uncached_tokens
         self._is_counted = True
+        if self._prefill_load is not None:
+            self._prefill_load.begin()
+            self.link.own.num_handing_off += 1
+        self._computing.num_tokens += self.decision.num_computed_tokens
 
     def prefill_ended(self) -> None:
         """The first token came, or the request ended. Idempotent."""
         if self._is_counted:
             self._is_counted = False
-            self._pending[self._computing_worker] -= self.num_uncached_tokens
+            self._computing.num_tokens -= self.decision.num_computed_tokens
+            if self._prefill_load is not None:
+                self._prefill_load.end()
+                self.link.own.num_handing_off -= 1
+
+    def for_branch(self) -> Route:
+        """The same way for another answer to the same prompt, which adds nothing to compute."""
+        decision = replace(self.decision, num_computed_tokens=0)
+        return replace(self, decision=decision, _prefill_load=None, _is_counted=False)
 
     @property
-    def _computing_worker(self) -> str:
-        return self.prefill.worker_id if self.prefill else self.decision.decode_id
+    def _computing(self) -> OwnLoad:
+        return self.link.own if self._prefill_load is None else self._prefill_load
+
+
+@dataclass(frozen=True, slots=True)
+class TierTokens:
+    """Leading prompt tokens in one worker's cache: whole blocks, without the last token of the prompt, which
+    is always computed."""
+
+    num_blocks: int = 0
+    num_tokens: int = 0
+    num_host_tokens: int = 0
+    num_disk_tokens: int = 0
+
+
+NO_HIT = TierTokens()
 
 
 class RoutePlanner:
@@ -60,74 +96,131 @@ class RoutePlanner:
         self,
         fleet: Fleet,
         index: PrefixIndex,
-        *,
-        policy_name: policy.PolicyName,
-        local_prefill_max_tokens: int,
+        config: policy.PolicyConfig,
+        random: Random | None = None,
     ) -> None:
         self._fleet = fleet
         self._index = index
-        self._policy = policy_name
-        self._local_prefill_max_tokens = local_prefill_max_tokens
+        self._config = config
+        self._random = random or Random()
         self._turns = itertools.count()
-        self._pending: Counter[str] = Counter()  # worker id -> prompt tokens routed there, not yet computed
 
     def plan(
-        self, hashes: PromptHashes, *, excluded: Collection[Link] = (), allows_prefill: bool = True
+        self,
+        hashes: PromptHashes,
+        max_tokens: int,
+        *,
+        excluded: Collection[Link] = (),
+        allows_prefill: bool = True,
     ) -> Route | None:
-        """None when no decode worker outside `excluded` takes requests. The caller begins the route."""
+        """None when no decode worker outside `excluded` takes requests. The caller begins the route.
+
+        `max_tokens`: of the output, those included that the prompt ends with after a migration."""
         decode = [(record, link) for record, link in self._fleet.decode_workers() if link not in excluded]
         if not decode:
             return None
         prefill = self._fleet.prefill_workers() if allows_prefill else []
         num_tokens = len(hashes.token_ids)
-        hits = self._hit_tokens(hashes, [record for record, _ in decode] + prefill)
+        records = {record.worker_id: record for record in [*(record for record, _ in decode), *prefill]}
+        hits = self._hits(hashes, list(records.values()))
         decision = policy.choose(
-            self._policy,
-            num_tokens,
-            [self._decode_candidate(record, link, hits) for record, link in decode],
-            [self._prefill_candidate(record, hits) for record in prefill],
-            local_prefill_max_tokens=self._local_prefill_max_tokens,
-            turn=next(self._turns),
+            self._config,
+            RouteRequest(num_prompt_tokens=num_tokens, max_tokens=max_tokens),
+            [self.decode_candidate(record, link, hits) for record, link in decode],
+            [self.prefill_candidate(record, hits) for record in prefill],
+            policy.Chance(turn=next(self._turns), draw=self._random.random()),
         )
+        helper = records[decision.prefill_id] if decision.prefill_id is not None else None
+        peer = None
+        if decision.peer_id is not None:
+            peer = RoutePeer(records[decision.peer_id], hits[decision.peer_id].num_blocks)
         return Route(
             decision=decision,
             link=next(link for record, link in decode if record.worker_id == decision.decode_id),
-            prefill=next((record for record in prefill if record.worker_id == decision.prefill_id), None),
-            num_uncached_tokens=num_tokens - decision.num_hit_tokens,
-            _pending=self._pending,
+            prefill=helper,
+            peer=peer,
+            _prefill_load=None if helper is None else self._fleet.own_load(helper),
         )
 
-    def _hit_tokens(self, hashes: PromptHashes, workers: list[WorkerRecord]) -> dict[str, int]:
-        """Leading prompt tokens by worker id; the last token is always computed."""
-        most = len(hashes.token_ids) - 1
-        found: dict[HashChain, dict[str, int]] = {}
+    def decode_candidate(self, record: WorkerRecord, link: Link, hits: dict[str, TierTokens]) -> Candidate:
+        load = record.load if link.load is None else link.load
+        num_blocks = record.num_blocks if link.load is None else link.load.num_total_blocks
+        num_told = load.num_running + load.num_waiting
+        hit = hits.get(record.worker_id, NO_HIT)
+        return Candidate(
+            worker_id=record.worker_id,
+            layout_fingerprint=record.layout_fingerprint,
+            host_id=record.host_id,
+            num_hit_tokens=hit.num_tokens,
+            num_host_tokens=hit.num_host_tokens,
+            num_disk_tokens=hit.num_disk_tokens,
+            num_requests=link.own.requests(num_told),
+            num_handing_off=link.own.handing_off(num_told, load.num_waiting),
+            num_waiting_tokens=link.own.tokens(load.num_waiting_tokens, num_told),
+            num_free_tokens=load.num_free_blocks * record.block_size,
+            num_total_tokens=num_blocks * record.block_size,
+            rates=self._fleet.rates(record.worker_id),
+        )
+
+    def prefill_candidate(self, record: WorkerRecord, hits: dict[str, TierTokens]) -> Candidate:
+        load = record.load
+        own = self._fleet.own_load(record)
+        num_told = load.num_running + load.num_waiting
+        hit = hits.get(record.worker_id, NO_HIT)
+        return Candidate(
+            worker_id=record.worker_id,
+            layout_fingerprint=record.layout_fingerprint,
+            host_id=record.host_id,
+            num_hit_tokens=hit.num_tokens,
+            num_host_tokens=hit.num_host_tokens,
+            num_disk_tokens=hit.num_disk_tokens,
+            num_requests=own.requests(num_told),
+            num_waiting_tokens=own.tokens(load.num_waiting_tokens, num_told),
+            rates=self._fleet.rates(record.worker_id),
+        )
+
+    def _hits(self, hashes: PromptHashes, workers: list[WorkerRecord]) -> dict[str, TierTokens]:
+        """By worker id; workers that hold nothing are left out."""
+        num_prompt_tokens = len(hashes.token_ids)
+        found: dict[HashChain, dict[str, PrefixHit]] = {}
         hits = {}
         for worker in workers:
             chain = HashChain(model_fingerprint=worker.model_fingerprint, block_size=worker.block_size)
             if chain not in found:
-                found[chain] = {hit.worker_id: hit.num_blocks for hit in self._index.lookup(hashes.of(chain))}
-            hits[worker.worker_id] = min(most, found[chain].get(worker.worker_id, 0) * worker.block_size)
+                found[chain] = {hit.worker_id: hit for hit in self._index.lookup(hashes.of(chain))}
+            hit = found[chain].get(worker.worker_id)
+            if hit is not None:
+                hits[worker.worker_id] = _tier_tokens(hit, worker.block_size, num_prompt_tokens)
         return hits
 
-    def _decode_candidate(self, record: WorkerRecord, link: Link, hits: dict[str, int]) -> policy.Candidate:
-        load = record.load if link.load is None else link.load
-        told = load.num_running + load.num_waiting + link.num_submitted_since_load
-        return policy.Candidate(
-            worker_id=record.worker_id,
-            layout_fingerprint=record.layout_fingerprint,
-            num_hit_tokens=hits[record.worker_id],
-            num_requests=max(told, link.num_streams),
-            num_waiting_tokens=max(load.num_waiting_tokens, self._pending[record.worker_id]),
-            prefill_tokens_per_s=record.load.prefill_tokens_per_s,
-        )
 
-    def _prefill_candidate(self, record: WorkerRecord, hits: dict[str, int]) -> policy.Candidate:
-        load = record.load
-        return policy.Candidate(
-            worker_id=record.worker_id,
-            layout_fingerprint=record.layout_fingerprint,
-            num_hit_tokens=hits[record.worker_id],
-            num_requests=load.num_running + load.num_waiting,
-            num_waiting_tokens=max(load.num_waiting_tokens, self._pending[record.worker_id]),
-            prefill_tokens_per_s=load.prefill_tokens_per_s,
-        )
+def _tier_tokens(hit: PrefixHit, block_size: int, num_prompt_tokens: int) -> TierTokens:
+    num_tokens = min(hit.num_blocks, (num_prompt_tokens - 1) // block_size) * block_size
+    _, num_host, num_disk = (num_blocks * block_size for num_blocks in hit.num_blocks_by_tier)
+    num_disk = min(num_disk, num_tokens)
+    return TierTokens(hit.num_blocks, num_tokens, min(num_host, num_tokens - num_disk), num_disk)
+
+
+def log_route(request_id: str, num_prompt_tokens: int, decision: policy.Decision) -> None:
+    """Why, with all that was considered, at DEBUG."""
+    if not log.shows_debug:
+        return
+    log.debug(
+        "route_considered",
+        request_id=request_id,
+        num_prompt_tokens=num_prompt_tokens,
+        decode=decision.decode_id,
+        prefill=decision.prefill_id or "local",
+        decode_reason=decision.decode_reason,
+        prefill_reason=decision.prefill_reason,
+        options=[
+            {
+                "decode": option.decode_id,
+                "prefill": option.prefill_id or "local",
+                "peer": option.prompt.peer_id,
+                "cost_s": round(option.cost_s, 6),
+                **{name: round(value, 6) for name, value in option.terms._asdict().items()},
+            }
+            for option in decision.options
+        ],
+    )

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from router.output.rules import ReasoningParserName, ToolParserName
 from router.policy import PolicyName
 from servicekit.logging import LogFormat
 from servicekit.settings import load_settings, setting
 
 PREFIX = "BATON_ROUTER"
+
+
+ReasoningField = Literal["both", "reasoning_content", "reasoning"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    name: str  # in the API and the registry
+    path: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,11 +30,29 @@ class RouterSettings:
     served_model_name: str | None = setting(
         None, doc="name in the API and the registry; the directory's name"
     )
+    extra_models: str = setting(
+        "", doc="more models behind this router: NAME=DIRECTORY, several with commas between them"
+    )
+    tool_parser: ToolParserName = setting(
+        "auto", doc="how models write tool calls: auto (by the chat template), hermes, llama3, deepseek, none"
+    )
+    reasoning_parser: ReasoningParserName = setting(
+        "auto", doc="think: split off <think>; deepseek_r1: answers begin with a thought; none; or auto"
+    )
+    reasoning_field: ReasoningField = setting(
+        "both", doc="field with a chat answer's thoughts: reasoning_content, reasoning, or both"
+    )
+    rejects_unknown_fields: bool = setting(False, doc="refuse requests with fields that are not known")
     host: str = setting("127.0.0.1", doc="address to listen on")
     port: int = setting(8000, doc="TCP port to listen on; 0: any free one")
     redis_url: str = setting("redis://127.0.0.1:6379", doc="worker registry and block index", secret=True)
     policy: PolicyName = setting("prefix", doc="how workers are chosen: prefix, round_robin or least_loaded")
-    local_prefill_max_tokens: int = setting(32, doc="uncached tokens that decode prefills itself, at most")
+    policy_temperature_s: float = setting(
+        0.0, doc="prefix draws among routes, one so many seconds dearer e times less often; 0: the cheapest"
+    )
+    local_prefill_max_tokens: int = setting(
+        32, doc="uncached tokens that decode prefills itself, at most, with round_robin and least_loaded"
+    )
     max_retries: int = setting(3, doc="submissions of one sequence to another worker after a failure")
     request_timeout_s: float = setting(600.0, doc="seconds a request may take in all; 0: no limit")
     worker_timeout_s: float = setting(10.0, doc="seconds a request waits for a decode worker to appear")
@@ -42,6 +71,7 @@ class RouterSettings:
     def __post_init__(self) -> None:
         for name, is_valid, accepted in (
             ("port", 0 <= self.port < 65536, "in [0, 65535]"),
+            ("policy_temperature_s", self.policy_temperature_s >= 0, "0 or more"),
             ("local_prefill_max_tokens", self.local_prefill_max_tokens >= 0, "0 or more"),
             ("max_retries", self.max_retries >= 0, "0 or more"),
             ("request_timeout_s", self.request_timeout_s >= 0, "0 or more"),
@@ -53,10 +83,31 @@ class RouterSettings:
         ):
             if not is_valid:
                 raise ValueError(f"{name} must be {accepted}, got {getattr(self, name)!r}")
+        names = [source.name for source in self.models] if self.extra_models else []
+        if len(set(names)) < len(names):
+            raise ValueError(f"extra_models names a model twice: {', '.join(names)}")
 
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.model.resolve().name
+
+    @property
+    def models(self) -> list[ModelSource]:
+        """All that are served, the first of them by default. ValueError when extra_models cannot be read."""
+        extra = [_model_source(entry) for entry in self.extra_models.split(",") if entry.strip()]
+        return [ModelSource(name=self.model_name, path=self.model), *extra]
+
+    @property
+    def reasoning_fields(self) -> tuple[str, ...]:
+        both = ("reasoning_content", "reasoning")
+        return both if self.reasoning_field == "both" else (self.reasoning_field,)
+
+
+def _model_source(entry: str) -> ModelSource:
+    name, _, path = (part.strip() for part in entry.partition("="))
+    if not name or not path:
+        raise ValueError(f"extra_models must be NAME=DIRECTORY, got {entry!r}")
+    return ModelSource(name=name, path=Path(path))
 
 
 def load_router_settings(environment: Mapping[str, str] | None = None) -> RouterSettings:

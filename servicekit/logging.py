@@ -31,6 +31,11 @@ class Logger:
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)
 
+    @property
+    def shows_debug(self) -> bool:
+        """For fields that take a while to put together."""
+        return self._logger.isEnabledFor(logging.DEBUG)
+
     def debug(self, event: str, **fields: Any) -> None:
         self._write(logging.DEBUG, event, fields)
 

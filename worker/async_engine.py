@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from engine.engine import Engine
 from engine.engine_thread import EngineStopped, EngineThread
+from engine.grammar.compiler import GrammarCompiler
 from engine.outputs import SequenceOutput, StepOutput
 from engine.step_stats import EngineLoad
 from servicekit.errors import WorkerLost
@@ -28,8 +29,10 @@ log = get_logger(__name__)
 class AsyncEngine:
     """Owns the engine thread; must be made in the event loop that uses it."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, grammars: GrammarCompiler | None = None) -> None:
+        """Closes `grammars`. Without: sequences with a grammar are refused."""
         self.engine = engine  # for its immutable facts only; state is touched through call() and post()
+        self.grammars = grammars
         self.failure: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
         self._thread = EngineThread(engine, on_step=self._on_step, on_failure=self._on_failure)
@@ -43,6 +46,8 @@ class AsyncEngine:
 
     async def stop(self, timeout_s: float) -> bool:
         """Drops all sequences; False when the engine, or another rank of its group, did not end in time."""
+        if self.grammars is not None:
+            self.grammars.close()
         return await asyncio.to_thread(self._thread.stop, timeout_s)
 
     def next_seq_id(self) -> int:

@@ -57,6 +57,10 @@ def _engine_config(settings: WorkerSettings) -> EngineConfig:
         for name in ("kv_cache_bytes", "num_blocks", "max_model_len", "token_budget", "max_running")
         if getattr(settings, name) is not None
     }
+    if settings.host_kv_bytes:
+        optional["host_kv_bytes"] = settings.host_kv_bytes
+    if settings.disk_kv_dir is not None:
+        optional |= {"disk_kv_dir": settings.disk_kv_dir, "disk_kv_bytes": settings.disk_kv_bytes}
     return EngineConfig(
         model_dir=settings.model,
         load_format=settings.load_format,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from engine.grammar.grammar import Grammar, GrammarKind
 from engine.kv_layout import KvLayout
 from engine.outputs import FinishReason, TokenLogprobs
 from engine.sampling_params import SamplingParams
@@ -14,6 +15,14 @@ _FINISH_REASONS = {
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
     FinishReason.ABORTED: common_pb2.FINISH_REASON_ABORTED,
+}
+_GRAMMAR_KINDS = {
+    common_pb2.GRAMMAR_KIND_JSON_SCHEMA: GrammarKind.JSON_SCHEMA,
+    common_pb2.GRAMMAR_KIND_JSON_OBJECT: GrammarKind.JSON_OBJECT,
+    common_pb2.GRAMMAR_KIND_REGEX: GrammarKind.REGEX,
+    common_pb2.GRAMMAR_KIND_EBNF: GrammarKind.EBNF,
+    common_pb2.GRAMMAR_KIND_LARK: GrammarKind.LARK,
+    common_pb2.GRAMMAR_KIND_CHOICE: GrammarKind.CHOICE,
 }
 _ERROR_KINDS = (
     (InvalidRequest, common_pb2.ERROR_KIND_INVALID_REQUEST),
@@ -45,9 +54,25 @@ def sampling_from_pb(sampling_pb: common_pb2.SamplingParams) -> SamplingParams:
             ignore_eos=sampling_pb.ignore_eos,
             num_logprobs=sampling_pb.num_logprobs if has_logprobs else None,
             num_prompt_logprobs=sampling_pb.num_prompt_logprobs if has_prompt_logprobs else None,
+            grammar=grammar_from_pb(sampling_pb.grammar) if sampling_pb.HasField("grammar") else None,
+            allowed_token_ids=tuple(sampling_pb.allowed_token_ids),
+            bad_words=tuple(tuple(word.token_ids) for word in sampling_pb.bad_words),
         )
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
+
+
+def grammar_from_pb(grammar_pb: common_pb2.Grammar) -> Grammar:
+    """Raises InvalidRequest for a kind that this worker does not know."""
+    kind = _GRAMMAR_KINDS.get(grammar_pb.kind)
+    if kind is None:
+        raise InvalidRequest(f"this worker knows no grammar of kind {grammar_pb.kind}")
+    return Grammar(
+        kind=kind,
+        text=grammar_pb.text,
+        is_compact=grammar_pb.is_compact,
+        begin_after=tuple(grammar_pb.begin_after),
+    )
 
 
 def layout_to_pb(layout: KvLayout) -> prefill_pb2.KvLayout:

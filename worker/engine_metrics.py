@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from engine.grammar.step_masks import GrammarTimes
 from engine.outputs import StepOutput, StepStats
 from engine.step_stats import EngineLoad
 from servicekit.metrics import SECONDS_BUCKETS, TokenHistogram
+from worker.tier_metrics import TierMetrics
 
 _EXPERT_WINDOW_S = 2.0  # of steps, added up before expert load is judged
 
@@ -47,6 +49,8 @@ class EngineMetrics:
             "baton_engine_itl_seconds", "step time, once for each token decoded", SECONDS_BUCKETS, registry
         )
         self.experts = ExpertLoadMetrics(registry)
+        self.grammars = GrammarMetrics(registry)
+        self.tiers = TierMetrics(registry)
 
     def observe(self, step: StepOutput) -> None:
         stats = step.stats
@@ -62,6 +66,8 @@ class EngineMetrics:
         if stats.num_decode_tokens:
             self._itl_seconds.observe(stats.step_s, stats.num_decode_tokens)
         self.experts.observe(stats)
+        self.grammars.observe(stats.grammar)
+        self.tiers.observe(stats.tiers, stats.loads)
 
     @property
     def device_blocks(self) -> dict[str, int]:
@@ -79,6 +85,33 @@ class EngineMetrics:
         self._num_cached_blocks = load.num_cached_blocks
         self._running.set(load.num_running)
         self._waiting.set(load.num_waiting)
+
+
+class GrammarMetrics:
+    """Compiling, and the masks of the steps: wait / mask seconds is what the forward pass did not hide."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"baton_engine_grammar_{name}", text, registry=registry)
+
+        self._compile_seconds = Histogram(
+            "baton_engine_grammar_compile_seconds",
+            "compiling one grammar that was not in the cache",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self._masks = counter("masks", "token masks of sequences with a grammar")
+        self._mask_seconds = counter("mask_seconds", "computing them, beside the forward pass")
+        self._wait_seconds = counter("wait_seconds", "sampling that waited for them")
+
+    def observe_compile(self, seconds: float) -> None:
+        """On any thread."""
+        self._compile_seconds.observe(seconds)
+
+    def observe(self, times: GrammarTimes) -> None:
+        self._masks.inc(times.num_masks)
+        self._mask_seconds.inc(times.mask_s)
+        self._wait_seconds.inc(times.wait_s)
 
 
 class ExpertLoadMetrics:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kvstore.worker_record import KvPath, KvRate
+
 _DECAY = 0.8  # of older fetches
 _ASSUMED_BYTES_PER_S = 200e6  # before anything was fetched: a slow network
 _ASSUMED_LATENCY_S = 0.005
@@ -23,6 +25,12 @@ class FetchRates:
     def estimate_s(self, num_bytes: int) -> float:
         latency_s = _ASSUMED_LATENCY_S if self._latency_s is None else self._latency_s
         return latency_s + num_bytes / (self.bytes_per_s or _ASSUMED_BYTES_PER_S)
+
+    def kv_rates(self) -> dict[KvPath, KvRate]:
+        """For the registry; empty until something was fetched."""
+        if not self.bytes_per_s:
+            return {}
+        return {"peer": KvRate(bytes_per_s=self.bytes_per_s, latency_s=self._latency_s or 0.0)}
 
     def observe(self, num_bytes: int, *, latency_s: float, transfer_s: float) -> None:
         """latency_s: from the request to STARTED; transfer_s: from there to the last block written."""

@@ -5,28 +5,35 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.engine import Engine
+from engine.grammar.matcher import GrammarMatcher
 from engine.kv_load import KvSource
 from engine.sampling_params import SamplingParams
 from engine.sequence import KvListener, Sequence
 from proto.common_pb2 import SequenceSpec
 from servicekit.errors import InvalidRequest
 from servicekit.rpc import MAX_MESSAGE_BYTES
+from worker.async_engine import AsyncEngine
 from worker.conversions import sampling_from_pb
+from worker.grammars import build_matcher
 
 _LOGPROB_BYTES = 12  # of one token id and its logprob on the wire, at most
 
 
-def decode_sequence(spec_pb: SequenceSpec, seq_id: int, kv_source: KvSource | None = None) -> Sequence:
+async def decode_sequence(
+    engine: AsyncEngine, spec_pb: SequenceSpec, kv_source: KvSource | None = None
+) -> Sequence:
     """Raises InvalidRequest."""
-    return _build(spec_pb, seq_id, checked_sampling(spec_pb), None, kv_source)
+    sampling = checked_sampling(spec_pb)
+    return _build(engine, spec_pb, sampling, await build_matcher(engine, spec_pb), kv_source)
 
 
-def prefill_sequence(
-    spec_pb: SequenceSpec, seq_id: int, kv_listener: KvListener, kv_source: KvSource | None = None
+async def prefill_sequence(
+    engine: AsyncEngine, spec_pb: SequenceSpec, kv_listener: KvListener, kv_source: KvSource | None = None
 ) -> Sequence:
     """A sequence that ends with its next token and keeps its blocks. Raises InvalidRequest."""
     sampling = replace(checked_sampling(spec_pb), max_tokens=len(spec_pb.output_ids) + 1)
-    return _build(spec_pb, seq_id, sampling, kv_listener, kv_source)
+    matcher = await build_matcher(engine, spec_pb)
+    return _build(engine, spec_pb, sampling, matcher, kv_source, kv_listener)
 
 
 def checked_sampling(spec_pb: SequenceSpec) -> SamplingParams:
@@ -70,14 +77,15 @@ def reserve_sequence(engine: Engine, seq: Sequence) -> int:
 
 
 def _build(
+    engine: AsyncEngine,
     spec_pb: SequenceSpec,
-    seq_id: int,
     sampling: SamplingParams,
-    kv_listener: KvListener | None,
+    matcher: GrammarMatcher | None,
     kv_source: KvSource | None,
+    kv_listener: KvListener | None = None,
 ) -> Sequence:
     return Sequence(
-        seq_id,
+        engine.next_seq_id(),
         list(spec_pb.prompt_ids),
         sampling,
         output_ids=tuple(spec_pb.output_ids),
@@ -86,4 +94,5 @@ def _build(
         keeps_blocks=kv_listener is not None,
         kv_listener=kv_listener,
         kv_source=kv_source,
+        matcher=matcher,
     )

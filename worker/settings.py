@@ -29,6 +29,11 @@ class WorkerSettings:
     block_size: int = setting(16, doc="tokens of one KV block")
     kv_cache_bytes: int | None = setting(None, doc="of KV cache; unset: NUM_BLOCKS or from free memory")
     num_blocks: int | None = setting(None, doc="of KV cache; wins over KV_CACHE_BYTES")
+    host_kv_bytes: int = setting(0, doc="host memory for blocks evicted from the device; 0: none")
+    disk_kv_dir: Path | None = setting(
+        None, doc="directory, this worker's alone, for blocks evicted from there; unset: none"
+    )
+    disk_kv_bytes: int = setting(8 << 30, doc="of files in DISK_KV_DIR, at most")
     max_model_len: int | None = setting(None, doc="longest sequence, tokens; unset: the model's")
     token_budget: int | None = setting(
         None, doc="most tokens computed in one step; unset: the engine's choice"
@@ -47,6 +52,9 @@ class WorkerSettings:
         for name in ("block_size", "max_requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("host_kv_bytes", "disk_kv_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"num_threads must be 1 or more, got {self.num_threads}")
         if not self.drain_s >= 0:

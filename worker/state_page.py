@@ -18,6 +18,6 @@ class StatePage:
         experts = self._metrics.experts.recent_loads()
         num_cells = sum(map(len, experts))
         return {
-            "tiers": {"device": self._metrics.device_blocks},
+            "tiers": {"device": self._metrics.device_blocks, **self._metrics.tiers.blocks},
             "experts": experts if num_cells <= _MAX_CELLS else [],
         }

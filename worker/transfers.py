@@ -13,6 +13,7 @@ from worker.async_engine import AsyncEngine
 from worker.kv_carrier import KvCarrier, SharedMemoryCarrier, StreamCarrier, sending_carrier
 from worker.peer_channels import PeerChannels
 from worker.shared_caches import SharedCaches
+from worker.transfer_rates import TransferRates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,7 @@ class TransferEnvironment:
     shared_caches: SharedCaches
     channels: PeerChannels = field(default_factory=PeerChannels)
     tracer: Tracer = NO_TRACER
+    rates: TransferRates = field(default_factory=TransferRates)  # of hand-offs to this worker
 
     @classmethod
     def build(

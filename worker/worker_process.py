@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry
 
 from engine.engine import Engine
 from engine.ep.ep_group import EpGroupLost
+from engine.grammar.compiler import compiler_for_model
 from engine.outputs import StepOutput
 from kvstore.redis_index import RedisIndex
 from kvstore.registry import RedisRegistry, WorkerRecord, WorkerRole
@@ -140,16 +141,18 @@ class WorkerProcess:
             )
             if engine.ep is not None:
                 stack.callback(engine.ep.close)
+            record = self._record(parts, port, metrics_port)
+            index = RedisIndex(store, record.model, record.worker_id, record.incarnation, lease_s=LEASE_S)
+            parts.engine.subscribe(lambda step: _publish(index, step))  # before the first step has any
             parts.engine.start()
             stack.push_async_callback(parts.engine.stop, self._stop_s)
             stack.push_async_callback(parts.fetcher.close)
             await server.start()
             stack.push_async_callback(server.stop, 0)
             stack.push_async_callback(store.close)
-            record = self._record(parts, port, metrics_port)
             registration = Registration(RedisRegistry(store, record.model), record, parts.load.load)
             health.watch(registration)
-            return await self._until_end(parts, store, registration, record, drain)
+            return await self._until_end(parts, registration, record, index, drain)
 
     @property
     def _stop_s(self) -> float:
@@ -161,8 +164,10 @@ class WorkerProcess:
         load = LoadMeter(admission, engine.num_blocks)
         admission.retry_after_s = load.retry_after_s
         metrics = build_metrics_registry()
-        async_engine = AsyncEngine(engine)
+        grammars = compiler_for_model(self._settings.model, engine.vocab_size, engine.eos_token_ids)
+        async_engine = AsyncEngine(engine, grammars)
         engine_metrics = EngineMetrics(metrics, engine.num_blocks)
+        grammars.on_compiled = engine_metrics.grammars.observe_compile
         block_size = engine.kv_layout.block_size
         add_vllm_metrics(metrics, self._role, self._settings.model_name, block_size, engine.num_blocks)
         for observer in (load, engine_metrics):
@@ -172,6 +177,10 @@ class WorkerProcess:
             async_engine, host_id(), accepts_shared_memory=self._settings.shared_memory, tracer=tracer
         )
         fetch_metrics = FetchMetrics(metrics)
+        fetcher = PeerFetcher(transfers, fetch_metrics, worker_id=self._worker_id)
+        load.add_kv_rates(transfers.rates.kv_rates)
+        load.add_kv_rates(fetcher.rates.kv_rates)
+        load.add_kv_rates(engine_metrics.tiers.kv_rates)
         return WorkerParts(
             settings=self._settings,
             worker_id=self._worker_id,
@@ -181,7 +190,7 @@ class WorkerProcess:
             metrics=metrics,
             state=StatePage(engine_metrics),
             transfers=transfers,
-            fetcher=PeerFetcher(transfers, fetch_metrics, worker_id=self._worker_id),
+            fetcher=fetcher,
             kv_service=KvService(transfers, fetch_metrics, worker_id=self._worker_id),
         )
 
@@ -204,23 +213,17 @@ class WorkerProcess:
             max_model_len=engine.max_model_len,
             num_blocks=engine.num_blocks,
             host_id=parts.transfers.host_id,
+            block_bytes=engine.kv_layout.block_bytes,
         )
 
     async def _until_end(
         self,
         parts: WorkerParts,
-        store: Store,
         registration: Registration,
         record: WorkerRecord,
+        index: RedisIndex,
         drain: asyncio.Event,
     ) -> int:
-        index = RedisIndex(store, record.model, record.worker_id, record.incarnation, lease_s=LEASE_S)
-
-        def publish(step: StepOutput) -> None:
-            index.evict(step.block_events.removed)
-            index.publish([block_hash for block_hash, _ in step.block_events.placed])
-
-        parts.engine.subscribe(publish)
         _drain_with_group(parts.engine, drain)
         index.start()
         try:
@@ -246,6 +249,12 @@ class WorkerProcess:
             await registration.withdraw()
             await index.stop()
         return return_code
+
+
+def _publish(index: RedisIndex, step: StepOutput) -> None:
+    index.evict(step.block_events.removed)
+    for block_hash, tier in step.block_events.placed:
+        index.publish([block_hash], tier)
 
 
 async def _fail_with(engine: AsyncEngine) -> NoReturn:

@@ -23,6 +23,8 @@ _WORKER_OPTIONS = {
     "kv_cache_bytes": ("N", "of each worker (default: from free memory)"),
     "num_blocks": ("N", "KV blocks of each worker, instead of bytes"),
     "block_size": ("TOKENS", "of a KV block"),
+    "host_kv_bytes": ("N", "host memory of each worker for blocks evicted from its cache (default: none)"),
+    "disk_kv_bytes": ("N", "files of each worker under --disk-kv-dir (default: 8 GiB)"),
     "max_model_len": ("TOKENS", "longest prompt plus answer (default: the model's)"),
     "max_running": ("N", "sequences in a batch"),
     "token_budget": ("TOKENS", "most tokens of one step"),
@@ -51,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", metavar="prefix|round_robin|least_loaded", help="how workers are chosen")
     for name, (metavar, text) in _WORKER_OPTIONS.items():
         parser.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=text)
+    parser.add_argument(
+        "--disk-kv-dir", type=Path, metavar="DIR", help="keep evicted blocks there, one directory a worker"
+    )
     parser.add_argument("--ask", metavar="TEXT", help="when ready, ask this and show the answer")
     parser.add_argument(
         "--log-dir", type=Path, help="default: a new directory under the user's state directory"
@@ -91,6 +96,7 @@ def _options(args: argparse.Namespace, settings: CommandSettings) -> UpOptions:
             ep_size=args.ep_size,
             threads_per_worker=args.threads,
             router_settings={"POLICY": args.policy} if args.policy else {},
+            disk_kv_dir=args.disk_kv_dir.absolute() if args.disk_kv_dir else None,
             worker_settings={name: value for name, value in values.items() if value is not None},
         )
     except ValueError as error:

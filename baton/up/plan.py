@@ -28,6 +28,7 @@ class UpOptions:
     num_decode: int = 1  # groups
     ep_size: int = 1  # processes in each decode group
     threads_per_worker: int | None = None  # None: the cores are split between the workers of a role
+    disk_kv_dir: Path | None = None  # each worker gets a directory of its own below it
     router_settings: Mapping[str, str] = field(default_factory=dict)  # field name -> value
     worker_settings: Mapping[str, str] = field(default_factory=dict)
 
@@ -146,13 +147,16 @@ class _Planner:
         num_workers = o.num_prefill if role == "prefill" else o.num_decode * o.ep_size
         num_threads = o.threads_per_worker or threads_per_worker(num_workers, self._num_cpus)
         port, metrics_port = self._free_port(), self._free_port()
-        own = {
+        own: dict[str, object] = {
             "WORKER_ID": self._unique(name),
             "PORT": port,
             "METRICS_PORT": metrics_port,
             "NUM_THREADS": num_threads,
             "DRAIN_S": DRAIN_S,
         }
+        if o.disk_kv_dir is not None:
+            # By name, not by worker id: the next run finds what this one kept.
+            own["DISK_KV_DIR"] = o.disk_kv_dir / name
         environment = self._environment(role.upper(), {**own, **settings, **o.worker_settings})
         return ProcessSpec(
             name=name,

@@ -37,6 +37,16 @@ def test_services_are_told_model_store_and_ports_by_their_own_prefix():
     assert not [name for name in decode.environment if not name.startswith("BATON_DECODE_")]
 
 
+def test_each_worker_keeps_its_blocks_in_a_directory_of_its_own_that_the_next_run_finds():
+    def directories():
+        groups = planned(num_prefill=2, ep_size=2, disk_kv_dir=Path("/kv"))
+        names = ("BATON_PREFILL_DISK_KV_DIR", "BATON_DECODE_DISK_KV_DIR")
+        return [m.environment[name] for m in members(groups) for name in names if name in m.environment]
+
+    assert directories() == ["/kv/prefill-0", "/kv/prefill-1", "/kv/decode-0.0", "/kv/decode-0.1"]
+    assert directories() == directories()
+
+
 def test_the_ranks_of_a_group_share_rendezvous_and_group_and_differ_in_rank():
     first, second = (group for group in planned(num_decode=2, ep_size=3) if group.role == "decode")
     ranks = [member.environment["BATON_DECODE_EP_RANK"] for member in first.members]

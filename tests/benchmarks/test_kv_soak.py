@@ -10,7 +10,7 @@ import pytest
 from benchmarks.kv_soak import Simulation, Soak, check_index, grown, verify
 from benchmarks.simulated_fleet import Fleet, Prompt, Request, check_blocks
 from kvstore import keys
-from kvstore.prefix_index import MemoryIndex
+from kvstore.memory_index import MemoryIndex
 from kvstore.store import Store
 from tests.fakes.fake_model import build_fake_engine, expected_tokens
 from tests.fakes.redis_server import redis_server

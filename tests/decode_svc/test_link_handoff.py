@@ -28,6 +28,8 @@ async def test_handed_off_request_gives_the_tokens_of_the_model(is_shared: bool)
         carrier = "shared_memory" if is_shared else "stream"
         await decode.until_idle()
         assert decode.metric("baton_handoff_bytes_total", carrier=carrier) == reply.timings.transfer_bytes
+        rate = decode.transfers.rates.kv_rates()[carrier]  # type: ignore[index]
+        assert rate.latency_s > 0 or rate.bytes_per_s > 0
         await decode.until_idle()
         await prefill.until_idle()
         assert prefill.metric("baton_prefill_requests_total", outcome="committed") == 1

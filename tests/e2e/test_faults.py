@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.conftest import SMALL, random_prompt
+from tests.e2e.conftest import HANDS_OFF, SMALL, random_prompt
 from tests.e2e.stack import Stack, running_stack, wait_until
 
 Oracle = Callable[[list[int], int], list[int]]
@@ -21,7 +21,7 @@ Oracle = Callable[[list[int], int], list[int]]
 @pytest.fixture(scope="module")
 def fragile(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Two decode workers, one prefill worker; small steps so that prompts take a while."""
-    options = [*SMALL, "--decode", "2", "--token-budget", "64", "--max-running", "32"]
+    options = [*SMALL, *HANDS_OFF, "--decode", "2", "--token-budget", "64", "--max-running", "32"]
     with running_stack(tiny_model, tmp_path_factory.mktemp("fragile"), *options) as running:
         yield running
 

@@ -17,7 +17,7 @@ from baton.bench.measurement import RequestMeasurement
 from baton.bench.workload import Workload
 from kvstore.embedded import EmbeddedServer
 from kvstore.index_mirror import IndexMirror
-from kvstore.prefix_index import MemoryIndex
+from kvstore.memory_index import MemoryIndex
 from kvstore.store import Store
 from tests.e2e.conftest import SMALL, VOCAB_SIZE
 from tests.e2e.stack import Stack, running_stack, wait_until

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import SMALL, random_prompt
+from tests.e2e.conftest import HANDS_OFF, SMALL, random_prompt
 from tests.e2e.stack import Stack, running_stack, wait_until
 
 trace_service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
@@ -78,7 +78,7 @@ def traced(
     environment = {f"BATON_{name}_OTLP_ENDPOINT": collector.url for name in names}
     environment["OTEL_BSP_SCHEDULE_DELAY"] = "200"
     directory = tmp_path_factory.mktemp("traced")
-    with running_stack(tiny_model, directory, *SMALL, environment=environment) as stack:
+    with running_stack(tiny_model, directory, *SMALL, *HANDS_OFF, environment=environment) as stack:
         yield stack
 
 

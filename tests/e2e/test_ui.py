@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import SMALL, random_prompt
+from tests.e2e.conftest import HANDS_OFF, SMALL, random_prompt
 from tests.e2e.stack import Stack, running_stack
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -34,7 +34,8 @@ def watched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """Two prefill workers, one decode worker, an admin key."""
     environment = {"BATON_ROUTER_ADMIN_KEY": KEY}
     directory = tmp_path_factory.mktemp("watched")
-    with running_stack(tiny_model, directory, *SMALL, "--prefill", "2", environment=environment) as stack:
+    options = [*SMALL, *HANDS_OFF, "--prefill", "2"]
+    with running_stack(tiny_model, directory, *options, environment=environment) as stack:
         yield stack
 
 

@@ -17,6 +17,7 @@ from engine.kv_layout import KvLayout
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.scheduler import SchedulerConfig
+from engine.tiers.tier_store import LowerTiers
 
 NUM_LAYERS = 3
 VOCAB_SIZE = 211
@@ -105,6 +106,7 @@ def build_fake_engine(
     max_model_len: int | None = None,
     is_shared: bool = False,
     model: FakeModel | None = None,
+    tiers: LowerTiers | None = None,
 ) -> Engine:
     layout = fake_kv_layout(block_size)
     kv_cache = KvCache(layout, num_blocks, is_shared=is_shared)
@@ -116,4 +118,4 @@ def build_fake_engine(
     )
     config = SchedulerConfig(token_budget=token_budget, max_running=max_running, growth_tokens=growth_tokens)
     runner = Runner(model, kv_cache, Sampler(limits.eos_token_ids), token_budget, "cpu")
-    return Engine(runner, kv_cache, limits, config)
+    return Engine(runner, kv_cache, limits, config, tiers=tiers)

@@ -18,6 +18,7 @@ from decode_svc.metrics import DecodeMetrics
 from decode_svc.request import RequestEnvironment
 from engine.engine import Engine
 from engine.forward_batch import ForwardBatch
+from engine.grammar.compiler import GrammarCompiler
 from engine.kv_cache import KvCache
 from prefill_svc.metrics import PrefillMetrics
 from prefill_svc.prefill_service import PrefillService
@@ -83,6 +84,7 @@ class WorkerFacts:
     fetch_stall_s: float = 20.0
     fetch_limit: FetchLimit | None = None
     tracer: Tracer = NO_TRACER
+    grammars: GrammarCompiler | None = None
 
 
 @dataclass
@@ -172,7 +174,7 @@ async def _worker(
 
 
 def _parts(engine: Engine, facts: WorkerFacts) -> FakeWorker:
-    async_engine = AsyncEngine(engine)
+    async_engine = AsyncEngine(engine, facts.grammars)
     admission = Admission(facts.max_requests)
     metrics = CollectorRegistry()
     load = LoadMeter(admission, engine.num_blocks)
@@ -225,12 +227,17 @@ class FakeRouter:
         self._writing = asyncio.Lock()  # a call takes one write at a time
 
     async def submit(
-        self, spec: SequenceSpec, prefill: FakeWorker | str = "", peer: KvPeer | None = None
+        self,
+        spec: SequenceSpec,
+        prefill: FakeWorker | str = "",
+        peer: KvPeer | None = None,
+        *,
+        branch_group: int = 0,
     ) -> tuple[int, Reply]:
         key = next(self._keys)
         reply = self._replies[key] = Reply()
         address = prefill if isinstance(prefill, str) else prefill.address
-        submit = Submit(key=key, sequence=spec, prefill_address=address, peer=peer)
+        submit = Submit(key=key, sequence=spec, prefill_address=address, peer=peer, branch_group=branch_group)
         await self.write(LinkRequest(submit=submit))
         return key, reply
 

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 import redis
 
+from kvstore.block_hash import BlockTier
 from kvstore.embedded import EmbeddedServer
-from kvstore.prefix_index import MemoryIndex
+from kvstore.memory_index import MemoryIndex
 from kvstore.registry import WorkerRecord
 
 
@@ -55,8 +56,8 @@ class ObservedIndex(MemoryIndex):
         super().__init__(max_blocks)
         self._changed = asyncio.Event()
 
-    def publish(self, worker_id, hashes):  # type: ignore[no-untyped-def]
-        super().publish(worker_id, hashes)
+    def publish(self, worker_id, hashes, tier=BlockTier.DEVICE):  # type: ignore[no-untyped-def]
+        super().publish(worker_id, hashes, tier)
         self._changed.set()
 
     def evict(self, worker_id, hashes):  # type: ignore[no-untyped-def]

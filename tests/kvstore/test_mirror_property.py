@@ -1,4 +1,5 @@
-"""Whatever workers do and whatever is lost: once caught up, a mirror shows the blocks of the live workers."""
+"""Whatever workers do and whatever is lost: once caught up, a mirror shows the blocks of the live workers,
+each in its tier, and so does any other."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from kvstore import keys
-from kvstore.block_hash import BlockHash
+from kvstore.block_hash import BlockHash, BlockTier
 from kvstore.index_mirror import IndexMirror
-from kvstore.prefix_index import MemoryIndex
+from kvstore.memory_index import MemoryIndex
+from kvstore.prefix_index import PrefixHit
 from kvstore.redis_index import RedisIndex
 from kvstore.store import Store
 from servicekit.clock import FakeClock
@@ -26,7 +28,9 @@ LOSSES = ["catch up", "lose events"]
 RARITIES = ["restart", "stop", "kill", "forget writer", "lose everything", "settle"]
 NUM_ACTIONS = 50
 
-Action = tuple[str, str, set[int]]
+Action = tuple[str, str, set[int], BlockTier]
+Held = dict[str, dict[BlockHash, BlockTier]]
+PROMPT = [BlockHash(number.to_bytes(16, "little")) for number in range(12)]
 
 
 def actions_of(seed: int) -> list[Action]:
@@ -38,7 +42,20 @@ def actions_of(seed: int) -> list[Action]:
     verbs = [
         draw.choice(draw.choice([CHANGES, CHANGES, LOSSES, LOSSES, RARITIES])) for _ in range(NUM_ACTIONS)
     ]
-    return [(verb, draw.choice(WORKERS), set(draw.sample(range(40), draw.randint(0, 12)))) for verb in verbs]
+    return [(verb, draw.choice(WORKERS), numbers_of(draw), draw.choice(list(BlockTier))) for verb in verbs]
+
+
+def numbers_of(draw: random.Random) -> set[int]:
+    """Any, or the beginning of PROMPT."""
+    if draw.random() < 0.5:
+        return set(range(draw.randint(0, 16)))
+    return set(draw.sample(range(40), draw.randint(0, 12)))
+
+
+def leading_run(held: dict[BlockHash, BlockTier], worker_id: str) -> PrefixHit | None:
+    tiers = [held[h] for h in itertools.takewhile(held.__contains__, PROMPT)]
+    counts = tuple(map(tiers.count, BlockTier))
+    return PrefixHit(worker_id, len(tiers), counts) if tiers else None  # type: ignore[arg-type]
 
 
 @dataclass
@@ -47,7 +64,7 @@ class Cluster:
     model: str
     clock: FakeClock = field(default_factory=FakeClock)
     writers: dict[str, RedisIndex] = field(default_factory=dict)
-    held: dict[str, set[BlockHash]] = field(default_factory=dict)
+    held: Held = field(default_factory=dict)
     started: dict[str, str] = field(default_factory=dict)  # worker id -> its incarnation
     incarnations: itertools.count[int] = field(default_factory=itertools.count)
 
@@ -57,17 +74,18 @@ class Cluster:
             IndexMirror(self.store, self.model, index, monotonic=self.clock.monotonic) for index in self.shown
         ]
 
-    async def act(self, verb: str, worker_id: str, numbers: set[int]) -> None:
+    async def act(self, verb: str, worker_id: str, numbers: set[int], tier: BlockTier) -> None:
         hashes = {BlockHash(number.to_bytes(16, "little")) for number in numbers}
         if verb in ("publish", "evict") and worker_id not in self.writers:
             self.start(worker_id)
         match verb:
             case "publish":
-                self.writers[worker_id].publish(hashes)
-                self.held[worker_id] |= hashes
+                self.writers[worker_id].publish(hashes, tier)
+                self.held[worker_id] |= dict.fromkeys(hashes, tier)
             case "evict":
                 self.writers[worker_id].evict(hashes)
-                self.held[worker_id] -= hashes
+                for block_hash in hashes:
+                    self.held[worker_id].pop(block_hash, None)
             case "restart":
                 await self.kill(worker_id)
                 self.start(worker_id)
@@ -94,13 +112,14 @@ class Cluster:
             case "catch up":
                 await self.settle()
                 await self.mirrors[0].catch_up()
-                assert {worker_id: self.shown[0].blocks(worker_id) for worker_id in self.held} == self.held
+                assert {worker_id: self.shown[0].tiers(worker_id) for worker_id in self.held} == self.held
+                self.shown[0].check_integrity()
 
     def start(self, worker_id: str) -> None:
         incarnation = str(next(self.incarnations))
         writer = RedisIndex(self.store, self.model, worker_id, incarnation, lease_s=LEASE_S)
         writer.start()
-        self.writers[worker_id], self.held[worker_id] = writer, set()
+        self.writers[worker_id], self.held[worker_id] = writer, {}
         self.started[worker_id] = incarnation
 
     async def kill(self, worker_id: str) -> None:
@@ -121,7 +140,8 @@ class Cluster:
                 await writer.flush()
         for worker_id, held in self.held.items():
             key = keys.worker_blocks(self.model, worker_id, self.started[worker_id])
-            assert await self.store.redis.smembers(key) == held
+            stored = await self.store.redis.hgetall(key)
+            assert {block_hash: int(tier) for block_hash, tier in stored.items()} == held
 
     async def close(self) -> None:
         for worker_id in list(self.writers):
@@ -143,14 +163,19 @@ async def play(url: str, actions: list[Action]) -> None:
         cluster.clock.advance(LEASE_S)  # leases of the dead run out for readers too
         for mirror in cluster.mirrors:
             await mirror.catch_up()
+        runs = [leading_run(held, worker_id) for worker_id, held in cluster.held.items()]
+        expected = sorted(filter(None, runs), key=lambda hit: (-hit.num_blocks, hit.worker_id))
         for shown in cluster.shown:
-            assert {worker_id: set(shown.blocks(worker_id)) for worker_id in shown.workers()} == cluster.held
+            assert {worker_id: shown.tiers(worker_id) for worker_id in shown.workers()} == cluster.held
+            assert shown.lookup(PROMPT) == expected
+            shown.check_integrity()
+            assert shown.num_blocks == len(set().union(*cluster.held.values()))  # all is swept
     finally:
         await cluster.close()
         await store.close()
 
 
-@settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=30, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(seed=st.integers(0, 2**32))
 def test_mirrors_equal_the_blocks_of_live_workers_whatever_was_lost(shared_redis_url: str, seed: int) -> None:
     asyncio.run(play(shared_redis_url, actions_of(seed)))

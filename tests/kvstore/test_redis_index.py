@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 
 from kvstore import keys
-from kvstore.block_hash import BlockHash
+from kvstore.block_hash import BlockHash, BlockTier
 from kvstore.embedded import EmbeddedServer
 from kvstore.index_mirror import IndexMirror
 from kvstore.redis_index import RedisIndex
@@ -55,7 +55,13 @@ async def flushed(index: RedisIndex) -> None:
 
 
 async def stored_blocks(store: Store, worker_id: str = "w", incarnation: str = "first") -> set[bytes]:
-    return set(await store.redis.smembers(keys.worker_blocks("tiny", worker_id, incarnation)))
+    return set(await store.redis.hkeys(keys.worker_blocks("tiny", worker_id, incarnation)))
+
+
+async def stored_tiers(store: Store) -> list[set[bytes]]:
+    """Of worker w: what is in which tier."""
+    tiers = await store.redis.hgetall(keys.worker_blocks("tiny", "w", "first"))
+    return [{block for block, now in tiers.items() if int(now) == tier} for tier in BlockTier]
 
 
 async def lose_events(store: Store) -> None:
@@ -74,6 +80,120 @@ async def test_changes_reach_redis_and_every_mirror(store: Store) -> None:
         await one.wait_until(shows("w", blocks(1, 3)))
         await two.wait_until(shows("w", blocks(1, 3)))
         assert await stored_blocks(store) == blocks(1, 3)
+
+
+async def test_a_block_is_in_its_fastest_tier_only_in_redis_and_in_every_mirror(store: Store) -> None:
+    async with writing(store) as index, following(store) as (_, shown):
+        index.publish(blocks(1, 2, 3, 4))
+        await flushed(index)
+        index.publish(blocks(2, 3), BlockTier.HOST)
+        index.publish(blocks(4), BlockTier.DISK)
+        index.evict(blocks(1))
+        await flushed(index)
+        assert await stored_tiers(store) == [set(), blocks(2, 3), blocks(4)]
+        index.publish(blocks(3), BlockTier.DEVICE)
+        await flushed(index)
+        assert await stored_tiers(store) == [blocks(3), blocks(2), blocks(4)]
+        tiers = dict.fromkeys(blocks(3), BlockTier.DEVICE) | dict.fromkeys(blocks(2), BlockTier.HOST)
+        tiers |= dict.fromkeys(blocks(4), BlockTier.DISK)
+        await shown.wait_until(lambda shown: shown.tiers("w") == tiers)
+
+
+async def test_only_the_last_of_several_changes_of_a_block_is_told(store: Store) -> None:
+    async with writing(store) as index:
+        await flushed(index)
+        before = await store.redis.xlen(keys.index_events("tiny"))
+        index.publish(blocks(1, 2), BlockTier.DEVICE)
+        index.publish(blocks(1, 2), BlockTier.DISK)
+        index.evict(blocks(1))
+        index.publish(blocks(2), BlockTier.DISK)
+        await flushed(index)
+        assert await stored_tiers(store) == [set(), set(), blocks(2)]
+        assert await store.redis.xlen(keys.index_events("tiny")) == before + 1
+
+
+async def test_a_snapshot_brings_the_tiers(store: Store) -> None:
+    async with writing(store) as index:
+        for tier, numbers in zip(BlockTier, (range(3000), range(3000, 4000), range(4000, 4500)), strict=True):
+            index.publish(blocks(*numbers), tier)
+        await flushed(index)
+        shown = ObservedIndex()
+        await IndexMirror(store, "tiny", shown).catch_up()
+        tiers = list(shown.tiers("w").values())
+        assert [tiers.count(tier) for tier in BlockTier] == [3000, 1000, 500]
+
+
+async def test_a_snapshot_that_redis_interrupts_leaves_the_mirror_as_it_was(
+    mortal_redis: tuple[EmbeddedServer, str], mortal_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, _ = mortal_redis
+    shown = ObservedIndex()
+    mirror = IndexMirror(mortal_store, "tiny", shown)
+    async with writing(mortal_store) as index:
+        index.publish(blocks(*range(10)))
+        await flushed(index)
+        await mirror.catch_up()
+        index.publish(blocks(*range(10, 10_000)))
+        await flushed(index)
+        await lose_events(mortal_store)
+        scan = mortal_store.redis.hscan
+
+        async def scan_once(*args: object, **options: object) -> object:
+            server.kill()
+            monkeypatch.setattr(mortal_store.redis, "hscan", scan)
+            return await scan(*args, **options)
+
+        monkeypatch.setattr(mortal_store.redis, "hscan", scan_once)
+        with pytest.raises(StoreUnavailable):
+            await mirror.catch_up()
+        assert shown.blocks("w") == blocks(*range(10))
+        server.start()
+        await flushed(index)
+        await mirror.catch_up()
+        assert shown.blocks("w") == blocks(*range(10_000))
+        assert shown.num_blocks == 10_000
+        shown.check_integrity()
+
+
+async def test_requests_come_between_the_pieces_of_a_burst_and_of_a_sweep(store: Store) -> None:
+    shown = ObservedIndex()
+    mirror = IndexMirror(store, "tiny", shown)
+    async with writing(store) as index:
+        await flushed(index)
+        await mirror.catch_up()
+        index.publish(blocks(*range(20 * keys.MAX_EVENT_HASHES)))
+        await flushed(index)
+        seen: set[int] = set()
+
+        async def look() -> None:
+            while True:
+                seen.add(shown.num_blocks)
+                await asyncio.sleep(0)
+
+        looking = asyncio.create_task(look())
+        await mirror.catch_up()
+        assert len(seen) >= 20
+        seen.clear()
+        await index.stop()
+        await mirror.catch_up()
+        looking.cancel()
+        assert shown.num_blocks == 0
+        assert len(seen) >= 100
+
+
+async def test_a_full_mirror_shows_less_never_something_wrong_and_says_so_once(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = ObservedIndex(max_blocks=100)
+    mirror = IndexMirror(store, "tiny", shown)
+    async with writing(store) as index:
+        for start in range(0, 300, 50):
+            index.publish(blocks(*range(start, start + 50)))
+            await flushed(index)
+            await mirror.catch_up()
+        assert len(shown.blocks("w")) == shown.num_blocks == 100
+        assert shown.blocks("w") < blocks(*range(300))
+        assert [record.message for record in caplog.records].count("prefix_index_full") == 1
 
 
 async def test_changes_before_start_count(store: Store) -> None:
@@ -270,7 +390,7 @@ async def test_a_repeated_event_is_applied_once(store: Store) -> None:
         before = await store.redis.xlen(keys.index_events("tiny"))
         (block,) = blocks(2)
         sequence = (await store.run_script("index_writers", script_keys[:1]))[2] + 1
-        args = ["w", "first", sequence, block, b"", 0, 0, 30_000, 16, 100]
+        args = ["w", "first", sequence, 0, 0, 30_000, 16, 100, b"", block, b"", b""]
         assert await store.run_script("index_apply", script_keys, args) == 1
         assert await store.run_script("index_apply", script_keys, args) == 1
         assert await store.redis.xlen(keys.index_events("tiny")) == before + 1
@@ -285,7 +405,7 @@ async def test_an_event_out_of_order_asks_for_a_new_start(store: Store) -> None:
             keys.worker_blocks("tiny", "w", "first"),
         ]
         (block,) = blocks(2)
-        args = ["w", "first", 77, block, b"", 0, 0, 30_000, 16, 100]
+        args = ["w", "first", 77, 0, 0, 30_000, 16, 100, b"", block, b"", b""]
         assert await store.run_script("index_apply", script_keys, args) == 0
         assert await stored_blocks(store) == set()
 

@@ -11,8 +11,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from kvstore.memory_index import MemoryIndex
 from kvstore.memory_registry import MemoryRegistry
-from kvstore.prefix_index import MemoryIndex
+from kvstore.worker_record import WorkerLoad
 from router.app import build
 from router.server import RouterServer
 from router.settings import RouterSettings
@@ -40,12 +41,15 @@ class Router:
     def fleet(self) -> Any:
         return self.app.state.serving.fleet
 
-    async def add_worker(self, worker_id: str, **fields: Any) -> FakeDecodeWorker:
+    async def add_worker(
+        self, worker_id: str, *, load: WorkerLoad | None = None, max_model_len: int = 512, **fields: Any
+    ) -> FakeDecodeWorker:
         """Started, registered and linked."""
         worker = FakeDecodeWorker(**{"script": mixing_script(300), **fields})
         self.workers[worker_id] = worker
         address = await worker.start()
-        await self.registry.announce(decode_record(worker_id, address), 60.0)
+        record = decode_record(worker_id, address, max_model_len=max_model_len, load=load or WorkerLoad())
+        await self.registry.announce(record, 60.0)
         await self.until(lambda: worker_id in self.linked())
         return worker
 
@@ -70,8 +74,11 @@ class Router:
 
 
 @asynccontextmanager
-async def running_router(model_dir: Path, **settings: Any) -> AsyncIterator[Router]:
-    registry, index = MemoryRegistry(), MemoryIndex()
+async def running_router(
+    model_dir: Path, like: Router | None = None, **settings: Any
+) -> AsyncIterator[Router]:
+    """`like`: another one, whose registry and index this one follows too."""
+    registry, index = (like.registry, like.index) if like else (MemoryRegistry(), MemoryIndex())
     defaults = {"model": model_dir, "served_model_name": "test", "port": 0, "worker_timeout_s": 5.0}
     router_settings = RouterSettings(**{**defaults, **settings})
     app = build(router_settings, registry=registry, index=index)

@@ -36,7 +36,8 @@ def body(**fields: object) -> dict[str, object]:
 async def assert_nothing_is_left(router: Router) -> None:
     assert await router.app.state.serving.drain.wait_idle(10.0)
     assert all(link.num_streams == 0 for _, link in router.fleet.decode_workers())
-    assert not +router.app.state.serving.planner._pending
+    loads = [link.own for _, link in router.fleet.decode_workers()]
+    assert {(own.num_requests, own.num_tokens) for own in loads} == {(0, 0)}
     assert await router.metric("baton_router_requests_in_flight") == 0
     assert (await router.complete()).status_code == 200
 

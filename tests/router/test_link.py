@@ -91,12 +91,14 @@ async def test_load_counts_what_was_submitted_since_the_worker_told() -> None:
     worker = FakeDecodeWorker(mixing_script(300), is_held=True)
     link, _ = await linked(worker)
     streams = [link.submit(submit()) for _ in range(3)]
-    assert link.num_submitted_since_load == 3
+    assert link.load is not None
+    assert link.load.num_running == 0
+    assert link.own.requests(link.load.num_running) == 3
     await worker.until(lambda: len(worker.submits) == 3)
     await worker.release()
     await streams[0].next()
-    assert link.num_submitted_since_load == 0
-    assert link.load is not None
+    assert link.load.num_running > 0
+    assert link.own.requests(link.load.num_running) == link.num_streams  # none counts twice
     await link.close()
     await worker.kill()
 

@@ -135,7 +135,7 @@ async def test_an_overloaded_worker_s_sequence_goes_elsewhere(make_router: Route
 
 
 async def test_a_failed_hand_off_is_tried_again_without_a_prefill_worker(make_router: RouterFactory) -> None:
-    router = await make_router(local_prefill_max_tokens=0)
+    router = await make_router(policy="round_robin", local_prefill_max_tokens=0)
     worker = await router.add_worker("decode-0")
     for worker_id in ("prefill-0", "prefill-1"):
         await router.registry.announce(decode_record(worker_id, "127.0.0.1:1", role="prefill"), 60.0)

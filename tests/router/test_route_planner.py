@@ -13,6 +13,8 @@ from tests.router.conftest import Router, RouterFactory
 
 CHAIN = HashChain(model_fingerprint="weights", block_size=4)
 LONG = [5 + index % 40 for index in range(200)]
+# An idle decode worker that is as fast as a prefill worker prefills by itself.
+SLOW, FAST = WorkerLoad(prefill_tokens_per_s=1.0), WorkerLoad(prefill_tokens_per_s=1000.0)
 
 
 async def add_prefill(router: Router, worker_id: str, **fields: Any) -> None:
@@ -21,13 +23,14 @@ async def add_prefill(router: Router, worker_id: str, **fields: Any) -> None:
 
 
 async def route_of(router: Router, prompt: list[int] = LONG, **fields: Any) -> str:
+    """The beginning of the header: which workers, and the hit tokens expected."""
     response = await router.complete(prompt=prompt, max_tokens=1, **fields)
     assert response.status_code == 200, response.text
-    return str(response.headers["x-baton-route"])
+    return str(response.headers["x-baton-route"]).split("; reason=")[0]
 
 
 async def test_the_index_s_hits_choose_the_workers(make_router: RouterFactory) -> None:
-    router = await make_router(local_prefill_max_tokens=16)
+    router = await make_router()
     for worker_id in ("decode-0", "decode-1"):
         await router.add_worker(worker_id)
     for worker_id in ("prefill-0", "prefill-1"):
@@ -40,14 +43,14 @@ async def test_the_index_s_hits_choose_the_workers(make_router: RouterFactory) -
     submit = router.workers["decode-1"].submits[0]
     assert (submit.prefill_worker_id, submit.prefill_address) == ("prefill-1", "127.0.0.1:1")
     router.index.publish("decode-1", hashes)
-    assert await route_of(router) == "decode=decode-1; prefill=local; predicted_hit_tokens=199"
+    assert await route_of(router) == "decode=decode-1; prefill=local; predicted_hit_tokens=196"
 
 
 async def test_another_salt_hits_nothing(make_router: RouterFactory) -> None:
     router = await make_router()
     await router.add_worker("decode-0")
     router.index.publish("decode-0", CHAIN.hashes(LONG, "tenant"))
-    assert (await route_of(router, cache_salt="tenant")).endswith("=199")
+    assert (await route_of(router, cache_salt="tenant")).endswith("=196")
     assert (await route_of(router)).endswith("=0")
 
 
@@ -55,9 +58,9 @@ async def test_a_burst_spreads_over_equal_workers_before_any_has_told_its_load(
     make_router: RouterFactory,
 ) -> None:
     router = await make_router()
-    workers = [await router.add_worker(f"decode-{i}", is_held=True) for i in range(2)]
+    workers = [await router.add_worker(f"decode-{i}", is_held=True, load=SLOW) for i in range(2)]
     for worker_id in ("prefill-0", "prefill-1"):
-        await add_prefill(router, worker_id)
+        await add_prefill(router, worker_id, load=FAST)
     answers = [asyncio.create_task(router.complete(prompt=[*LONG, i], max_tokens=1)) for i in range(8)]
     for worker in workers:
         await worker.until(lambda worker=worker: len(worker.submits) == 4)
@@ -94,21 +97,21 @@ async def test_a_prompt_that_a_decode_worker_computes_itself_counts_until_its_fi
     await busy.until(lambda: len(busy.submits) == 1)
     [told, _] = router.fleet.decode_workers()
     planner = router.app.state.serving.planner
-    assert planner._decode_candidate(*told, {"decode-0": 0}).num_waiting_tokens == 100
+    assert planner.decode_candidate(*told, {}).num_waiting_tokens == 100
     busy.hold_after = 1
     busy.is_held = False
     busy._notify()
     await busy.until(lambda: busy.num_emitted == 1)
     assert (await route_of(router)).startswith("decode=decode-1")
-    assert planner._decode_candidate(*told, {"decode-0": 0}).num_waiting_tokens == 0
+    assert planner.decode_candidate(*told, {}).num_waiting_tokens == 0
     await busy.release()
     assert (await answer).status_code == 200
 
 
 async def test_a_prefill_worker_that_drains_gets_nothing_new(make_router: RouterFactory) -> None:
     router = await make_router()
-    await router.add_worker("decode-0")
-    await add_prefill(router, "prefill-0")
+    await router.add_worker("decode-0", load=SLOW)
+    await add_prefill(router, "prefill-0", load=FAST)
     assert "prefill=prefill-0" in await route_of(router)
     record = next(r for r in await router.registry.list() if r.worker_id == "prefill-0")
     await router.registry.announce(replace(record, is_draining=True), 60.0)
@@ -118,9 +121,9 @@ async def test_a_prefill_worker_that_drains_gets_nothing_new(make_router: Router
 
 async def test_a_loaded_prefill_worker_is_avoided(make_router: RouterFactory) -> None:
     router = await make_router()
-    await router.add_worker("decode-0")
-    await add_prefill(router, "prefill-0", load=WorkerLoad(num_waiting_tokens=5000))
-    await add_prefill(router, "prefill-1")
+    await router.add_worker("decode-0", load=SLOW)
+    await add_prefill(router, "prefill-0", load=replace(FAST, num_waiting_tokens=5000))
+    await add_prefill(router, "prefill-1", load=FAST)
     assert {(await route_of(router)).split("; ")[1] for _ in range(3)} == {"prefill=prefill-1"}
 
 
@@ -178,3 +181,37 @@ async def test_decisions_and_predictions_are_counted(make_router: RouterFactory)
     assert await router.metric(name) == 1
     assert await router.metric("baton_router_predicted_hit_tokens_total") == 12
     assert await router.metric("baton_router_hit_tokens_total") == 8
+
+
+async def test_an_idle_link_s_load_is_old_and_the_registry_s_counts(make_router: RouterFactory) -> None:
+    """Another router keeps the worker busy: nothing comes down this one's link."""
+    router = await make_router()
+    await router.add_worker("decode-0")
+    [(record, link)] = router.fleet.decode_workers()
+    planner = router.app.state.serving.planner
+    assert planner.decode_candidate(record, link, {}).num_requests == 0
+    busy = replace(record, load=WorkerLoad(num_running=7, num_waiting_tokens=900, num_free_blocks=10))
+    link._told_at -= 10.0
+    await router.registry.announce(busy, 60.0)
+    await router.until(lambda: router.fleet._records["decode-0"].load == busy.load)
+    candidate = planner.decode_candidate(busy, link, {})
+    assert (candidate.num_requests, candidate.num_waiting_tokens) == (7, 900)
+    assert (candidate.num_free_tokens, candidate.num_total_tokens) == (40, 4000)
+    await route_of(router)  # the worker tells on the link again
+    assert planner.decode_candidate(busy, link, {}).num_requests == 0
+
+
+async def test_what_was_considered_is_not_kept_with_the_request(make_router: RouterFactory) -> None:
+    router = await make_router()
+    worker = await router.add_worker("decode-0", is_held=True)
+    flows: list[Any] = []
+    planner = router.app.state.serving.planner
+    honest = planner.plan
+    object.__setattr__(
+        planner, "plan", lambda *args, **kwargs: flows.append(honest(*args, **kwargs)) or flows[-1]
+    )
+    answer = asyncio.create_task(router.complete(prompt=LONG))
+    await worker.until(lambda: len(worker.submits) == 1)
+    assert [len(route.decision.options) for route in flows] == [0]
+    await worker.release()
+    assert (await answer).status_code == 200

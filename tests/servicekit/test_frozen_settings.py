@@ -12,15 +12,17 @@ from router.settings import RouterSettings
 
 WORKER = """
 model served_model_name worker_id host advertised_host port metrics_port redis_url load_format dtype device
-block_size kv_cache_bytes num_blocks max_model_len token_budget max_running max_requests num_threads
+block_size kv_cache_bytes num_blocks host_kv_bytes disk_kv_dir disk_kv_bytes max_model_len token_budget
+max_running max_requests num_threads
 shared_memory drain_s otlp_endpoint log_format
 """
 EXPECTED = {
     PrefillSettings: WORKER,
     DecodeSettings: WORKER + "group_id ep_rank ep_size ep_address",
     RouterSettings: """
-model served_model_name host port redis_url policy local_prefill_max_tokens max_retries request_timeout_s
-worker_timeout_s max_body_bytes max_sequences drain_grace_s admin_key otlp_endpoint log_format log_level
+model served_model_name host port redis_url policy policy_temperature_s local_prefill_max_tokens
+max_retries request_timeout_s worker_timeout_s max_body_bytes max_sequences drain_grace_s admin_key
+otlp_endpoint log_format log_level
 """,
 }
 

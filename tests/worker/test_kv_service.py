@@ -19,7 +19,7 @@ from proto.prefill_pb2 import KvChunk
 from servicekit.rpc import build_channel
 from tests.fakes.fake_model import expected_tokens, fake_kv_layout
 from tests.fakes.fake_workers import FakeWorker, decode_worker, greedy_spec, router_link
-from tests.fakes.pinning_engine import DevicePinnedRun, PinningEngine, build_pinning_engine
+from tests.fakes.pinning_engine import PinningEngine, WatchedRun, build_pinning_engine
 from worker import fetch_call
 from worker.conversions import layout_to_pb
 from worker.fetch_limit import FetchLimit
@@ -244,7 +244,7 @@ async def test_fetches_pin_no_more_than_their_share_of_the_cache() -> None:
         await _until_unpinned(worker)
 
 
-class _StuckRun(DevicePinnedRun):
+class _StuckRun(WatchedRun):
     """Stops before the second read until let go."""
 
     entered: Callable[[], object]
@@ -379,7 +379,7 @@ async def test_reader_that_takes_nothing_is_cut_off(monkeypatch: pytest.MonkeyPa
 
 
 async def test_damaged_block_ends_the_fetch_with_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Damaged(DevicePinnedRun):
+    class Damaged(WatchedRun):
         def read_blocks(self, start: int, stop: int) -> memoryview:
             raise ValueError("block file does not match its checksum")
 

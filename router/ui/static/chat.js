@@ -125,10 +125,15 @@ class Answer {
   }
 
   showFacts(route, askedAt) {
-    const facts = [["route", routeText(route)]];
+    const pairs = routePairs(route);
+    const facts = [["route", routeText(pairs)]];
     const prompt = this.usage?.prompt_tokens;
     if (prompt) facts.push(["cached", `${this.usage.prompt_tokens_details?.cached_tokens ?? 0} of ${prompt} prompt tokens`]);
-    if (this.firstAt !== null) facts.push(["TTFT", seconds((this.firstAt - askedAt) / 1000)]);
+    if (this.firstAt !== null) {
+      const expected = expectedSeconds(pairs);
+      const suffix = expected === null ? "" : `, ${seconds(expected)} expected`;
+      facts.push(["TTFT", seconds((this.firstAt - askedAt) / 1000) + suffix]);
+    }
     const tokens = this.usage?.completion_tokens ?? 0;
     if (tokens > 1 && this.firstAt !== null) facts.push(["TPOT", seconds((this.lastAt - this.firstAt) / 1000 / (tokens - 1))]);
     facts.push(["tokens", `${tokens}`]);
@@ -161,10 +166,20 @@ async function errorText(response) {
   }
 }
 
-function routeText(header) {
-  const parts = Object.fromEntries(header.split(";").map((part) => part.trim().split("=", 2)));
-  if (!parts.decode) return "unknown";
-  const decode = shortName(parts.decode);
-  const isLocal = !parts.prefill || parts.prefill === "local";
-  return isLocal ? `${decode}, no hand-off` : `${shortName(parts.prefill)} \u2192 ${decode}`;
+// What docs/operations.md says of the header x-baton-route.
+function routePairs(header) {
+  return Object.fromEntries(header.split(";").map((part) => part.trim().split("=", 2)));
+}
+
+function routeText(pairs) {
+  if (!pairs.decode) return "unknown";
+  const decode = shortName(pairs.decode);
+  const isLocal = !pairs.prefill || pairs.prefill === "local";
+  const way = isLocal ? `${decode}, no hand-off` : `${shortName(pairs.prefill)} \u2192 ${decode}`;
+  return pairs.peer ? `${way}, may fetch from ${shortName(pairs.peer)}` : way;
+}
+
+function expectedSeconds(pairs) {
+  const sum = ["wait_s", "load_s", "compute_s", "handoff_s"].reduce((total, name) => total + Number(pairs[name]), 0);
+  return Number.isFinite(sum) ? sum : null;
 }

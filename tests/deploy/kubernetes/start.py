@@ -10,11 +10,10 @@ from typing import Any
 from tests.deploy.kubernetes.rendering import Manifests, Object
 
 _REFERENCE = re.compile(r"\$\((\w+)\)")
-_FIELDS = {"metadata.name": "the-pod", "status.podIP": "127.0.0.1"}
 
 
 def container_environment(
-    manifests: Manifests, container: Object, *, rank: int = 0, group_size: int = 1
+    manifests: Manifests, container: Object, *, pod: str = "pod-0", rank: int = 0, group_size: int = 1
 ) -> dict[str, str]:
     """As the kubelet makes it. `rank`, `group_size`: what the LeaderWorkerSet controller adds, in front."""
     environment = {
@@ -24,8 +23,9 @@ def container_environment(
     }
     for source in container.get("envFrom", ()):
         environment |= manifests.named("ConfigMap", source["configMapRef"]["name"])["data"]
+    fields = {"metadata.name": pod, "status.podIP": "127.0.0.1"}
     for variable in container.get("env", ()):
-        environment[variable["name"]] = _value(variable, environment)
+        environment[variable["name"]] = _value(variable, environment, fields)
     return environment
 
 
@@ -47,8 +47,8 @@ def with_local_files(
     return {name: moved.get(value, value) for name, value in environment.items()}
 
 
-def _value(variable: dict[str, Any], earlier: dict[str, str]) -> str:
+def _value(variable: dict[str, Any], earlier: dict[str, str], fields: dict[str, str]) -> str:
     if "valueFrom" in variable:
-        return _FIELDS[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+        return fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
     # A reference to what is not set earlier stays as it is, as in Kubernetes.
     return _REFERENCE.sub(lambda match: earlier.get(match[1], match[0]), str(variable["value"]))

@@ -63,7 +63,19 @@ def test_every_role_is_there(manifests: Manifests) -> None:
     roles = {_component(template) for _, template in manifests.pods()}
     redis = set() if manifests.variant == "gpu-single-node+all" else {"redis"}
     assert roles == {"router", "prefill", "decode"} | redis
-    assert manifests.named("Deployment", "baton-router")["spec"]["replicas"] == 2
+
+
+def test_numbers_of_pods_are_the_autoscaler_s_where_there_is_one(manifests: Manifests) -> None:
+    scaled = {
+        (o["spec"]["scaleTargetRef"]["kind"], o["spec"]["scaleTargetRef"]["name"])
+        for o in manifests.of_kind("HorizontalPodAutoscaler", "ScaledObject")
+    }
+    assert len(scaled) in (0, 3)
+    for o in manifests.of_kind("Deployment", "StatefulSet", "LeaderWorkerSet"):
+        is_scaled = (o["kind"], o["metadata"]["name"]) in scaled
+        assert ("replicas" in o["spec"]) is not is_scaled, o["metadata"]["name"]
+    if not scaled:
+        assert manifests.named("Deployment", "baton-router")["spec"]["replicas"] == 2
 
 
 def test_owners_select_the_pods_that_they_make(manifests: Manifests) -> None:

@@ -106,7 +106,7 @@ class LocalCluster:
         role = container["name"].upper()
         directory = self._directory / name
         directory.mkdir()
-        environment = container_environment(self._manifests, container)
+        environment = container_environment(self._manifests, container, pod=f"{name}-0")
         environment = with_local_files(self._manifests, template, environment, directory)
         url = directory / "redis-url"
         url.write_text(url.read_text().replace("baton-redis:6379", f"127.0.0.1:{self._redis_port}"))
@@ -177,6 +177,9 @@ def test_the_router_is_ready_when_a_decode_worker_is(cluster: LocalCluster) -> N
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] > 0
     assert httpx.get(f"{url}/ui/events", timeout=5).status_code == 401
+    decode = cluster.pods["baton-decode"].ports["metrics"]
+    handed_off = 'baton_handoffs_total{state="COMMITTED"} 1.0'
+    assert handed_off in httpx.get(f"http://127.0.0.1:{decode}/metrics", timeout=5).text
     page = httpx.get(f"{url}/metrics", timeout=5).text
     for name in ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc"):
         assert f"vllm:{name}{{" in page, name

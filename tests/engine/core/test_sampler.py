@@ -163,6 +163,66 @@ def test_min_tokens_masks_end_and_stop_tokens_until_then() -> None:
     assert sample(logits, seq_with({**params, "ignore_eos": True}, [1], [1])) == EOS
 
 
+def test_only_allowed_tokens_are_drawn_in_their_proportions() -> None:
+    allowed = (0, 3, 5)
+    probabilities = torch.zeros(8)
+    probabilities[list(allowed)] = LOGITS[list(allowed)].softmax(0)
+    assert_drawn_from(frequencies(LOGITS, allowed_token_ids=allowed), probabilities)
+
+
+def test_min_p_and_top_k_count_among_the_allowed_tokens() -> None:
+    allowed = (0, 1, 2, 4, 6)
+    logits = torch.full_like(LOGITS, -torch.inf)
+    logits[list(allowed)] = LOGITS[list(allowed)]
+    for params in ({"top_k": 3}, {"min_p": 0.4}, {"top_p": 0.7}, {"top_k": 4, "min_p": 0.2}):
+        options = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **params}
+        expected = reference(logits, int(options["top_k"]), options["top_p"], options["min_p"])
+        assert_drawn_from(frequencies(LOGITS, allowed_token_ids=allowed, **params), expected)
+
+
+def test_an_end_that_is_not_allowed_is_not_drawn_and_an_allowed_one_only_after_min_tokens() -> None:
+    logits = [0.0, 1.0, 9.0, 0.5]
+    assert sample(logits, seq_with({"temperature": 0, "allowed_token_ids": (0, 3)})) == 3
+    params = {"temperature": 0, "allowed_token_ids": (0, EOS), "min_tokens": 1}
+    assert sample(logits, seq_with(params)) == 0
+    assert sample(logits, seq_with(params, [1], [1])) == EOS
+    # Nothing else is left: what min_tokens forbids is drawn all the same.
+    assert sample(logits, seq_with({**params, "allowed_token_ids": (EOS,)})) == EOS
+
+
+def test_bad_words_lose_their_last_token_where_it_would_complete_them() -> None:
+    params = {"temperature": 0, "bad_words": ((0,), (3, 1), (1, 3, 1))}
+    logits = [9.0, 5.0, -9.0, 2.0, 1.0]
+    assert sample(logits, seq_with(params, [3])) == 1  # the prompt is no part of a word
+    assert sample(logits, seq_with(params, [1], [3])) == 3
+    assert sample(logits, seq_with(params, [1], [3, 4])) == 1
+    assert sample(logits, seq_with({**params, "bad_words": ((1, 3, 1),)}, [1], [1, 3])) == 0
+    three = {**params, "bad_words": ((0,), (1, 3, 1))}
+    assert sample(logits, seq_with(three, [1], [1, 3])) == 3
+    assert sample(logits, seq_with(three, [1], [4, 3])) == 1
+
+
+def test_bad_words_choose_among_the_allowed_tokens_while_one_is_left() -> None:
+    params = {"temperature": 0, "allowed_token_ids": (1, 3), "bad_words": ((1,),)}
+    assert sample([9.0, 5.0, -9.0, 2.0], seq_with(params)) == 3
+    assert sample([9.0, 5.0, -9.0, 2.0], seq_with({**params, "bad_words": ((1,), (3,))})) == 1
+
+
+def test_a_whole_vocabulary_is_masked_in_the_right_places() -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(6, 1003, generator=generator)
+    allowed = [tuple(torch.randperm(1003, generator=generator)[: 1 + 200 * row].tolist()) for row in range(6)]
+    seqs = [seq_with({"temperature": 0, "allowed_token_ids": ids}) for ids in allowed]
+    tokens, _ = Sampler(frozenset({EOS})).sample(logits.clone(), seqs)
+    expected = [max(ids, key=lambda i: float(logits[row, i])) for row, ids in enumerate(allowed)]
+    assert tokens == expected
+
+
+def test_an_empty_bad_word_is_refused() -> None:
+    with pytest.raises(ValueError, match="bad_words"):
+        SamplingParams(bad_words=((1,), ()))
+
+
 def test_edits_of_one_row_leave_the_others_alone() -> None:
     logits = torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 0.0]])
     seqs = [

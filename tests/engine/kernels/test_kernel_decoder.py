@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from engine.checkpoint.random_presets import hub_config
 from engine.checkpoint.weights import open_weights
 from engine.decode_graphs import GraphLimits, batch_ladder
 from engine.engine import Engine, EngineLimits
+from engine.grammar.compiler import GrammarCompiler
+from engine.grammar.grammar import Grammar, GrammarKind
 from engine.kernels import attention_decode
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
@@ -25,6 +29,7 @@ from engine.sampler import Sampler
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerConfig
 from engine.sequence import Sequence
+from tests.fakes.tiny_tokenizer import build_tokenizer
 
 BLOCK_SIZE, MAX_RUNNING, MAX_MODEL_LEN = 4, 3, 64
 
@@ -95,6 +100,35 @@ def test_kernels_give_the_tokens_of_the_plain_model(
     expected = answers(plain, prompts, temperature=temperature)
 
     assert answers(by_kernels, prompts, temperature=temperature) == expected
+
+
+def test_constrained_rows_go_beside_plain_ones_through_the_graphs(checkpoint: Path, device: str) -> None:
+    """A plain greedy row alone runs ahead; with a constrained one the step waits for its masks."""
+    eos_token_id = 0
+    from llguidance import LLTokenizer
+
+    text = build_tokenizer().to_str()
+    compiler = GrammarCompiler(lambda: LLTokenizer(text, n_vocab=512, eos_token=[eos_token_id]))
+    letters = Grammar(kind=GrammarKind.REGEX, text="([a-f]|the baton ){30}")
+    constraints: list[dict[str, Any]] = [{}, {"grammar": letters}, {"allowed_token_ids": (5, 6, 7)}, {}]
+
+    def constrained(engine: Engine) -> dict[int, list[int]]:
+        for seq_id, constraint in enumerate(constraints):
+            sampling = SamplingParams(temperature=0.0, max_tokens=6 + seq_id, ignore_eos=True, **constraint)
+            matcher = compiler.compile(letters).result(20) if sampling.grammar else None
+            engine.add(Sequence(seq_id, [9, 8, 7, seq_id], sampling, matcher=matcher))
+        found: dict[int, list[int]] = {seq_id: [] for seq_id in range(len(constraints))}
+        while engine.has_work:
+            for output in engine.step().outputs:
+                found[output.seq_id] += output.token_ids
+        return found
+
+    expected = constrained(build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False))
+    found = constrained(build(checkpoint, device, uses_kernels=True, uses_graphs=True))
+    assert found == expected
+    assert set(found[2]) <= {5, 6, 7}
+    assert re.fullmatch("([a-f]|the baton ?)+.*", build_tokenizer().decode(found[1]))
+    compiler.close()
 
 
 def test_the_ladder_ends_at_the_largest_batch() -> None:
