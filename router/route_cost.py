@@ -16,6 +16,9 @@ from typing import NamedTuple
 from router.worker_rates import ASSUMED, WorkerRates
 
 HORIZON_TOKENS = 64
+# Sequences that a local prompt holds up although they are not there yet. So a long prompt leaves an idle decode
+# worker free for those that come while it is computed, as long as the hand-off costs less than that.
+EXPECTED_SEQUENCES = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +139,8 @@ def terms_local(prompt: Prompt, seat: Seat) -> Terms:
     """The decode worker prefills by itself: its steps do both."""
     rates = seat.worker.rates
     num_others = seat.worker.num_requests - seat.worker.num_handing_off
-    held_up_s = prompt.num_computed_tokens * rates.prefill_token_s * num_others
+    num_held_up = max(num_others, EXPECTED_SEQUENCES)
+    held_up_s = prompt.num_computed_tokens * rates.prefill_token_s * num_held_up
     return Terms(
         prompt.wait_s + seat.room_s,
         prompt.load_s,
