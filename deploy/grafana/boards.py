@@ -208,6 +208,31 @@ _KV = Board(
             ),
         ),
         Row(
+            "Below the device: host memory and disk",
+            (
+                Panel(
+                    "Blocks kept",
+                    "short",
+                    (
+                        Query(
+                            f"sum by (tier, state) (baton_engine_tier_blocks{{{_NS}}})",
+                            "{{tier}} {{state}}",
+                        ),
+                    ),
+                    "areas",
+                ),
+                Panel(
+                    "KV kept",
+                    "bytes",
+                    (Query(f"sum by (tier) (baton_engine_tier_bytes{{{_NS}}})", "{{tier}}"),),
+                ),
+                _rate("Blocks lost on the way down", "baton_engine_tier_lost_blocks_total", "role", "ops"),
+                _rate("Loads by end", "baton_engine_loads_total", "source, outcome", "ops"),
+                _rate("Blocks loaded", "baton_engine_loaded_blocks_total", "source", "ops"),
+                _quantiles("Time of a load", "baton_engine_load_seconds"),
+            ),
+        ),
+        Row(
             "Prefix cache",
             (
                 Panel(

@@ -12,7 +12,6 @@ from router.fleet import Fleet
 from router.fleet_metrics import FleetMetrics
 from tests.fakes.fake_decode_worker import decode_record
 
-
 MODEL = {"model_name": "tiny"}
 
 

@@ -217,6 +217,20 @@ def test_files_that_settings_name_are_in_the_mounted_secrets(manifests: Manifest
         assert {file for _, _, file in named} == set(secret["data"]), name
 
 
+def test_the_disk_tier_fits_into_its_volume(manifests: Manifests) -> None:
+    for name, template in _baton_pods(manifests):
+        prefix = SERVICES[_component(template)][0]
+        environment = container_environment(manifests, _main(template))
+        directory = environment.get(f"{prefix}_DISK_KV_DIR")
+        if directory is None:
+            continue
+        [volume] = [m["name"] for m in _main(template)["volumeMounts"] if m["mountPath"] == directory]
+        [size] = [v["emptyDir"]["sizeLimit"] for v in template["spec"]["volumes"] if v["name"] == volume]
+        assert int(environment[f"{prefix}_DISK_KV_BYTES"]) < _amount(size), name
+        memory = _amount(_main(template)["resources"]["limits"]["memory"])
+        assert int(environment[f"{prefix}_HOST_KV_BYTES"]) < memory / 2, name
+
+
 def test_volumes_are_mounted_and_mounts_have_volumes(manifests: Manifests) -> None:
     for name, template in manifests.pods():
         containers = [*template["spec"]["containers"], *template["spec"].get("initContainers", ())]
