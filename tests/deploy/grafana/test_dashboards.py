@@ -29,7 +29,7 @@ WITHOUT_ANSWER = {
     r"DCGM_FI_\w+": "NVIDIA's DCGM exporter: only on machines with a GPU",
     r"baton_engine_load(s|ed|_seconds)": "loads from host memory: this load fits into the device's cache",
 }
-# A tier below the device to look at, and a policy that hands prompts over although the decode workers are idle.
+# A tier below the device, and a policy that hands prompts over although the decode workers are idle.
 OPTIONS = ("--host-kv-bytes", str(16 << 20), "--policy", "least_loaded")
 
 
