@@ -29,7 +29,8 @@ WITHOUT_ANSWER = {
     r"DCGM_FI_\w+": "NVIDIA's DCGM exporter: only on machines with a GPU",
     r"baton_engine_load(s|ed|_seconds)": "loads from host memory: this load fits into the device's cache",
 }
-HOST_TIER = ("--host-kv-bytes", str(16 << 20))
+# A tier below the device, and a policy that hands prompts over although the decode workers are idle.
+OPTIONS = ("--host-kv-bytes", str(16 << 20), "--policy", "least_loaded")
 
 
 def _panels(path: Path) -> list[dict[str, Any]]:
@@ -97,7 +98,7 @@ def live(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """Baton with a prefill worker and a decode group of two ranks, under load, and its Prometheus."""
     work_dir = tmp_path_factory.mktemp("live")
     with (
-        running_stack(tiny_model, work_dir / "baton", "--ep-size", "2", *HOST_TIER, *SMALL) as stack,
+        running_stack(tiny_model, work_dir / "baton", "--ep-size", "2", *OPTIONS, *SMALL) as stack,
         running_prometheus(stack, work_dir / "prometheus") as prometheus,
         _Load(stack),
     ):

@@ -178,8 +178,12 @@ def test_the_router_is_ready_when_a_decode_worker_is(cluster: LocalCluster) -> N
     assert answer.json()["usage"]["completion_tokens"] > 0
     assert httpx.get(f"{url}/ui/events", timeout=5).status_code == 401
     decode = cluster.pods["baton-decode"].ports["metrics"]
-    handed_off = 'baton_handoffs_total{state="COMMITTED"} 1.0'
-    assert handed_off in httpx.get(f"http://127.0.0.1:{decode}/metrics", timeout=5).text
+    served = 'baton_decode_requests_total{outcome="finished"} 1.0'
+    assert served in httpx.get(f"http://127.0.0.1:{decode}/metrics", timeout=5).text
+    assert (
+        'baton_router_workers{state="ready",worker_role="prefill"} 1.0'
+        in httpx.get(f"{url}/metrics", timeout=5).text
+    )
     page = httpx.get(f"{url}/metrics", timeout=5).text
     for name in ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc"):
         assert f"vllm:{name}{{" in page, name
