@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from router.drain import Drain
 from router.endpoint import ENDPOINTS, Endpoint
 from router.exposure import warn_if_open
 from router.fleet import Fleet
+from router.fleet_metrics import FleetMetrics
 from router.gate import Gate, GateRules
 from router.generation_response import GenerationResponse, Serving
 from router.http_errors import install_error_handlers
@@ -78,6 +79,25 @@ def build(
         drain=Drain(),
         tracer=build_tracer(settings.otlp_endpoint, "router"),
     )
+    fleets = {name: model.fleet for name, model in models.items()}
+    FleetMetrics(metrics_registry, fleets, lambda: store is None or store.is_up)
+    app = FastAPI(title="Baton", version=version(), lifespan=_lifespan(serving, store, mirrors, keys))
+    app.state.serving = serving
+    app.state.metrics_registry = metrics_registry
+    app.state.created = int(time.time())
+    _add_endpoints(app)
+    app.state.admin_app = _add_admin(app)
+    _guard(app, GateRules(keys=keys, max_concurrent_requests=settings.max_concurrent_requests))
+    add_token_endpoints(app, serving)
+    bodies: dict[str, type[BaseModel]] = {endpoint.path: endpoint.body for endpoint in ENDPOINTS}
+    install_api_schema(app, bodies | TOKEN_BODIES)
+    return app
+
+
+def _lifespan(
+    serving: Serving, store: Store | None, mirrors: Sequence[IndexMirror], keys: ApiKeyMirror | None
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """What runs beside the requests, and its end."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -89,23 +109,13 @@ def build(
                 stack.push_async_callback(_cancel, asyncio.create_task(mirror.run(), name="index mirror"))
             if keys is not None:
                 stack.push_async_callback(_cancel, asyncio.create_task(keys.run(), name="API keys"))
-            warn_if_open(settings)
+            warn_if_open(serving.settings)
             for model in serving.models:
                 model.fleet.start()
                 stack.push_async_callback(model.fleet.stop)
             yield
 
-    app = FastAPI(title="Baton", version=version(), lifespan=lifespan)
-    app.state.serving = serving
-    app.state.metrics_registry = metrics_registry
-    app.state.created = int(time.time())
-    _add_endpoints(app)
-    app.state.admin_app = _add_admin(app)
-    _guard(app, GateRules(keys=keys, max_concurrent_requests=settings.max_concurrent_requests))
-    add_token_endpoints(app, serving)
-    bodies: dict[str, type[BaseModel]] = {endpoint.path: endpoint.body for endpoint in ENDPOINTS}
-    install_api_schema(app, bodies | TOKEN_BODIES)
-    return app
+    return lifespan
 
 
 def _models_of(settings: RouterSettings, registry: Registry, index: PrefixIndex) -> dict[str, ServedModel]:
@@ -170,9 +180,10 @@ def _add_endpoints(app: FastAPI) -> None:
 
 def _add_health(app: FastAPI, serving: Serving) -> None:
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        """This process answers; nothing about workers."""
-        return {"status": "ok"}
+    async def health() -> Response:
+        """This process answers and still follows the registry; nothing about workers."""
+        has_failed = any(model.fleet.has_failed for model in serving.models)
+        return JSONResponse({"status": "failed" if has_failed else "ok"}, 503 if has_failed else 200)
 
     @app.get("/ready")
     async def ready() -> Response:
