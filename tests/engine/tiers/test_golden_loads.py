@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.build import build_engine
 from engine.checkpoint.random_checkpoint import make_random_checkpoint
@@ -17,6 +18,7 @@ from kvstore.block_hash import BlockTier
 from tests.engine.core.engine_driver import generate, greedy
 from tests.engine.tiers.tier_driver import Driver, PeerOf
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_TOKENS = 8
 _GENERATOR = random.Random(3)
 SHARED = [_GENERATOR.randrange(3, 4096) for _ in range(130)]
@@ -41,6 +43,7 @@ def engine_of(model_dir: Path, num_blocks: int = 12, **tiers: object) -> Engine:
     return build_engine(
         EngineConfig(
             model_dir=model_dir,
+            device=DEVICE,
             dtype="float32",
             num_blocks=num_blocks,
             max_model_len=190,
