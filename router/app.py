@@ -1,4 +1,4 @@
-"""Builds the router: every object once, in one place; the HTTP endpoints over them."""
+"""Builds the router: every object once, in one place."""
 
 from __future__ import annotations
 
@@ -6,33 +6,36 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from functools import partial
 
-from fastapi import FastAPI, Request
-from pydantic import BaseModel
-from starlette.responses import JSONResponse, Response
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
+from kvstore.api_key_mirror import ApiKeyMirror
+from kvstore.api_keys import RedisApiKeys
 from kvstore.index_mirror import IndexMirror
 from kvstore.memory_index import MemoryIndex
 from kvstore.prefix_index import PrefixIndex
+from kvstore.quotas import RedisQuotas
 from kvstore.registry import RedisRegistry, Registry
 from kvstore.store import Store
-from router.api_schema import install_api_schema
+from router.admin import add_admin, build_admin_app
 from router.drain import Drain
-from router.endpoint import ENDPOINTS, Endpoint
-from router.generation_response import GenerationResponse, Serving
+from router.endpoints import add_endpoints
+from router.exposure import warn_if_open
+from router.fleet import Fleet
+from router.gate import Gate, GateRules
+from router.generation_response import Serving
 from router.http_errors import install_error_handlers
 from router.metrics import RouterMetrics
+from router.quota_gate import QuotaGate
 from router.served_model import ServedModel, ServedModels, build_served_model
 from router.settings import RouterSettings
-from router.token_endpoints import TOKEN_BODIES, add_token_endpoints
-from router.ui.access import UiAccess
-from router.ui.endpoints import add_ui
-from router.ui.publisher import Publisher
-from router.ui.snapshot import Snapshots
 from router.version import version
 from router.vllm_metrics import add_vllm_metrics
-from servicekit.metrics import build_metrics_registry, render_metrics
+from servicekit.metrics import build_metrics_registry
+from servicekit.rpc import ChannelFactory, build_channel
+from servicekit.tls import check_http_files, load_credentials
 from servicekit.tracing import build_tracer
 
 
@@ -43,23 +46,26 @@ def build(
 
     Workers and indexes are followed in Redis, unless `registry` and `index` are given, of the one model.
     """
-    store = Store(settings.redis_url) if registry is None else None
+    check_http_files(settings.http_tls_cert, settings.http_tls_key)
     mirrors: list[IndexMirror] = []
-    models: dict[str, ServedModel] = {}
-    for source in settings.models:
-        if store is None:
-            assert registry is not None and index is not None and not models
-            models[source.name] = build_served_model(settings, source, registry, index)
-        else:
-            mirrored = MemoryIndex()
-            mirrors.append(IndexMirror(store, source.name, mirrored))
-            workers = RedisRegistry(store, source.name)
-            models[source.name] = build_served_model(settings, source, workers, mirrored)
+    store = Store(settings.redis_url) if registry is None or settings.require_api_key else None
+    if registry is not None and index is not None:
+        models = _models_of(settings, registry, index)
+    else:
+        assert store is not None
+        models, mirrors = _models_in(settings, store)
     metrics_registry = build_metrics_registry()
     add_vllm_metrics(metrics_registry, settings.model_name)
+    keys = None
+    quotas = None
+    if settings.require_api_key:
+        assert store is not None
+        keys = ApiKeyMirror(RedisApiKeys(store), grace_s=settings.api_key_grace_s)
+        quotas = RedisQuotas(store)
     serving = Serving(
         settings=settings,
         models=ServedModels(models),
+        quotas=QuotaGate(quotas),
         metrics=RouterMetrics(metrics_registry),
         drain=Drain(),
         tracer=build_tracer(settings.otlp_endpoint, "router"),
@@ -73,6 +79,9 @@ def build(
                 stack.push_async_callback(store.close)
             for mirror in mirrors:
                 stack.push_async_callback(_cancel, asyncio.create_task(mirror.run(), name="index mirror"))
+            if keys is not None:
+                stack.push_async_callback(_cancel, asyncio.create_task(keys.run(), name="API keys"))
+            warn_if_open(settings)
             for model in serving.models:
                 model.fleet.start()
                 stack.push_async_callback(model.fleet.stop)
@@ -80,15 +89,35 @@ def build(
 
     app = FastAPI(title="Baton", version=version(), lifespan=lifespan)
     app.state.serving = serving
-    app.state.metrics_registry = metrics_registry
-    app.state.created = int(time.time())
     install_error_handlers(app)
-    _add_endpoints(app)
-    _add_ui(app)
-    add_token_endpoints(app, serving)
-    bodies: dict[str, type[BaseModel]] = {endpoint.path: endpoint.body for endpoint in ENDPOINTS}
-    install_api_schema(app, bodies | TOKEN_BODIES)
+    add_endpoints(app, serving, created=int(time.time()))
+    admin = app if settings.admin_port is None else build_admin_app(serving)
+    app.state.admin_app = admin
+    app.state.ui_publisher = add_admin(admin, serving, metrics_registry, is_public=admin is app)
+    _guard(app, serving, keys)
     return app
+
+
+def _models_of(settings: RouterSettings, registry: Registry, index: PrefixIndex) -> dict[str, ServedModel]:
+    """The one model, over what the caller brings."""
+    [source] = settings.models
+    return {source.name: build_served_model(settings, source, Fleet(registry, _channels(settings)), index)}
+
+
+def _models_in(settings: RouterSettings, store: Store) -> tuple[dict[str, ServedModel], list[IndexMirror]]:
+    """All models, followed in Redis; the mirrors are still to be run."""
+    channels = _channels(settings)
+    models, mirrors = {}, []
+    for source in settings.models:
+        mirrored = MemoryIndex()
+        mirrors.append(IndexMirror(store, source.name, mirrored))
+        fleet = Fleet(RedisRegistry(store, source.name), channels)
+        models[source.name] = build_served_model(settings, source, fleet, mirrored)
+    return models, mirrors
+
+
+def _channels(settings: RouterSettings) -> ChannelFactory:
+    return partial(build_channel, credentials=load_credentials(settings.tls_files))
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
@@ -96,76 +125,12 @@ async def _cancel(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _add_endpoints(app: FastAPI) -> None:
-    serving: Serving = app.state.serving
-
-    for endpoint in ENDPOINTS:
-        _add_generation(app, endpoint)
-
-    @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_card(app, model) for model in serving.models]}
-
-    @app.get("/v1/models/{model_id:path}")
-    async def show_model(model_id: str) -> dict[str, Any]:
-        return _model_card(app, serving.models.named(model_id))
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        """This process answers; nothing about workers."""
-        return {"status": "ok"}
-
-    @app.get("/ready")
-    async def ready() -> Response:
-        """A request sent now would be served."""
-        status = "draining" if serving.drain.is_draining else "no decode worker"
-        is_ready = any(model.fleet.is_ready for model in serving.models) and not serving.drain.is_draining
-        return JSONResponse({"status": "ready" if is_ready else status}, 200 if is_ready else 503)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        page, content_type = render_metrics(app.state.metrics_registry)
-        return Response(page, headers={"content-type": content_type})
-
-    @app.get("/load")
-    async def load() -> dict[str, int]:
-        """Open requests here, and sequences running and waiting on the decode workers."""
-        links = [link for model in serving.models for _, link in model.fleet.decode_workers()]
-        loads = [link.load for link in links if link.load is not None]
-        return {
-            "server_load": serving.drain.num_open,
-            "num_running": sum(each.num_running for each in loads),
-            "num_waiting": sum(each.num_waiting for each in loads),
-        }
-
-    @app.get("/version")
-    async def show_version() -> dict[str, str]:
-        return {"version": version()}
-
-
-def _add_generation(app: FastAPI, endpoint: Endpoint) -> None:
-    async def generate(request: Request) -> Response:
-        return GenerationResponse(app.state.serving, request, endpoint)
-
-    app.add_api_route(endpoint.path, generate, methods=["POST"], name=endpoint.name)
-
-
-def _add_ui(app: FastAPI) -> None:
-    serving: Serving = app.state.serving
-    drain = serving.drain
-    about = {"model": serving.settings.model_name, "version": version()}
-    snapshots = Snapshots(serving.fleet, drain, serving.metrics, about)
-    publisher = Publisher(snapshots, lambda: drain.is_draining and not drain.num_open)
-    app.state.ui_publisher = publisher
-    add_ui(app, UiAccess(serving.settings.admin_key), publisher)
-
-
-def _model_card(app: FastAPI, model: ServedModel) -> dict[str, Any]:
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": app.state.created,
-        "owned_by": "baton",
-        "root": model.name,
-        "max_model_len": model.max_model_len,
-    }
+def _guard(app: FastAPI, serving: Serving, keys: ApiKeyMirror | None) -> None:
+    settings = serving.settings
+    rules = GateRules(keys=keys, max_concurrent_requests=settings.max_concurrent_requests)
+    app.add_middleware(Gate, rules=rules, metrics=serving.metrics)
+    origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )

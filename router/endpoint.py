@@ -62,3 +62,8 @@ MESSAGES = Endpoint(
     error_body=messages_error_body,
 )
 ENDPOINTS = (CHAT, TEXT, RESPONSES, MESSAGES)
+
+
+def error_body_of(path: str) -> Callable[[ServingError], dict[str, Any]]:
+    """How errors look at this path and below, to those who did not get as far as the endpoint."""
+    return next((each.error_body for each in ENDPOINTS if f"{path}/".startswith(f"{each.path}/")), error_body)

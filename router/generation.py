@@ -215,6 +215,17 @@ def refuse_too_long(num_prompt_tokens: int, max_model_len: int) -> None:
         )
 
 
+def refuse_long_prompts(prompts: list[Prompt], max_prompt_tokens: int | None) -> None:
+    """`max_prompt_tokens`: what this deployment allows, below what the model could hold. None: no limit."""
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    if max_prompt_tokens is not None and longest > max_prompt_tokens:
+        raise InvalidRequest(
+            f"a prompt may have {max_prompt_tokens} tokens here, this one has {longest}",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+
+
 def refuse_unsupported(request: GenerationFields) -> None:
     """Fields that would change the answer and that we do not serve yet."""
     asked = {"suffix": bool(request.suffix), "prompt_embeds": request.prompt_embeds is not None}

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from router.answer_format import AnswerContext, AnswerFormat
 from router.api_types import ChatRequest, CompletionRequest
+from router.caller import ANYBODY, Caller
 from router.choice import Choice, ChoiceDelta, deltas
 from router.disconnect import DisconnectGuard
 from router.drain import Drain
@@ -24,7 +25,9 @@ from router.fleet import Fleet
 from router.generation import Generation
 from router.http_errors import ClientGone, error_response, error_status
 from router.metrics import RouterMetrics
+from router.quota_gate import Demand, Grant, QuotaGate
 from router.request_body import parse_body, read_body
+from router.request_deadline import request_deadline
 from router.request_flow import Branches, FlowLimits, FlowRequest, RequestFlow
 from router.route_header import ROUTE_HEADER, route_header
 from router.route_planner import PromptHashes, RoutePlanner
@@ -47,6 +50,7 @@ class Serving:
 
     settings: RouterSettings
     models: ServedModels
+    quotas: QuotaGate
     metrics: RouterMetrics
     drain: Drain
     tracer: Tracer
@@ -75,6 +79,8 @@ class GenerationResponse(Response):
         self._endpoint = endpoint
         self._accepted_at = time.monotonic()
         self._is_started = False
+        self._caller: Caller = getattr(request.state, "caller", ANYBODY)
+        self._grant = Grant({})
         self._format: AnswerFormat | None = None
         self._choices: list[Choice] = []
         given = request.headers.get("x-request-id", "")
@@ -100,29 +106,40 @@ class GenerationResponse(Response):
             self._end(outcome)
 
     async def _answer(self, receive: Receive, send: Send) -> None:
-        body = await read_body(self._request, self._serving.settings.max_body_bytes)
+        settings = self._serving.settings
+        body = await read_body(self._request, settings.max_body_bytes, settings.client_timeout_s)
         async with DisconnectGuard(receive):
-            parsed = parse_body(
-                self._endpoint.body,
-                body,
-                rejects_unknown=self._serving.settings.rejects_unknown_fields,
-            )
+            parsed = parse_body(self._endpoint.body, body, rejects_unknown=settings.rejects_unknown_fields)
             model, generation = await self._read(self._endpoint.to_request(parsed))
-            self._choices = self._open_choices(model, generation)
-            for choice in self._choices:
-                await choice.flow.submit()
             context = AnswerContext(
                 generation=generation,
                 tokenizer=model.tokenizer,
                 request_id=self._request_id,
                 model=model.name,
-                reasoning_fields=self._serving.settings.reasoning_fields,
+                reasoning_fields=settings.reasoning_fields,
             )
-            answer = self._format = self._endpoint.new_format(parsed, context)
-            if generation.streams:
-                await self._stream(answer, send)
-            else:
-                await self._send_whole(answer, send)
+            demand = Demand.of(
+                sum(len(prompt.token_ids) for prompt in generation.prompts),
+                [sampling.max_tokens for sampling in generation.sampling],
+            )
+            async with self._serving.quotas.admit(self._caller, demand, self._num_used_tokens) as self._grant:
+                self._choices = self._open_choices(model, generation)
+                for choice in self._choices:
+                    await choice.flow.submit()
+                answer = self._format = self._endpoint.new_format(parsed, context)
+                if generation.streams:
+                    await self._stream(answer, send)
+                else:
+                    await self._send_whole(answer, send)
+
+    def _num_used_tokens(self) -> int:
+        """Of the caller's quota: each prompt once it was computed for, and what was generated from it."""
+        prompts = {
+            choice.prompt_index: choice.flow.num_prompt_tokens
+            for choice in self._choices
+            if choice.flow.first_route is not None
+        }
+        return sum(prompts.values()) + sum(choice.num_tokens for choice in self._choices)
 
     async def _read(self, request: ChatRequest | CompletionRequest) -> tuple[ServedModel, Generation]:
         model = self._serving.models.named(request.model)
@@ -134,9 +151,16 @@ class GenerationResponse(Response):
     def _open_choices(self, model: ServedModel, generation: Generation) -> list[Choice]:
         serving = self._serving
         settings = serving.settings
-        timeout_s = settings.request_timeout_s
-        limits = FlowLimits(max_retries=settings.max_retries, worker_timeout_s=settings.worker_timeout_s)
-        hashes = [PromptHashes(prompt.token_ids, generation.cache_salt) for prompt in generation.prompts]
+        deadline = request_deadline(self._request.headers, settings.request_timeout_s, self._accepted_at)
+        limits = FlowLimits(
+            max_retries=settings.max_retries,
+            worker_timeout_s=settings.worker_timeout_s,
+            overload=model.overload,
+        )
+        hashes = [
+            PromptHashes(prompt.token_ids, generation.cache_salt, self._caller.tenant)
+            for prompt in generation.prompts
+        ]
         branches = [Branches() if generation.num_choices > 1 else None for _ in generation.prompts]
         markers = generation.output.markers if generation.output else ()
         choices = []
@@ -147,7 +171,9 @@ class GenerationResponse(Response):
                 prompt=hashes[prompt_index],
                 sampling=sampling,
                 accepted_at=self._accepted_at,
-                deadline=self._accepted_at + timeout_s if timeout_s else None,
+                deadline=deadline,
+                priority=self._caller.priority,
+                may_be_refused=index == 0,
                 branches=branches[prompt_index],
                 span=self._span,
             )
@@ -172,6 +198,7 @@ class GenerationResponse(Response):
                 if chunk:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         tail = answer.closing(self._choices)
+        await self._grant.settle()
         await send({"type": "http.response.body", "body": tail, "more_body": False})
 
     async def _send_whole(self, answer: AnswerFormat, send: Send) -> None:
@@ -180,6 +207,7 @@ class GenerationResponse(Response):
             async for choice, delta in stream:
                 parts[choice.index].append(delta)
         body = answer.whole(list(zip(self._choices, parts, strict=True)))
+        await self._grant.settle()
         await self._start(send, b"application/json", [(b"content-length", b"%d" % len(body))])
         await send({"type": "http.response.body", "body": body})
 
@@ -191,6 +219,7 @@ class GenerationResponse(Response):
             (b"content-type", content_type),
             (b"x-request-id", self._request_id.encode()),
             (ROUTE_HEADER, route_header(route.decision)),
+            *[(name.encode(), value.encode()) for name, value in self._grant.headers.items()],
             *headers,
         ]
         await send({"type": "http.response.start", "status": 200, "headers": all_headers})
@@ -200,6 +229,7 @@ class GenerationResponse(Response):
             tail = self._format.failure(error)
             await send({"type": "http.response.body", "body": tail, "more_body": False})
             return
+        self._serving.metrics.refused(error)
         response = error_response(error, self._endpoint.error_body)
         response.headers["x-request-id"] = self._request_id
         await response(scope, receive, send)
@@ -219,4 +249,5 @@ class GenerationResponse(Response):
             outcome=outcome,
             num_generated_tokens=sum(choice.num_tokens for choice in self._choices),
             elapsed_s=time.monotonic() - self._accepted_at,
+            **({"caller": self._caller.key.name} if self._caller.key else {}),
         )

@@ -15,10 +15,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from kvstore.api_keys import Priority
 from proto import common_pb2, link_pb2
 from router.fleet import Fleet
 from router.link import Link, LinkStream
 from router.metrics import RouterMetrics
+from router.overload import OverloadGuard, Patience
 from router.route_planner import PromptHashes, Route, RoutePlanner, log_route
 from servicekit.errors import HandoffFailed, InvalidRequest, Overloaded, ServingError, WorkerLost
 from servicekit.logging import get_logger
@@ -33,6 +35,7 @@ _FINISH_REASONS = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REAS
 class FlowLimits:
     max_retries: int
     worker_timeout_s: float
+    overload: OverloadGuard
 
 
 @dataclass(slots=True)
@@ -50,6 +53,8 @@ class FlowRequest:
     sampling: common_pb2.SamplingParams
     accepted_at: float  # time.monotonic(), as the deadline
     deadline: float | None = None
+    priority: Priority = "normal"
+    may_be_refused: bool = True  # when all workers are too busy: not one of several sequences after the first
     branches: Branches | None = None  # this is one of them
     span: Span = NO_SPAN  # of the whole request; the workers' spans are its children
 
@@ -100,6 +105,8 @@ class RequestFlow:
         """Choose workers and send the sequence to them. Overloaded when no decode worker shows up in time."""
         branches = self._request.branches if self.first_route is None else None
         route = self._branch_route(branches) or await self._wait_for_route()
+        if self.first_route is None and self._request.may_be_refused:
+            route = self._limits.overload.admitted(route, self._patience(), self._replan)
         submission = self._submission(route)
         if branches is not None:
             submission.branch_group = branches.group
@@ -143,6 +150,8 @@ class RequestFlow:
                 num_tokens=len(self.output_ids),
                 reason=finish_reason,
             )
+            if finish_reason != "abort":
+                self._note_service_time()
         self._is_closed = True
 
     def _stamp_tokens(self, num_tokens: int) -> None:
@@ -162,6 +171,23 @@ class RequestFlow:
                 self._metrics.activity.took_route(decision.decode_id, self.timings, self.num_prompt_tokens)
                 self._metrics.predicted(decision, self.timings, ttft_s=now - self._routed_at)
         self._last_token_at = now
+
+    def _note_service_time(self) -> None:
+        decode_s = self._last_token_at - self._first_token_at
+        is_local = self.timings is not None and not self.timings.prefill_worker_id
+        prefill_s = self.timings.prefill_s if self.timings is not None and is_local else 0.0
+        self._limits.overload.times.ended(prefill_s + decode_s, decode_s, len(self.output_ids))
+
+    def _patience(self) -> Patience:
+        request = self._request
+        return Patience(
+            time_left_s=None if request.deadline is None else request.deadline - time.monotonic(),
+            max_tokens=request.sampling.max_tokens,
+            priority=request.priority,
+        )
+
+    def _replan(self, excluded: set[Link]) -> Route | None:
+        return self._planner.plan(self._request.prompt, self._request.sampling.max_tokens, excluded=excluded)
 
     def _tell_routed(self, route: Route) -> None:
         decision = route.decision
@@ -199,7 +225,7 @@ class RequestFlow:
             give_up_at = min(give_up_at, self._request.deadline)
         prompt = self._request.prompt
         if self.output_ids:
-            prompt = PromptHashes([*prompt.token_ids, *self.output_ids], prompt.cache_salt)
+            prompt = PromptHashes([*prompt.token_ids, *self.output_ids], prompt.cache_salt, prompt.tenant)
         while True:
             route = self._plan(prompt)
             if route is not None:
@@ -221,6 +247,7 @@ class RequestFlow:
             output_ids=self.output_ids,
             sampling=request.sampling,
             cache_salt=request.prompt.cache_salt,
+            tenant=request.prompt.tenant,
             time_left_s=self._time_left_s(),
             traceparent=request.span.traceparent,
         )

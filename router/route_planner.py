@@ -26,11 +26,12 @@ class PromptHashes:
 
     token_ids: Sequence[int]
     cache_salt: str
+    tenant: str = ""  # whose blocks it may share
     _by_chain: dict[HashChain, list[BlockHash]] = field(default_factory=dict)
 
     def of(self, chain: HashChain) -> list[BlockHash]:
         if chain not in self._by_chain:
-            self._by_chain[chain] = chain.hashes(self.token_ids, self.cache_salt)
+            self._by_chain[chain] = chain.hashes(self.token_ids, self.cache_salt, self.tenant)
         return self._by_chain[chain]
 
 
@@ -46,8 +47,10 @@ class Route:
 
     decision: policy.Decision
     link: Link
+    decode: WorkerRecord
     prefill: WorkerRecord | None
     peer: RoutePeer | None
+    num_requests_ahead: int  # on the decode worker, those included that were just sent there
     _prefill_load: OwnLoad | None  # of `prefill`; the link counts the request itself
     _is_counted: bool = False
 
@@ -123,10 +126,11 @@ class RoutePlanner:
         num_tokens = len(hashes.token_ids)
         records = {record.worker_id: record for record in [*(record for record, _ in decode), *prefill]}
         hits = self._hits(hashes, list(records.values()))
+        seats = {record.worker_id: self.decode_candidate(record, link, hits) for record, link in decode}
         decision = policy.choose(
             self._config,
             RouteRequest(num_prompt_tokens=num_tokens, max_tokens=max_tokens),
-            [self.decode_candidate(record, link, hits) for record, link in decode],
+            seats.values(),
             [self.prefill_candidate(record, hits) for record in prefill],
             policy.Chance(turn=next(self._turns), draw=self._random.random()),
         )
@@ -137,8 +141,10 @@ class RoutePlanner:
         return Route(
             decision=decision,
             link=next(link for record, link in decode if record.worker_id == decision.decode_id),
+            decode=records[decision.decode_id],
             prefill=helper,
             peer=peer,
+            num_requests_ahead=seats[decision.decode_id].num_requests,
             _prefill_load=None if helper is None else self._fleet.own_load(helper),
         )
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import jinja2
 
 from kvstore.prefix_index import PrefixIndex
-from kvstore.registry import Registry
 from router.api_types import ChatRequest, CompletionRequest
 from router.chat_template import ChatTemplate
 from router.fleet import Fleet
-from router.generation import Generation, GenerationBuilder
+from router.generation import Generation, GenerationBuilder, refuse_long_prompts
 from router.model_dir import ModelDir, ModelDirError, load_model_dir
 from router.output.chat_output import ThoughtTokens
 from router.output.reasoning import END_THINK, THINK
 from router.output.rules import OutputRules, detect_reasoning_parser, detect_tool_parser
+from router.overload import OverloadGuard
 from router.policy import PolicyConfig
 from router.prompts import PromptReader
 from router.route_planner import RoutePlanner
@@ -37,6 +37,8 @@ class ServedModel:
     generations: GenerationBuilder
     fleet: Fleet
     planner: RoutePlanner
+    overload: OverloadGuard
+    max_prompt_tokens: int | None  # of this deployment, below what the model holds
 
     @property
     def max_model_len(self) -> int:
@@ -50,6 +52,7 @@ class ServedModel:
             prompts = await self.prompts.read_chat(request, max_model_len)
         else:
             prompts = await self.prompts.read_completion(request, max_model_len)
+        refuse_long_prompts(prompts, self.max_prompt_tokens)
         return self.generations.build(request, prompts, max_model_len)
 
 
@@ -73,12 +76,11 @@ class ServedModels:
 
 
 def build_served_model(
-    settings: RouterSettings, source: ModelSource, registry: Registry, index: PrefixIndex
+    settings: RouterSettings, source: ModelSource, fleet: Fleet, index: PrefixIndex
 ) -> ServedModel:
     """ModelDirError when the model cannot be read."""
     model_dir = load_model_dir(source.path)
     tokenizer = Tokenizer.from_file(model_dir.tokenizer_file, model_dir.vocab_size)
-    fleet = Fleet(registry)
     rules = _output_rules(settings, model_dir, tokenizer)
     return ServedModel(
         name=source.name,
@@ -96,6 +98,8 @@ def build_served_model(
                 local_prefill_max_tokens=settings.local_prefill_max_tokens,
             ),
         ),
+        overload=OverloadGuard(settings.max_queue_wait_s),
+        max_prompt_tokens=settings.max_prompt_tokens,
     )
 
 

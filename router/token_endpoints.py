@@ -37,7 +37,9 @@ def add_token_endpoints(app: FastAPI, serving: Serving) -> None:
         error_body: Callable[[ServingError], dict[str, Any]] = error_body,
     ) -> Response:
         try:
-            body = await read_body(request, serving.settings.max_body_bytes)
+            body = await read_body(
+                request, serving.settings.max_body_bytes, serving.settings.client_timeout_s
+            )
             parsed = parse_body(kind, body, rejects_unknown=serving.settings.rejects_unknown_fields)
             content = orjson.dumps(await serve(serving, parsed))
         except ClientGone:
