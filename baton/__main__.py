@@ -18,6 +18,7 @@ COMMANDS = {
     "certs": ("baton.certs", "write a private CA and certificates for this deployment"),
     "doctor": ("baton.doctor", "what this machine has and what is missing"),
     "make-checkpoint": ("baton.make_checkpoint", "write a small random checkpoint"),
+    "prepare-model": ("baton.prepare_model", "make the model directory of a deployment"),
 }
 
 

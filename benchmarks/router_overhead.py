@@ -173,7 +173,7 @@ async def bench_streams(
     request_cpu_s, request_wall_s, _ = await measure(router, clients, 1, num_rounds)
     num_requests = num_rounds * num_streams
     request_us = request_cpu_s / num_requests * 1e6
-    token_rounds = max(1, 128 // num_streams)
+    token_rounds = max(1, 16 // num_streams)
     cpu_s, wall_s, chunks = await measure(router, clients, options.tokens, token_rounds)
     num_streamed = token_rounds * num_streams
     num_tokens = num_streamed * (options.tokens - 1)

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from decode_svc.handoff import Handoff, HandoffState
 from proto.link_pb2 import RequestTimings
-from servicekit.errors import ServingError
+from servicekit.errors import HandoffFailed, InvalidRequest, Overloaded, ServingError, WorkerLost
 from servicekit.metrics import BYTES_BUCKETS, SECONDS_BUCKETS
 
 
@@ -33,6 +33,8 @@ class DecodeMetrics:
         self._prefill_seconds = histogram("decode_prefill_seconds", "first scheduled step to first token")
         self._handoffs = counter("handoffs", "by final state", "state")
         self._fallbacks = counter("handoff_fallbacks", "prefilled here after a failed hand-off", "reason")
+        for kind in (HandoffFailed, InvalidRequest, Overloaded, ServingError, WorkerLost):
+            self._fallbacks.labels(kind.__name__)
         self._handoff_seconds = histogram("handoff_seconds", "first token sampled to committed")
         self._transfer_seconds = histogram("handoff_transfer_seconds", "first KV chunk to last one")
         self._handoff_bytes = histogram("handoff_size_bytes", "KV of one hand-off", BYTES_BUCKETS)

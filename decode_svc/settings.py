@@ -16,7 +16,9 @@ class DecodeSettings(WorkerSettings):
         "", doc="of the expert-parallel group, the same for all its ranks; empty: the worker id"
     )
     ep_rank: int = setting(0, doc="of this process in its group")
-    ep_size: int = setting(1, doc="processes of the group; experts are sharded over them")
+    ep_size: int = setting(
+        1, doc="processes of the group, which share out the experts; without any, each is alone"
+    )
     ep_address: str = setting("", doc="host:port where rank 0 listens for the others")
 
     def __post_init__(self) -> None:

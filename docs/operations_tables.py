@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "operations.md"
+RULES = ROOT / "deploy" / "prometheus" / "rules"
 _BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -38,6 +39,8 @@ def build_tables() -> dict[str, str]:
         "router-metrics": _metrics(_router_families()),
         "worker-metrics": _metrics(_worker_families()),
         "vllm-metrics": _vllm_names(),
+        "alerts": _alerts(),
+        "recorded": _recorded(),
     }
 
 
@@ -61,10 +64,14 @@ def _shown(default: Any) -> str:
 def _router_families() -> Iterable[Any]:
     from prometheus_client import CollectorRegistry
 
+    from kvstore.memory_registry import MemoryRegistry
+    from router.fleet import Fleet
+    from router.fleet_metrics import FleetMetrics
     from router.metrics import RouterMetrics
 
     registry = CollectorRegistry()
     RouterMetrics(registry)
+    FleetMetrics(registry, {"": Fleet(MemoryRegistry())}, lambda: True)
     return registry.collect()
 
 
@@ -75,9 +82,11 @@ def _worker_families() -> Iterable[Any]:
     from prefill_svc.metrics import PrefillMetrics
     from worker.engine_metrics import EngineMetrics
     from worker.fetch_metrics import FetchMetrics
+    from worker.worker_metrics import WorkerMetrics
 
     registry = CollectorRegistry()
     EngineMetrics(registry, 1)
+    WorkerMetrics(registry, lambda: 0, lambda: True)
     PrefillMetrics(registry)
     DecodeMetrics(registry)
     FetchMetrics(registry)
@@ -94,6 +103,30 @@ def _vllm_names() -> str:
         own = [f"`{column[name]}`" if name in column else "-" for column in columns]
         lines.append(f"| `{name}` | {' | '.join(own)} |")
     lines.append("| `vllm:cache_config_info` | - | labels block_size, num_gpu_blocks | the same |")
+    return "\n".join(lines) + "\n"
+
+
+def _rules(file: str) -> Iterable[dict[str, Any]]:
+    import yaml
+
+    for group in yaml.safe_load((RULES / file).read_text())["groups"]:
+        yield from group["rules"]
+
+
+def _alerts() -> str:
+    lines = ["| alert | severity | says | after |", "| --- | --- | --- | --- |"]
+    for rule in _rules("alerts.yml"):
+        name = f"[`{rule['alert']}`](runbooks.md#{rule['alert'].lower()})"
+        summary, severity = rule["annotations"]["summary"], rule["labels"]["severity"]
+        lines.append(f"| {name} | {severity} | {summary} | {rule.get('for', 'at once')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _recorded() -> str:
+    lines = ["| recorded | from |", "| --- | --- |"]
+    for rule in _rules("recording.yml"):
+        sources = sorted(set(re.findall(r"\bbaton_\w+", rule["expr"])))
+        lines.append(f"| `{rule['record']}` | {', '.join(f'`{source}`' for source in sources)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -58,6 +58,7 @@ class Store:
         Connects on first use. ValueError when the URL cannot be read.
         """
         self.address = redacted(url)
+        self.is_up = False  # the latest exchange was answered; False before the first
         try:
             self._redis = Redis.from_url(
                 url,
@@ -102,7 +103,9 @@ class Store:
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 yield
+            self.is_up = True
         except _UNAVAILABLE as error:
+            self.is_up = False
             raise StoreUnavailable(f"Redis at {self.address}: {type(error).__name__}: {error}") from error
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 
 from fastapi import FastAPI
@@ -24,6 +24,7 @@ from router.drain import Drain
 from router.endpoints import add_endpoints
 from router.exposure import warn_if_open
 from router.fleet import Fleet
+from router.fleet_metrics import FleetMetrics
 from router.gate import Gate, GateRules
 from router.generation_response import Serving
 from router.http_errors import install_error_handlers
@@ -70,6 +71,23 @@ def build(
         drain=Drain(),
         tracer=build_tracer(settings.otlp_endpoint, "router"),
     )
+    fleets = {name: model.fleet for name, model in models.items()}
+    FleetMetrics(metrics_registry, fleets, lambda: store is None or store.is_up)
+    app = FastAPI(title="Baton", version=version(), lifespan=_lifespan(serving, store, mirrors, keys))
+    app.state.serving = serving
+    install_error_handlers(app)
+    add_endpoints(app, serving, created=int(time.time()))
+    admin = app if settings.admin_port is None else build_admin_app(serving)
+    app.state.admin_app = admin
+    app.state.ui_publisher = add_admin(admin, serving, metrics_registry, is_public=admin is app)
+    _guard(app, serving, keys)
+    return app
+
+
+def _lifespan(
+    serving: Serving, store: Store | None, mirrors: Sequence[IndexMirror], keys: ApiKeyMirror | None
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """What runs beside the requests, and its end."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -81,21 +99,13 @@ def build(
                 stack.push_async_callback(_cancel, asyncio.create_task(mirror.run(), name="index mirror"))
             if keys is not None:
                 stack.push_async_callback(_cancel, asyncio.create_task(keys.run(), name="API keys"))
-            warn_if_open(settings)
+            warn_if_open(serving.settings)
             for model in serving.models:
                 model.fleet.start()
                 stack.push_async_callback(model.fleet.stop)
             yield
 
-    app = FastAPI(title="Baton", version=version(), lifespan=lifespan)
-    app.state.serving = serving
-    install_error_handlers(app)
-    add_endpoints(app, serving, created=int(time.time()))
-    admin = app if settings.admin_port is None else build_admin_app(serving)
-    app.state.admin_app = admin
-    app.state.ui_publisher = add_admin(admin, serving, metrics_registry, is_public=admin is app)
-    _guard(app, serving, keys)
-    return app
+    return lifespan
 
 
 def _models_of(settings: RouterSettings, registry: Registry, index: PrefixIndex) -> dict[str, ServedModel]:

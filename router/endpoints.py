@@ -52,9 +52,10 @@ def add_endpoints(app: FastAPI, serving: Serving, created: int) -> None:
 
 def add_health(app: FastAPI, serving: Serving) -> None:
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        """This process answers; nothing about workers."""
-        return {"status": "ok"}
+    async def health() -> Response:
+        """This process answers and still follows the registry; nothing about workers."""
+        has_failed = any(model.fleet.has_failed for model in serving.models)
+        return JSONResponse({"status": "failed" if has_failed else "ok"}, 503 if has_failed else 200)
 
     @app.get("/ready")
     async def ready() -> Response:

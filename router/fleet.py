@@ -46,6 +46,11 @@ class Fleet:
         self._links.clear()
 
     @property
+    def has_failed(self) -> bool:
+        """It no longer follows the registry: only a new process helps."""
+        return self._task is not None and self._task.done()
+
+    @property
     def is_ready(self) -> bool:
         """A request could be served now."""
         is_following = self._task is not None and not self._task.done()
@@ -112,7 +117,7 @@ class Fleet:
                 async for records in listings:
                     self._update(records)
         except Exception:
-            log.exception("fleet_failed")  # is_ready turns false, so that this router is restarted
+            log.exception("fleet_failed")  # /health turns to 503, so that this router is started again
             raise
 
     def _update(self, records: list[WorkerRecord]) -> None:

@@ -11,6 +11,8 @@ from servicekit.metrics import OtherName, OtherNames
 
 ROUTER_NAMES = (
     OtherName("baton_router_requests_in_flight", "vllm:num_requests_running", "sequences being served"),
+    OtherName("baton_router_waiting_sequences", "vllm:num_requests_waiting", "at the decode workers"),
+    OtherName("baton_router_kv_usage_ratio", "vllm:kv_cache_usage_perc", "of the decode workers; 1 is full"),
     OtherName("baton_router_prompt_tokens", "vllm:prompt_tokens", "of served sequences"),
     OtherName("baton_router_generated_tokens", "vllm:generation_tokens", "sent to clients"),
     OtherName("baton_router_hit_tokens", "vllm:prompt_tokens_cached", "prompt tokens found in a cache"),

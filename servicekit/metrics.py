@@ -122,10 +122,16 @@ class MetricsServer:
         host: str = "127.0.0.1",
         port: int = 0,
         pages: Mapping[str, Callable[[], Any]] | None = None,
+        checks: Mapping[str, Callable[[], str | None]] | None = None,
     ) -> None:
-        """`pages`: more paths, each with what it answers as JSON; called on the server's threads."""
+        """`pages`: more paths, each with what it answers as JSON.
+
+        `checks`: paths that answer 200, or 503 with the reason that the check gives. Both are called on the
+        server's threads.
+        """
         self._metrics_app = exposition.make_wsgi_app(registry)
         self._pages = dict(pages or {})
+        self._checks = dict(checks or {})
         self._host = host
         self._port = port  # 0: any free one
         self._server: WSGIServer | None = None
@@ -149,10 +155,18 @@ class MetricsServer:
         self._server = self._thread = None
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        page = self._pages.get(environ["PATH_INFO"])
-        if page is None:
-            answer: Iterable[bytes] = self._metrics_app(environ, start_response)
-            return answer
-        body = json.dumps(page(), separators=(",", ":")).encode()
-        start_response("200 OK", [("content-type", "application/json"), ("content-length", str(len(body)))])
-        return [body]
+        path = environ["PATH_INFO"]
+        if path in self._checks:
+            reason = self._checks[path]()
+            status = "200 OK" if reason is None else "503 Service Unavailable"
+            return _answer_json(start_response, status, {"status": reason or "ok"})
+        if path in self._pages:
+            return _answer_json(start_response, "200 OK", self._pages[path]())
+        answer: Iterable[bytes] = self._metrics_app(environ, start_response)
+        return answer
+
+
+def _answer_json(start_response: Any, status: str, value: Any) -> list[bytes]:
+    body = json.dumps(value, separators=(",", ":")).encode()
+    start_response(status, [("content-type", "application/json"), ("content-length", str(len(body)))])
+    return [body]

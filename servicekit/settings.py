@@ -2,6 +2,7 @@
 
 A field `max_running: int = 64` of a class loaded with prefix BATON_DECODE is set by BATON_DECODE_MAX_RUNNING.
 A bad value is an error that names variable, value and accepted form. So is an unknown variable of the prefix.
+A secret may lie in a file: BATON_ROUTER_ADMIN_KEY_FILE names the file that holds BATON_ROUTER_ADMIN_KEY.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ T = TypeVar("T")
 _ACCEPTED = {int: "a whole number", float: "a number"}
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
+_FILE_SUFFIX = "_FILE"
 
 
 class SettingsError(ValueError):
@@ -40,14 +42,17 @@ def load_settings(cls: type[T], prefix: str, environment: Mapping[str, str] | No
     environment = os.environ if environment is None else environment
     hints = get_type_hints(cls)
     fields = {f"{prefix}_{f.name.upper()}": f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    secrets = [variable for variable, field in fields.items() if field.metadata.get("secret")]
+    environment = _with_secrets_from_files(environment, secrets)
     unknown = sorted(name for name in environment if name.startswith(f"{prefix}_") and name not in fields)
     if unknown:
         raise SettingsError(_unknown_message(unknown[0], sorted(fields)))
     values: dict[str, Any] = {}
     for variable, field in fields.items():
         if variable in environment:
-            is_secret = field.metadata.get("secret", False)
-            values[field.name] = _parse(environment[variable], hints[field.name], variable, is_secret)
+            values[field.name] = _parse(
+                environment[variable], hints[field.name], variable, is_secret=variable in secrets
+            )
         elif field.default is dataclasses.MISSING:
             raise SettingsError(f"{variable} must be set: {field.metadata.get('doc', '')}")
     try:
@@ -68,6 +73,25 @@ def describe_settings(settings: Any, prefix: str) -> str:
         shown = "***" if field.metadata.get("secret") and value else without_passwords(str(value))
         lines.append(f"{prefix}_{field.name.upper()}={shown}  # {field.metadata.get('doc', '')}")
     return "\n".join(lines)
+
+
+def _with_secrets_from_files(environment: Mapping[str, str], secrets: list[str]) -> dict[str, str]:
+    """`environment` with X instead of X_FILE for each secret X, without the line break at the file's end."""
+    values = dict(environment)
+    for variable in secrets:
+        path = values.pop(f"{variable}{_FILE_SUFFIX}", None)
+        if path is None:
+            continue
+        if variable in values:
+            raise SettingsError(f"{variable} and {variable}{_FILE_SUFFIX} are both set: set one of them")
+        try:
+            values[variable] = Path(path).read_text().rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not text"
+            raise SettingsError(f"{variable}{_FILE_SUFFIX}={path}: {reason}") from None
+        if not values[variable]:
+            raise SettingsError(f"{variable}{_FILE_SUFFIX}={path}: the file is empty")
+    return values
 
 
 def _unknown_message(variable: str, known: list[str]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.build import build_engine
+from engine.checkpoint.model_config import load_model_config
 from engine.engine import Engine
 from engine.engine_config import EngineConfig
 from engine.ep.ep_group import EpGroup
@@ -24,6 +25,16 @@ class EpMembership:
     rank: int = 0
     size: int = 1
     address: str = ""  # host:port where rank 0 listens
+
+
+def resolve_membership(settings: WorkerSettings, asked: EpMembership) -> EpMembership:
+    """`asked`, or a group of one where the model has no experts: ranks that share none would only wait for
+    each other. So a deployment with groups serves dense models too. ValueError for an unreadable checkpoint.
+    """
+    if asked.size == 1 or load_model_config(settings.model).moe is not None:
+        return asked
+    log.warning("serving_alone", reason="the model has no experts to share out", ep_size=asked.size)
+    return EpMembership()
 
 
 def build_worker_engine(settings: WorkerSettings, membership: EpMembership) -> Engine:

@@ -18,7 +18,9 @@ class WorkerSettings:
     served_model_name: str = setting("", doc="name in the API and the registry; empty: the directory's name")
     worker_id: str = setting("", doc="unique among workers; empty: made up at each start")
     host: str = setting("127.0.0.1", doc="address to listen on")
-    advertised_host: str = setting("", doc="address for the others; empty: the one to listen on")
+    advertised_host: str = setting(
+        "", doc="address for the others; empty: the one to listen on, or for 0.0.0.0 the one that faces Redis"
+    )
     port: int = setting(0, doc="gRPC port; 0: any free one")
     metrics_port: int = setting(0, doc="HTTP port of /metrics; 0: any free one")
     redis_url: str = setting("redis://127.0.0.1:6379/0", doc="registry and prefix index", secret=True)

@@ -33,7 +33,7 @@ from kvstore.redis_index import RedisIndex
 from kvstore.registry import RedisRegistry, WorkerRecord, WorkerRole
 from kvstore.store import Store
 from servicekit.errors import WorkerLost
-from servicekit.host import host_id
+from servicekit.host import host_id, reachable_host
 from servicekit.lifecycle import drain_on_signals
 from servicekit.logging import get_logger
 from servicekit.metrics import MetricsServer, build_metrics_registry
@@ -42,9 +42,10 @@ from servicekit.tls import Credentials, load_credentials
 from servicekit.tracing import Tracer, build_tracer
 from worker.admission import Admission
 from worker.async_engine import AsyncEngine
-from worker.build_engine import EpMembership, build_worker_engine
+from worker.build_engine import EpMembership, build_worker_engine, resolve_membership
 from worker.engine_metrics import EngineMetrics
 from worker.fetch_metrics import FetchMetrics
+from worker.health import WorkerHealth
 from worker.kv_service import KvService
 from worker.launch import EXIT_MISTAKE
 from worker.load import LoadMeter
@@ -54,6 +55,7 @@ from worker.settings import WorkerSettings
 from worker.state_page import StatePage
 from worker.transfers import TransferEnvironment
 from worker.vllm_metrics import add_vllm_metrics
+from worker.worker_metrics import WorkerMetrics
 
 __all__ = ["EpMembership", "Service", "WorkerParts", "WorkerProcess"]
 
@@ -103,6 +105,7 @@ class WorkerProcess:
             credentials = load_credentials(self._settings.tls_files)
             store = Store(self._settings.redis_url)
             tracer = build_tracer(self._settings.otlp_endpoint, self._role, self._worker_id)
+            self._membership = resolve_membership(self._settings, self._membership)
             engine = build_worker_engine(self._settings, self._membership)
         except (ValueError, OSError) as error:
             log.error("cannot_start", reason=str(error))
@@ -125,8 +128,14 @@ class WorkerProcess:
             drain = stack.enter_context(drain_on_signals())
             service = self._build_service(parts)
             stack.push_async_callback(parts.transfers.close)
+            health = WorkerHealth(asyncio.get_running_loop(), parts.engine, parts.admission)
+            WorkerMetrics(parts.metrics, lambda: parts.admission.num_requests, lambda: store.is_up)
             metrics_server = MetricsServer(
-                parts.metrics, self._settings.host, self._settings.metrics_port, {"/state": parts.state}
+                parts.metrics,
+                self._settings.host,
+                self._settings.metrics_port,
+                pages={"/state": parts.state},
+                checks={"/healthz": health.alive, "/readyz": health.ready},
             )
             metrics_port = metrics_server.start()
             stack.callback(metrics_server.stop)
@@ -147,7 +156,9 @@ class WorkerProcess:
             await server.start()
             stack.push_async_callback(server.stop, 0)
             stack.push_async_callback(store.close)
-            return await self._until_end(parts, store, record, index, drain)
+            registration = Registration(RedisRegistry(store, record.model), record, parts.load.load)
+            health.watch(registration)
+            return await self._until_end(parts, registration, record, index, drain)
 
     @property
     def _stop_s(self) -> float:
@@ -194,7 +205,7 @@ class WorkerProcess:
         )
 
     def _record(self, parts: WorkerParts, port: int, metrics_port: int) -> WorkerRecord:
-        host = self._settings.advertised_host or self._settings.host
+        host = self._settings.advertised_host or reachable_host(self._settings.host, self._settings.redis_url)
         engine = parts.engine.engine
         return WorkerRecord(
             worker_id=self._worker_id,
@@ -219,12 +230,11 @@ class WorkerProcess:
     async def _until_end(
         self,
         parts: WorkerParts,
-        store: Store,
+        registration: Registration,
         record: WorkerRecord,
         index: RedisIndex,
         drain: asyncio.Event,
     ) -> int:
-        registration = Registration(RedisRegistry(store, record.model), record, parts.load.load)
         _drain_with_group(parts.engine, drain)
         index.start()
         try:

@@ -8,11 +8,11 @@ from baton.errors import CommandError
 from baton.subprocess_module import run_module
 
 DEFAULT_MODEL = "smollm2"
-_DEFAULT_DIRECTORY = "SmolLM2-135M-Instruct"
+DEFAULT_DIRECTORY = "SmolLM2-135M-Instruct"
 
 
 def default_model_dir(cache_dir: Path) -> Path:
-    return cache_dir / "models" / _DEFAULT_DIRECTORY
+    return cache_dir / "models" / DEFAULT_DIRECTORY
 
 
 def resolve_model(model: str, cache_dir: Path) -> Path:

@@ -29,7 +29,7 @@ class Stack:
     ) -> None:
         self._state_path = work_dir / "state.json"
         self.log_dir = work_dir / "logs"
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.model = "tiny"
         command = [sys.executable, "-m", "baton", "up", "--model", str(model_dir)]
@@ -138,7 +138,7 @@ def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float) ->
         time.sleep(0.05)  # other processes change what is waited for: there is no event to wait on
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

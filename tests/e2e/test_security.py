@@ -13,7 +13,7 @@ import grpc
 import httpx
 import pytest
 
-from tests.e2e.conftest import SMALL, random_prompt
+from tests.e2e.conftest import HANDS_OFF, SMALL, random_prompt
 from tests.e2e.stack import Stack, running_stack, wait_until
 
 MARKER = "xylophone-quagmire-31337"
@@ -58,7 +58,8 @@ def locked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     baton("certs", str(certs))
     environment = {**DEBUG, "BATON_ROUTER_REQUIRE_API_KEY": "true"}
     work_dir = tmp_path_factory.mktemp("locked")
-    with running_stack(tiny_model, work_dir, *SMALL, "--tls", str(certs), environment=environment) as stack:
+    options = (*SMALL, *HANDS_OFF, "--tls", str(certs))
+    with running_stack(tiny_model, work_dir, *options, environment=environment) as stack:
         yield LockedStack(stack, certs)
 
 
@@ -147,6 +148,13 @@ def test_keys_prompts_and_outputs_are_in_no_log_and_no_metric(locked: LockedStac
             ]["content"],
         ]
         locked.complete(client, ids, max_tokens=8, user=MARKER, stop=[MARKER])
+        messages = {**chat, "max_tokens": 16, "system": MARKER}
+        assert client.post("/v1/messages", json=messages).status_code == 200
+        responses = {"model": locked.stack.model, "input": MARKER, "max_output_tokens": 16}
+        assert client.post("/v1/responses", json=responses).status_code == 200
+        tool = {"type": "function", "function": {"name": "find", "description": MARKER, "parameters": {}}}
+        assert client.post("/v1/chat/completions", json={**chat, "max_tokens": 8, "tools": [tool]}).is_success
+        assert client.post("/tokenize", json={"prompt": MARKER}).status_code == 200
         for bad in (
             f'{{"prompt": "{MARKER}"',
             f'{{"prompt": "{MARKER}", "max_tokens": "{MARKER}"}}',

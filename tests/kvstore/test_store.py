@@ -47,11 +47,14 @@ async def test_the_password_of_the_url_is_used_and_never_shown(
     _, url = mortal_redis
     await mortal_store.redis.config_set("requirepass", PASSWORD)
     authorised = Store(url.replace("unix://", f"unix://:{PASSWORD}@"))
+    assert not authorised.is_up
     await authorised.ping()
+    assert authorised.is_up
     await authorised.close()
     intruder = Store(url.replace("unix://", "unix://:wrong-guess@"))
     with pytest.raises(StoreUnavailable) as caught:
         await intruder.ping()
+    assert not intruder.is_up
     await intruder.close()
     assert "wrong-guess" not in str(caught.value)
     assert "invalid username-password pair" in str(caught.value)

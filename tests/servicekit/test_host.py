@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from servicekit.host import host_id
+from servicekit.host import host_id, reachable_host
 
 SHOW = "from servicekit.host import host_id; print(host_id(), end='')"
 
@@ -40,3 +41,18 @@ def test_where_the_system_does_not_tell_nobody_shares(tmp_path: Path) -> None:
     assert host_id(tmp_path / "missing", tmp_path) == first
     host_id.cache_clear()
     assert host_id(tmp_path / "missing", tmp_path) != first
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "worker-3", "::1"])
+def test_a_named_host_is_reached_under_its_name(host: str) -> None:
+    assert reachable_host(host, "redis://127.0.0.1:6379") == host
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]", ""])
+def test_a_wildcard_is_reached_at_the_interface_that_faces_the_server(host: str) -> None:
+    assert reachable_host(host, "redis://:secret@127.0.0.1:6379/0") == "127.0.0.1"
+
+
+@pytest.mark.parametrize("url", ["redis://no-such-host.invalid", "unix:///run/redis.sock"])
+def test_without_a_server_to_face_a_wildcard_is_reached_under_the_machine_s_name(url: str) -> None:
+    assert reachable_host("0.0.0.0", url) == socket.gethostbyname(socket.gethostname())

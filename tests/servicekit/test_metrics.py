@@ -87,6 +87,21 @@ def test_another_page_answers_json_beside_the_metrics() -> None:
         server.stop()
 
 
+def test_a_check_answers_200_or_503_with_its_reason() -> None:
+    reasons: list[str | None] = [None, "draining"]
+    server = MetricsServer(build_metrics_registry(), checks={"/readyz": lambda: reasons.pop(0)})
+    url = f"http://127.0.0.1:{server.start()}/readyz"
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            assert json.load(response) == {"status": "ok"}
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(url, timeout=5)
+        with caught.value as refused:
+            assert (refused.code, json.load(refused)) == (503, {"status": "draining"})
+    finally:
+        server.stop()
+
+
 def test_numbers_have_another_name_with_their_labels_renamed_and_more_added() -> None:
     registry = CollectorRegistry()
     Gauge("baton_test_running", "Running.", registry=registry).set(3)

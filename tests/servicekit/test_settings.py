@@ -123,3 +123,38 @@ def test_a_bad_secret_is_not_shown() -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings(WithPin, "BATON_Y", {"BATON_Y_PIN": "12x4"})
     assert str(caught.value) == "BATON_Y_PIN=***: must be a whole number"
+
+
+def test_a_secret_may_lie_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("s3cret\n")
+    settings = load(BATON_X_API_KEY_FILE=str(tmp_path / "key"))
+    assert settings.api_key == "s3cret"
+    assert "s3cret" not in describe_settings(settings, "BATON_X")
+
+
+def test_only_secrets_may_lie_in_files(tmp_path: Path) -> None:
+    (tmp_path / "port").write_text("80")
+    with pytest.raises(SettingsError, match="unknown setting BATON_X_PORT_FILE"):
+        load(BATON_X_PORT_FILE=str(tmp_path / "port"))
+
+
+def test_a_secret_given_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("s3cret")
+    with pytest.raises(SettingsError) as caught:
+        load(BATON_X_API_KEY="other", BATON_X_API_KEY_FILE=str(tmp_path / "key"))
+    assert str(caught.value) == "BATON_X_API_KEY and BATON_X_API_KEY_FILE are both set: set one of them"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "No such file or directory"), (b"\n", "the file is empty"), (b"\xff\xfe", "not text")],
+)
+def test_a_secret_file_that_cannot_be_used_is_named(
+    tmp_path: Path, content: bytes | None, expected: str
+) -> None:
+    path = tmp_path / "key"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SettingsError) as caught:
+        load(BATON_X_API_KEY_FILE=str(path))
+    assert str(caught.value) == f"BATON_X_API_KEY_FILE={path}: {expected}"

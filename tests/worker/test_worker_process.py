@@ -78,13 +78,18 @@ async def test_worker_registers_serves_metrics_drains_and_leaves(
     registry = RedisRegistry(store, "tiny")
     try:
         (record,) = await _until_listed(registry, True)
-        page = await asyncio.to_thread(httpx.get, f"http://{record.metrics_address}/metrics")
+        page, alive, ready = [
+            await asyncio.to_thread(httpx.get, f"http://{record.metrics_address}/{path}")
+            for path in ("metrics", "healthz", "readyz")
+        ]
         process.send_signal(signal.SIGTERM)
         exit_code = await asyncio.to_thread(process.wait, 30)
 
         assert (record.role, record.model, record.num_blocks) == (role, "tiny", 300)
         assert record.load.num_free_blocks == 300
         assert "baton_engine_free_blocks 300.0" in page.text
+        assert "baton_worker_store_up 1.0" in page.text
+        assert (alive.status_code, ready.status_code) == (200, 200)
         assert exit_code == 0
         assert await registry.list() == []
     finally:
