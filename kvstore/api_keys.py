@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import secrets
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast, get_args
 
 from kvstore import keys
 from kvstore.store import Store
+
+log = logging.getLogger(__name__)
 
 Priority = Literal["low", "normal", "high"]
 
@@ -110,10 +113,18 @@ class RedisApiKeys:
         return version.decode() if version else ""
 
     async def list(self) -> list[ApiKey]:
-        """By name."""
+        """By name. One that cannot be read opens nothing, and keeps no other from being read."""
         async with self._store.exchange():
-            stored = await cast(Any, self._store.redis.hvals(keys.API_KEYS))
-        return sorted((ApiKey.from_json(text) for text in stored), key=lambda key: key.name)
+            stored = await cast(Any, self._store.redis.hgetall(keys.API_KEYS))
+        found = []
+        for name, text in sorted(stored.items()):
+            try:
+                found.append(ApiKey.from_json(text))
+            except ValueError:
+                log.warning(
+                    "api_key_unreadable", extra={"fields": {"key_name": name.decode(errors="replace")}}
+                )
+        return found
 
     async def _changed(self) -> None:
         async with self._store.exchange():

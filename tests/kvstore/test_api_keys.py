@@ -61,6 +61,14 @@ async def test_a_key_is_created_once_listed_and_revoked(store: Store) -> None:
     assert await api_keys.list() == []
 
 
+@pytest.mark.parametrize("text", ["", "no json", "[]", '{"name": "bad"}', '{"priority": "urgent"}'])
+async def test_an_entry_that_cannot_be_read_locks_nobody_out(store: Store, text: str) -> None:
+    key = api_key(new_secret())
+    await RedisApiKeys(store).create(key)
+    await store.redis.hset(keys.API_KEYS, "bad", text)
+    assert await RedisApiKeys(store).list() == [key]
+
+
 async def test_the_secret_is_nowhere_in_redis(store: Store) -> None:
     secret = new_secret()
     await RedisApiKeys(store).create(api_key(secret))
