@@ -1,4 +1,4 @@
-"""Builds the router: every object once, in one place; the HTTP endpoints over them."""
+"""Builds the router: every object once, in one place."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Any
 
-from fastapi import FastAPI, Request
-from pydantic import BaseModel
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
 
 from kvstore.api_key_mirror import ApiKeyMirror
 from kvstore.api_keys import RedisApiKeys
@@ -22,27 +19,22 @@ from kvstore.prefix_index import PrefixIndex
 from kvstore.quotas import RedisQuotas
 from kvstore.registry import RedisRegistry, Registry
 from kvstore.store import Store
-from router.api_schema import install_api_schema
+from router.admin import add_admin, build_admin_app
 from router.drain import Drain
-from router.endpoint import ENDPOINTS, Endpoint
+from router.endpoints import add_endpoints
 from router.exposure import warn_if_open
 from router.fleet import Fleet
 from router.fleet_metrics import FleetMetrics
 from router.gate import Gate, GateRules
-from router.generation_response import GenerationResponse, Serving
+from router.generation_response import Serving
 from router.http_errors import install_error_handlers
 from router.metrics import RouterMetrics
 from router.quota_gate import QuotaGate
 from router.served_model import ServedModel, ServedModels, build_served_model
 from router.settings import RouterSettings
-from router.token_endpoints import TOKEN_BODIES, add_token_endpoints
-from router.ui.access import UiAccess
-from router.ui.endpoints import add_ui
-from router.ui.publisher import Publisher
-from router.ui.snapshot import Snapshots
 from router.version import version
 from router.vllm_metrics import add_vllm_metrics
-from servicekit.metrics import build_metrics_registry, render_metrics
+from servicekit.metrics import build_metrics_registry
 from servicekit.rpc import ChannelFactory, build_channel
 from servicekit.tls import check_http_files, load_credentials
 from servicekit.tracing import build_tracer
@@ -83,14 +75,12 @@ def build(
     FleetMetrics(metrics_registry, fleets, lambda: store is None or store.is_up)
     app = FastAPI(title="Baton", version=version(), lifespan=_lifespan(serving, store, mirrors, keys))
     app.state.serving = serving
-    app.state.metrics_registry = metrics_registry
-    app.state.created = int(time.time())
-    _add_endpoints(app)
-    app.state.admin_app = _add_admin(app)
-    _guard(app, GateRules(keys=keys, max_concurrent_requests=settings.max_concurrent_requests))
-    add_token_endpoints(app, serving)
-    bodies: dict[str, type[BaseModel]] = {endpoint.path: endpoint.body for endpoint in ENDPOINTS}
-    install_api_schema(app, bodies | TOKEN_BODIES)
+    install_error_handlers(app)
+    add_endpoints(app, serving, created=int(time.time()))
+    admin = app if settings.admin_port is None else build_admin_app(serving)
+    app.state.admin_app = admin
+    app.state.ui_publisher = add_admin(admin, serving, metrics_registry, is_public=admin is app)
+    _guard(app, serving, keys)
     return app
 
 
@@ -145,109 +135,12 @@ async def _cancel(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _add_endpoints(app: FastAPI) -> None:
-    serving: Serving = app.state.serving
-
-    for endpoint in ENDPOINTS:
-        _add_generation(app, endpoint)
-
-    @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_card(app, model) for model in serving.models]}
-
-    @app.get("/v1/models/{model_id:path}")
-    async def show_model(model_id: str) -> dict[str, Any]:
-        return _model_card(app, serving.models.named(model_id))
-
-    @app.get("/load")
-    async def load() -> dict[str, int]:
-        """Open requests here, and sequences running and waiting on the decode workers."""
-        links = [link for model in serving.models for _, link in model.fleet.decode_workers()]
-        loads = [link.load for link in links if link.load is not None]
-        return {
-            "server_load": serving.drain.num_open,
-            "num_running": sum(each.num_running for each in loads),
-            "num_waiting": sum(each.num_waiting for each in loads),
-        }
-
-    @app.get("/version")
-    async def show_version() -> dict[str, str]:
-        return {"version": version()}
-
-    install_error_handlers(app)
-    _add_health(app, serving)
-
-
-def _add_health(app: FastAPI, serving: Serving) -> None:
-    @app.get("/health")
-    async def health() -> Response:
-        """This process answers and still follows the registry; nothing about workers."""
-        has_failed = any(model.fleet.has_failed for model in serving.models)
-        return JSONResponse({"status": "failed" if has_failed else "ok"}, 503 if has_failed else 200)
-
-    @app.get("/ready")
-    async def ready() -> Response:
-        """A request sent now would be served."""
-        status = "draining" if serving.drain.is_draining else "no decode worker"
-        is_ready = any(model.fleet.is_ready for model in serving.models) and not serving.drain.is_draining
-        return JSONResponse({"status": "ready" if is_ready else status}, 200 if is_ready else 503)
-
-
-def _add_admin(app: FastAPI) -> FastAPI:
-    """Metrics and the live page: on the application that is returned."""
-    serving: Serving = app.state.serving
+def _guard(app: FastAPI, serving: Serving, keys: ApiKeyMirror | None) -> None:
     settings = serving.settings
-    access = UiAccess(settings.admin_key)
-    admin = app
-    if settings.admin_port is not None:
-        admin = FastAPI(title="Baton admin", version=version(), openapi_url=None)
-        install_error_handlers(admin)
-        _add_health(admin, serving)
-
-    @admin.get("/metrics")
-    async def metrics(request: Request) -> Response:
-        if admin is app and settings.require_api_key:
-            access.check_data(request)  # strangers reach this port
-        page, content_type = render_metrics(app.state.metrics_registry)
-        return Response(page, headers={"content-type": content_type})
-
-    _add_ui(admin, app, access)
-    return admin
-
-
-def _guard(app: FastAPI, rules: GateRules) -> None:
-    serving: Serving = app.state.serving
+    rules = GateRules(keys=keys, max_concurrent_requests=settings.max_concurrent_requests)
     app.add_middleware(Gate, rules=rules, metrics=serving.metrics)
-    origins = [origin.strip() for origin in serving.settings.cors_origins.split(",") if origin.strip()]
+    origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
-
-
-def _add_generation(app: FastAPI, endpoint: Endpoint) -> None:
-    async def generate(request: Request) -> Response:
-        return GenerationResponse(app.state.serving, request, endpoint)
-
-    app.add_api_route(endpoint.path, generate, methods=["POST"], name=endpoint.name)
-
-
-def _add_ui(admin: FastAPI, app: FastAPI, access: UiAccess) -> None:
-    serving: Serving = app.state.serving
-    drain = serving.drain
-    about = {"model": serving.settings.model_name, "version": version()}
-    snapshots = Snapshots(serving.fleet, drain, serving.metrics, about)
-    publisher = Publisher(snapshots, lambda: drain.is_draining and not drain.num_open)
-    app.state.ui_publisher = publisher
-    add_ui(admin, access, publisher)
-
-
-def _model_card(app: FastAPI, model: ServedModel) -> dict[str, Any]:
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": app.state.created,
-        "owned_by": "baton",
-        "root": model.name,
-        "max_model_len": model.max_model_len,
-    }

@@ -65,5 +65,5 @@ ENDPOINTS = (CHAT, TEXT, RESPONSES, MESSAGES)
 
 
 def error_body_of(path: str) -> Callable[[ServingError], dict[str, Any]]:
-    """How errors look at this path, to those who did not get as far as the endpoint."""
-    return next((each.error_body for each in ENDPOINTS if each.path == path), error_body)
+    """How errors look at this path and below, to those who did not get as far as the endpoint."""
+    return next((each.error_body for each in ENDPOINTS if f"{path}/".startswith(f"{each.path}/")), error_body)

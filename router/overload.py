@@ -1,7 +1,8 @@
 """Refuses what would wait too long, at once and before any worker works for it.
 
 The wait of a sequence is predicted from what its workers have before it and how fast they get through that:
-- prompt tokens queued where its prompt is computed / the measured tokens per second there;
+- the wait that its route was chosen with (router/route_cost.py): prompt tokens queued where its prompt is
+  computed, and KV room where it is decoded;
 - sequences beyond the batch of its decode worker x mean time in the batch / places in the batch. By Little's
   law a full batch of B that each stay R seconds frees B / R places a second.
 The larger one counts: while a sequence waits for a place its prompt waits too. What is not measured yet
@@ -57,14 +58,13 @@ class OverloadGuard:
         )
 
     def predicted_wait_s(self, route: Route) -> float:
-        prefill_s = (
-            route.num_tokens_ahead / route.prefill_tokens_per_s if route.prefill_tokens_per_s > 0 else 0.0
-        )
+        decision = route.decision
+        wait_s = decision.terms.wait_s if decision.is_measured else 0.0
         places = route.decode.max_running
         if not places:
-            return prefill_s
+            return wait_s
         num_departures = max(0, route.num_requests_ahead + 1 - places)
-        return max(prefill_s, num_departures * self.times.residence_s / places)
+        return max(wait_s, num_departures * self.times.residence_s / places)
 
     def _excess_s(self, route: Route, patience: Patience) -> float:
         """Seconds that the wait is too long."""
@@ -78,6 +78,6 @@ class OverloadGuard:
 
     def _service_s(self, route: Route, patience: Patience) -> float:
         """From the end of the wait to the last token, as far as is known."""
-        rate = route.prefill_tokens_per_s
-        prefill_s = route.decision.num_computed_tokens / rate if rate > 0 else 0.0
-        return prefill_s + self.times.tpot_s * min(patience.max_tokens, self.times.num_tokens)
+        decision = route.decision
+        prompt_s = decision.terms.ttft_s - decision.terms.wait_s if decision.is_measured else 0.0
+        return prompt_s + self.times.tpot_s * min(patience.max_tokens, self.times.num_tokens)

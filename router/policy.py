@@ -74,6 +74,7 @@ class Decision:
     num_hit_tokens: int  # expected: prompt tokens from a cache, on either worker
     num_computed_tokens: int  # expected, where the prompt is computed
     terms: Terms
+    is_measured: bool  # the terms rest on what workers measured
     options: tuple[Option, ...]  # what it was chosen from
 
 
@@ -289,5 +290,6 @@ def _decide(
         num_hit_tokens=num_hit_tokens,
         num_computed_tokens=prompt.num_computed_tokens,
         terms=chosen.terms,
+        is_measured=prompt.worker.rates.is_measured,
         options=tuple(options),
     )

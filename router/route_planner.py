@@ -50,9 +50,7 @@ class Route:
     decode: WorkerRecord
     prefill: WorkerRecord | None
     peer: RoutePeer | None
-    num_requests_ahead: int  # on the decode worker
-    num_tokens_ahead: int  # prompt tokens queued where this prompt is computed
-    prefill_tokens_per_s: float  # measured there; 0: not yet
+    num_requests_ahead: int  # on the decode worker, those included that were just sent there
     _prefill_load: OwnLoad | None  # of `prefill`; the link counts the request itself
     _is_counted: bool = False
 
@@ -128,18 +126,14 @@ class RoutePlanner:
         num_tokens = len(hashes.token_ids)
         records = {record.worker_id: record for record in [*(record for record, _ in decode), *prefill]}
         hits = self._hits(hashes, list(records.values()))
-        decode_candidates = [self.decode_candidate(record, link, hits) for record, link in decode]
-        prefill_candidates = [self.prefill_candidate(record, hits) for record in prefill]
+        seats = {record.worker_id: self.decode_candidate(record, link, hits) for record, link in decode}
         decision = policy.choose(
             self._config,
             RouteRequest(num_prompt_tokens=num_tokens, max_tokens=max_tokens),
-            decode_candidates,
-            prefill_candidates,
+            seats.values(),
+            [self.prefill_candidate(record, hits) for record in prefill],
             policy.Chance(turn=next(self._turns), draw=self._random.random()),
         )
-        seats = {candidate.worker_id: candidate for candidate in decode_candidates}
-        computers = seats | {candidate.worker_id: candidate for candidate in prefill_candidates}
-        computing_id = decision.prefill_id or decision.decode_id
         helper = records[decision.prefill_id] if decision.prefill_id is not None else None
         peer = None
         if decision.peer_id is not None:
@@ -151,8 +145,6 @@ class RoutePlanner:
             prefill=helper,
             peer=peer,
             num_requests_ahead=seats[decision.decode_id].num_requests,
-            num_tokens_ahead=computers[computing_id].num_waiting_tokens,
-            prefill_tokens_per_s=records[computing_id].load.prefill_tokens_per_s,
             _prefill_load=None if helper is None else self._fleet.own_load(helper),
         )
 

@@ -36,6 +36,7 @@ class WorkerRates:
     prefill_token_s: float = 0.001
     decode_seq_s: float = 0.001
     token_bytes: float = 0.0  # of KV
+    is_measured: bool = False  # how fast prompts are computed, here or by another worker
     stream: KvCost = KvCost(0.005, 1 / 200e6)  # hand-off from another host
     shared_memory: KvCost = KvCost(0.003, 1 / 2e9)  # hand-off from the same host
     peer: KvCost = KvCost(0.005, 1 / 200e6)
@@ -54,6 +55,7 @@ def resolve_rates(records: Sequence[WorkerRecord]) -> list[WorkerRates]:
     step_s = _resolve(records, lambda record: record.load.step_s, ASSUMED.step_s)
     prefill_token_s = _resolve(records, _prefill_token_s, ASSUMED.prefill_token_s)
     decode_seq_s = _resolve(records, lambda record: record.load.decode_seq_s, ASSUMED.decode_seq_s)
+    is_measured = any(_sane(_prefill_token_s(record)) is not None for record in records)
     paths = [_resolve_path(records, path) for path in _PATHS]
     return [
         WorkerRates(
@@ -61,6 +63,7 @@ def resolve_rates(records: Sequence[WorkerRecord]) -> list[WorkerRates]:
             prefill_token_s=prefill_token_s[index],
             decode_seq_s=decode_seq_s[index],
             token_bytes=record.block_bytes / record.block_size,
+            is_measured=is_measured,
             **{path: costs[index] for path, costs in zip(_PATHS, paths, strict=True)},
         )
         for index, record in enumerate(records)

@@ -14,6 +14,8 @@ from kvstore.block_hash import HashChain
 from kvstore.embedded import EmbeddedServer
 from kvstore.store import Store
 from router.caller import secret_of
+from router.endpoint import ENDPOINTS, Endpoint
+from router.token_endpoints import TOKEN_BODIES
 from tests.fakes.redis_server import flush_all, redis_server
 from tests.router.conftest import Router, RouterFactory, eventually
 
@@ -78,7 +80,9 @@ async def test_strangers_get_401_and_no_worker_hears_of_it(locked: Locked, heade
     assert locked.router.workers["decode-0"].submits == []
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/openapi.json", "/docs", "/version", "/nothing"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/load", "/tokenizer_info", "/openapi.json", "/docs", "/version", "/nothing"]
+)
 async def test_a_stranger_gets_nothing_else_either(locked: Locked, path: str) -> None:
     assert (await locked.router.client.get(path)).status_code == 401
 
@@ -101,11 +105,45 @@ async def test_both_ways_to_send_a_key_work(locked: Locked) -> None:
     assert (await locked.ask({"x-api-key": headers["authorization"].split()[1]})).status_code == 200
 
 
-async def test_anthropic_s_endpoint_refuses_in_anthropic_s_words(locked: Locked) -> None:
-    response = await locked.router.client.post("/v1/messages", json={}, headers={"x-api-key": "guess"})
+@pytest.mark.parametrize("path", [*(endpoint.path for endpoint in ENDPOINTS), *TOKEN_BODIES])
+async def test_every_endpoint_refuses_strangers_in_its_own_words(locked: Locked, path: str) -> None:
+    response = await locked.router.client.post(path, json={}, headers={"x-api-key": "guess"})
     assert response.status_code == 401
-    assert response.json()["type"] == "error"
-    assert response.json()["error"]["type"] == "authentication_error"
+    if path.startswith("/v1/messages"):
+        assert response.json()["type"] == "error"
+        assert response.json()["error"]["type"] == "authentication_error"
+    else:
+        assert response.json()["error"]["code"] == "invalid_api_key"
+
+
+CHAT = {"messages": [{"role": "user", "content": "hello"}]}
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {**CHAT, "max_tokens": 4},
+    "/v1/completions": {"prompt": "hello", "max_tokens": 4},
+    "/v1/responses": {"input": "hello", "max_output_tokens": 4},
+    "/v1/messages": {**CHAT, "max_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.name)
+@pytest.mark.parametrize("streams", [False, True])
+async def test_tenant_and_quota_hold_at_every_endpoint(
+    locked: Locked, endpoint: Endpoint, streams: bool
+) -> None:
+    headers = await locked.key(tenant="engines", requests_per_minute=1)
+    body = {"model": "test", "stream": streams, **BODIES[endpoint.path]}
+    response = await locked.router.client.post(endpoint.path, json=body, headers=headers)
+    assert response.status_code == 200
+    assert response.headers["x-ratelimit-remaining-requests"] == "0"
+    assert response.headers["x-baton-route"].startswith("decode=decode-0")
+    [submit] = locked.router.workers["decode-0"].submits
+    assert submit.sequence.tenant == "engines"
+
+    refused = await locked.router.client.post(endpoint.path, json=body, headers=headers)
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert ("type" in refused.json()) == (endpoint.path == "/v1/messages")  # Anthropic's form
 
 
 async def test_a_revoked_key_ends_within_seconds(locked: Locked) -> None:

@@ -11,9 +11,10 @@ from kvstore.worker_record import WorkerLoad
 from router import policy
 from router.link import Link
 from router.overload import OverloadGuard, Patience
-from router.route_cost import Terms
+from router.route_cost import Candidate, RouteRequest
 from router.route_planner import Route
 from router.service_times import ServiceTimes
+from router.worker_rates import WorkerRates
 from servicekit.errors import Overloaded
 from tests.fakes.fake_decode_worker import decode_record
 from tests.router.conftest import Router, RouterFactory
@@ -23,25 +24,28 @@ def route(
     *, places: int = 0, ahead: int = 0, tokens_ahead: int = 0, tokens_per_s: float = 0.0, computed: int = 10
 ) -> Route:
     record = decode_record("decode-0", "127.0.0.1:1", max_running=places)
-    return Route(
-        decision=policy.Decision(
-            decode_id="decode-0",
-            prefill_id=None,
-            peer_id=None,
-            decode_reason="least_cost",
-            prefill_reason="no_prefill_worker",
-            num_hit_tokens=0,
-            num_computed_tokens=computed,
-            terms=Terms(0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
-            options=(),
+    is_measured = tokens_per_s > 0
+    worker = Candidate(
+        worker_id="decode-0",
+        layout_fingerprint=record.layout_fingerprint,
+        num_requests=ahead,
+        num_waiting_tokens=tokens_ahead,
+        rates=WorkerRates(
+            step_s=0.0,
+            prefill_token_s=1 / tokens_per_s if is_measured else 1.0,
+            decode_seq_s=0.0,
+            is_measured=is_measured,
         ),
+    )
+    asked = RouteRequest(num_prompt_tokens=computed, max_tokens=100)
+    config = policy.PolicyConfig(name="prefix")
+    return Route(
+        decision=policy.choose(config, asked, [worker], [], policy.Chance(turn=0)),
         link=Link(record, lambda: None),
         decode=record,
         prefill=None,
         peer=None,
         num_requests_ahead=ahead,
-        num_tokens_ahead=tokens_ahead,
-        prefill_tokens_per_s=tokens_per_s,
         _prefill_load=None,
     )
 
