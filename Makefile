@@ -13,12 +13,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 TORCH_STAMP := $(VENV)/.torch-installed
 SERVE_STAMP := $(VENV)/.serve-installed
 DEV_STAMP := $(VENV)/.dev-installed
+TOOLS := .venv-tools
+TOOLS_STAMP := $(TOOLS)/.installed
 CONTAINERS_STAMP := $(VENV)/.containers-installed
 
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system dashboards serve test test-fast test-containers lock lint format types arch proto proto-check bench check clean
+.PHONY: help setup setup-system dashboards serve test test-fast test-containers test-tools lock lint format types arch proto proto-check bench check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -71,11 +73,14 @@ proto: $(DEV_STAMP) ## compile proto/*.proto into the committed stubs
 proto-check: $(DEV_STAMP) ## fail when the committed stubs are not what the compiler makes
 	$(BIN)/python -m proto.generate --check
 
+test-tools: $(DEV_STAMP) $(TOOLS_STAMP) ## evaluation and load tools against a stack, from a virtual environment of their own
+	BATON_TOOLS=$(CURDIR)/$(TOOLS) $(BIN)/pytest -q tests/e2e/test_tools.py $(PYTEST_ARGS)
+
 bench: $(SERVE_STAMP) ## measure a running server (BENCH_ARGS="--concurrency 8 --prompt-len 128 --output-len 64")
 	@env -u OMP_NUM_THREADS $(BIN)/baton bench $(BENCH_ARGS)
 
 clean: ## remove the virtual environment and every cache in the tree
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(TOOLS) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -104,4 +109,10 @@ $(DEV_STAMP): pyproject.toml $(SERVE_STAMP)
 
 $(CONTAINERS_STAMP): pyproject.toml $(DEV_STAMP)
 	@$(PIP) -e '.[worker,dev,containers]'
+	@touch $@
+
+$(TOOLS_STAMP): tests/e2e/tools.txt
+	@echo "installing evaluation and load tools (several minutes)"
+	@$(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip --disable-pip-version-check install -qq -r tests/e2e/tools.txt
 	@touch $@

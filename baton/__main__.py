@@ -14,6 +14,8 @@ COMMANDS = {
     "up": ("baton.up.command", "start router, prefill and decode workers on this machine"),
     "chat": ("baton.chat", "talk to a running server in the terminal"),
     "bench": ("baton.bench.command", "measure any OpenAI-compatible server"),
+    "key": ("baton.key", "create, list and revoke API keys"),
+    "certs": ("baton.certs", "write a private CA and certificates for this deployment"),
     "doctor": ("baton.doctor", "what this machine has and what is missing"),
     "make-checkpoint": ("baton.make_checkpoint", "write a small random checkpoint"),
     "prepare-model": ("baton.prepare_model", "make the model directory of a deployment"),

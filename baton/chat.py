@@ -15,7 +15,8 @@ import orjson
 
 from baton.bench.load import served_model
 from baton.errors import CommandError
-from baton.http_client import HttpClient, HttpStatusError, NoAnswer
+from baton.http_client import HttpClient, HttpStatusError, NoAnswer, Server
+from baton.settings import load_command_settings
 
 Message = dict[str, str]  # role, content: OpenAI's form
 
@@ -105,9 +106,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         with asyncio.Runner() as runner:
-            model = args.model or runner.run(served_model(args.url))
+            server = Server(args.url, load_command_settings().api_key)
+            model = args.model or runner.run(served_model(server))
             history: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
-            conversation = _Conversation(runner, args, model, history)
+            conversation = _Conversation(runner, server, args.temperature, model, history)
             if args.message is not None:
                 return 0 if conversation.ask(args.message) else 1
             return conversation.loop()
@@ -119,17 +121,22 @@ class _Conversation:
     """The history; each answer runs on the loop, so that Ctrl-C can cancel it and nothing else."""
 
     def __init__(
-        self, runner: asyncio.Runner, args: argparse.Namespace, model: str, history: list[Message]
+        self,
+        runner: asyncio.Runner,
+        server: Server,
+        temperature: float,
+        model: str,
+        history: list[Message],
     ) -> None:
         self._runner = runner
-        self._url = args.url
-        self._temperature = args.temperature
+        self._server = server
+        self._temperature = temperature
         self._model = model
         self._num_first = len(history)
         self._history = history
 
     def loop(self) -> int:
-        print(f"{self._model} at {self._url}. {_HELP}.")
+        print(f"{self._model} at {self._server}. {_HELP}.")
         while True:
             try:
                 line = input("\n> ").strip()
@@ -168,7 +175,7 @@ class _Conversation:
             print(text, end="", flush=True)
 
         loop = asyncio.get_running_loop()
-        async with HttpClient(self._url) as client:
+        async with HttpClient(self._server) as client:
             task = asyncio.create_task(
                 stream_answer(client, self._model, messages, show, temperature=self._temperature)
             )
@@ -181,10 +188,10 @@ class _Conversation:
                 loop.remove_signal_handler(signal.SIGINT)
 
 
-async def ask_once(url: str, text: str, on_text: Callable[[str], None]) -> Answer:
+async def ask_once(server: Server, text: str, on_text: Callable[[str], None]) -> Answer:
     """One question to the first model of a server; a short, greedy answer."""
-    model = await served_model(url)
-    async with HttpClient(url) as client:
+    model = await served_model(server)
+    async with HttpClient(server) as client:
         return await stream_answer(
             client, model, [{"role": "user", "content": text}], on_text, temperature=0, max_tokens=_SHORT
         )

@@ -12,6 +12,8 @@ import os
 import ssl
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -106,16 +108,29 @@ class _Response(asyncio.Protocol):
             self._done.set_exception(error)
 
 
-class HttpClient:
-    """One connection to the server of `url`, reopened when needed. Closing it cancels the request."""
+@dataclass(frozen=True, slots=True)
+class Server:
+    url: str
+    api_key: str | None = field(default=None, repr=False)
+    ca_file: Path | None = None  # beside the system's CAs (and that of SSL_CERT_FILE)
 
-    def __init__(self, url: str) -> None:
+    def __str__(self) -> str:
+        return self.url
+
+
+class HttpClient:
+    """One connection to a server, reopened when needed. Closing it cancels the request."""
+
+    def __init__(self, server: Server | str) -> None:
+        """ValueError for what is not a URL, or a CA file that cannot be read."""
+        self._server = server if isinstance(server, Server) else Server(server)
+        url = self._server.url
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is not a URL of the form http://host:port")
         self._host = parts.hostname
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._tls = _tls_context(self._server.ca_file) if parts.scheme == "https" else None
         self._base = parts.path.rstrip("/")
         self._response: _Response | None = None
 
@@ -178,9 +193,21 @@ class HttpClient:
 
     def _head(self, method: str, path: str, payload: bytes | None) -> bytes:
         head = f"{method} {self._base}{path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nAccept: */*\r\n"
+        if self._server.api_key:
+            head += f"Authorization: Bearer {self._server.api_key}\r\n"
         if payload is not None:
             head += f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
         return (head + "\r\n").encode()
+
+
+def _tls_context(ca_file: Path | None) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if ca_file is not None:
+        try:
+            context.load_verify_locations(ca_file)
+        except OSError as error:
+            raise ValueError(f"{ca_file}: {error}") from error
+    return context
 
 
 def _error_message(body: bytes) -> str:

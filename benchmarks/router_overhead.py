@@ -4,7 +4,8 @@
 
 The real router as a process; a decode worker that makes nothing but tokens, one message a step for all its
 sequences, as a process; and streaming clients. Requests of one token give the cost of a request; the rest of
-a long one, divided by its tokens, the cost of a token.
+a long one, divided by its tokens, the cost of a token. The limit is a bare uvicorn application that streams
+the same bytes (benchmarks/bare_stream.py), measured in the same way at the same time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,16 @@ from tests.fakes.fake_decode_worker import decode_record
 from tests.fakes.tiny_tokenizer import write_model_dir
 
 MODEL = "test"
-COLUMNS = ("streams", "requests/s", "us/request", "tokens/s", "us/token", "chunks/token")
+COLUMNS = (
+    "streams",
+    "requests/s",
+    "us/request",
+    "bare us/request",
+    "tokens/s",
+    "us/token",
+    "bare us/token",
+    "chunks/token",
+)
 
 
 class StepWorker(link_pb2_grpc.LinkServiceServicer):
@@ -163,7 +173,7 @@ async def bench_streams(
     request_cpu_s, request_wall_s, _ = await measure(router, clients, 1, num_rounds)
     num_requests = num_rounds * num_streams
     request_us = request_cpu_s / num_requests * 1e6
-    token_rounds = max(1, 128 // num_streams)
+    token_rounds = max(1, 16 // num_streams)
     cpu_s, wall_s, chunks = await measure(router, clients, options.tokens, token_rounds)
     num_streamed = token_rounds * num_streams
     num_tokens = num_streamed * (options.tokens - 1)
@@ -177,39 +187,60 @@ async def bench_streams(
     }
 
 
-async def run(options: argparse.Namespace) -> None:
+@asynccontextmanager
+async def running_routers(
+    options: argparse.Namespace, ports: Sequence[int], step_ms: float
+) -> AsyncIterator[list[psutil.Process]]:
+    """Router processes over one worker that only makes tokens, ready."""
     server = EmbeddedServer()
     redis_url = server.start()
-    rows = []
     async with AsyncExitStack() as stack:
         stack.callback(server.stop)
         model_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_model_dir(model_dir)
         config = (model_dir / "config.json").read_text().replace("512", "4096")
         (model_dir / "config.json").write_text(config)
-        settings = {
-            "MODEL": str(model_dir),
-            "SERVED_MODEL_NAME": MODEL,
-            "PORT": str(options.port),
-            "REDIS_URL": redis_url,
-            "LOG_LEVEL": "WARNING",
-            "LOG_FORMAT": "json",
-        }
-        environment = {f"BATON_ROUTER_{name}": value for name, value in settings.items()}
-        await stack.enter_async_context(
-            child(
-                "-m", "benchmarks.router_overhead", "--worker", redis_url, "--step-ms", str(options.step_ms)
-            )
-        )
-        process = await stack.enter_async_context(child("-m", "router", **environment))
-        await wait_until_ready(options.port)
-        router = psutil.Process(process.pid)
+        worker = ("-m", "benchmarks.router_overhead", "--worker", redis_url, "--step-ms", str(step_ms))
+        await stack.enter_async_context(child(*worker))
+        routers = []
+        for port in ports:
+            settings = {
+                "MODEL": str(model_dir),
+                "SERVED_MODEL_NAME": MODEL,
+                "PORT": str(port),
+                "REDIS_URL": redis_url,
+                "LOG_LEVEL": "WARNING",
+                "LOG_FORMAT": "json",
+            }
+            environment = {f"BATON_ROUTER_{name}": value for name, value in settings.items()}
+            process = await stack.enter_async_context(child("-m", "router", **environment))
+            await wait_until_ready(port)
+            routers.append(psutil.Process(process.pid))
+        yield routers
+
+
+@asynccontextmanager
+async def running_bare(port: int, step_ms: float) -> AsyncIterator[psutil.Process]:
+    async with child("-m", "benchmarks.bare_stream", str(port), str(step_ms)) as process:
+        await wait_until_ready(port)
+        yield psutil.Process(process.pid)
+
+
+async def run(options: argparse.Namespace) -> None:
+    rows = []
+    async with (
+        running_routers(options, [options.port], options.step_ms) as [router],
+        running_bare(options.port + 1, options.step_ms) as bare,
+    ):
         for num_streams in options.streams:
-            rows.append(await bench_streams(router, options.port, num_streams, options))
+            row = await bench_streams(router, options.port, num_streams, options)
+            limit = await bench_streams(bare, options.port + 1, num_streams, options)
+            rows.append(row | {f"bare {name}": limit[name] for name in ("us/request", "us/token")})
     print(*table(COLUMNS, rows), sep="\n")
     if options.write:
         notes = [
-            "CPU time of the router's process (user and system), not waiting",
+            "CPU time of the process (user and system), not waiting",
+            "bare: a uvicorn application that streams the same bytes",
             f"prompts of {options.prompt_len} tokens; {options.tokens} out, one in {options.step_ms} ms",
         ]
         print(write_result("router-overhead", "What the router costs", COLUMNS, rows, notes))

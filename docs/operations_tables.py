@@ -71,7 +71,7 @@ def _router_families() -> Iterable[Any]:
 
     registry = CollectorRegistry()
     RouterMetrics(registry)
-    FleetMetrics(registry, Fleet(MemoryRegistry()), lambda: True)
+    FleetMetrics(registry, {"": Fleet(MemoryRegistry())}, lambda: True)
     return registry.collect()
 
 

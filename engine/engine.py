@@ -62,6 +62,7 @@ class Engine:
         self.kv_cache = kv_cache
         self.hash_chain = HashChain(model_fingerprint=layout.model_fingerprint, block_size=layout.block_size)
         self.max_model_len = limits.max_model_len
+        self.max_running = scheduler_config.max_running
         self.vocab_size = limits.vocab_size
         self.eos_token_ids = limits.eos_token_ids
         self.ep = ep if ep is not None and ep.size > 1 else None

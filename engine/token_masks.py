@@ -112,16 +112,20 @@ def _strike(logits_NV: torch.Tensor, entries: list[tuple[int, int]]) -> None:
 
 
 def _apply(logits_NV: torch.Tensor, rows: list[int], bits_RW: Bits) -> None:
-    vocab_size = logits_NV.shape[1]
     if logits_NV.device.type == "cpu":
         logits = logits_NV.numpy()
         for row, bits_W in zip(rows, bits_RW, strict=True):
-            logits[row] += _ADDENDS[bits_W].reshape(-1)[:vocab_size]
-        return
-    # One copy that nobody waits for: 16 KiB a row of a vocabulary of 128 k.
-    words_RW = torch.from_numpy(bits_RW.view(np.int32)).pin_memory().to(logits_NV.device, non_blocking=True)
+            logits[row] += _ADDENDS[bits_W].reshape(-1)[: logits.shape[1]]
+    else:
+        # One copy that nobody waits for: 16 KiB a row of a vocabulary of 128 k.
+        words = torch.from_numpy(bits_RW.view(np.int32)).pin_memory()
+        apply_words(logits_NV, rows, words.to(logits_NV.device, non_blocking=True))
+
+
+def apply_words(logits_NV: torch.Tensor, rows: list[int], words: torch.Tensor) -> None:
+    """words: int32 [R, V / 32, rounded up], on the device of the logits."""
     shifts = torch.arange(32, device=logits_NV.device, dtype=torch.int32)
-    is_masked_RV = ((words_RW.unsqueeze(2) >> shifts) & 1).view(len(rows), -1)[:, :vocab_size] == 0
+    is_masked_RV = ((words.unsqueeze(2) >> shifts) & 1).view(len(rows), -1)[:, : logits_NV.shape[1]] == 0
     if len(rows) == logits_NV.shape[0]:
         logits_NV.masked_fill_(is_masked_RV, -torch.inf)
     else:

@@ -9,6 +9,12 @@ baton:{model}:<scheme>:idx             hash    worker id -> incarnation, sequenc
 baton:{model}:<scheme>:idx:events      stream  changes of all workers, capped             longest index lease
 baton:{model}:<scheme>:blk:<id>:<inc>  hash    block hash -> fastest BlockTier where this its index lease
                                                incarnation has it
+
+Of the whole deployment, whatever its models:
+
+baton:{keys}:api                       hash    name of an API key -> ApiKey as JSON       until revoked
+baton:{keys}:api:version               string  random, new with every change              for ever
+baton:{key:<digest>}:quota             hash    requests and tokens by second              61 s after the last
 """
 
 from __future__ import annotations
@@ -21,6 +27,9 @@ from kvstore.block_hash import HASH_SCHEME
 # 64 MiB at its worst. A mirror that lags further takes a snapshot.
 MAX_STREAM_EVENTS = 4096
 MAX_EVENT_HASHES = 1024
+
+API_KEYS = "baton:{keys}:api"
+API_KEYS_VERSION = "baton:{keys}:api:version"
 
 
 def _tag(model: str) -> str:
@@ -49,3 +58,7 @@ def index_events(model: str) -> str:
 
 def worker_blocks(model: str, worker_id: str, incarnation: str) -> str:
     return f"{_tag(model)}:{HASH_SCHEME}:blk:{quote(worker_id, safe='')}:{incarnation}"
+
+
+def quota(key_digest: str) -> str:
+    return f"baton:{{key:{key_digest}}}:quota"

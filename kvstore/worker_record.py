@@ -59,6 +59,7 @@ class WorkerRecord:
     host_id: str
     block_bytes: int = 0  # of KV; 0: not told
     is_draining: bool = False
+    max_running: int = 0  # sequences in its batch; 0: not told
     load: WorkerLoad = field(default_factory=WorkerLoad)
 
     def to_json(self) -> str:

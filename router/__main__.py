@@ -29,7 +29,7 @@ def main() -> int:
     except (SettingsError, ModelDirError, ValueError) as error:
         sys.stderr.write(f"router: {error}\n")
         return 2
-    uvloop.run(serve(app, host=settings.host, port=settings.port, drain_grace_s=settings.drain_grace_s))
+    uvloop.run(serve(app))
     return 0
 
 

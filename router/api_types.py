@@ -5,13 +5,18 @@ Types are strict and null means "not set". What depends on the model is checked 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+from router.structure_types import StructureFields
+from router.tool_types import ToolChoice, Tools
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 8
 MAX_STOPS = 16
+MAX_BAD_WORDS = 128
+MAX_ALLOWED_IDS = 4096
 MAX_TEMPERATURE = 2.0
 
 
@@ -36,10 +41,10 @@ class StreamOptions(_ApiModel):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationFields(_ApiModel):
+class GenerationFields(_ApiModel, StructureFields):
     """What both endpoints take."""
 
-    model: str | None = None  # the one model that is served
+    model: str | None = None  # none: the first one that is served
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -59,12 +64,20 @@ class GenerationFields(_ApiModel):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None  # no tokenizer that we read puts any
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None  # keep so many at the end; -1: as fit
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    bad_words: Annotated[list[StopText], Field(max_length=MAX_BAD_WORDS)] | None = None
+    allowed_token_ids: Annotated[list[int], Field(min_length=1, max_length=MAX_ALLOWED_IDS)] | None = None
     cache_salt: Annotated[str, StringConstraints(max_length=256)] | None = None
     return_token_ids: bool | None = None
+    request_id: Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
+    priority: int | None = None
+    user: str | None = None  # no effect
     # Known, and refused when they ask for something: ignoring them would give a wrong answer.
-    response_format: dict[str, Any] | None = None
     suffix: str | None = None
-    best_of: int | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     prompt_embeds: Any = None
 
 
@@ -73,14 +86,28 @@ class TextPart(_ApiModel):
     text: str
 
 
+class CalledFunction(_ApiModel):
+    name: str
+    arguments: str | dict[str, Any] = "{}"
+
+
+class CalledTool(_ApiModel):
+    """A call of an earlier turn."""
+
+    function: CalledFunction
+
+
 class ChatMessage(_ApiModel):
-    """Other fields (name, tool_calls, reasoning_content ...) go to the chat template as they are."""
+    """Other fields (name, tool_call_id, reasoning_content ...) go to the chat template as they are."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
+    tool_calls: list[CalledTool] | None = None
 
 
 class ChatRequest(GenerationFields):
+    cuts_max_tokens: ClassVar[bool] = False  # to what the context has room for, instead of refusing
+
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
@@ -88,8 +115,11 @@ class ChatRequest(GenerationFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Any = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Annotated[str, StringConstraints(max_length=32)] | None = None  # for the chat template
+    include_reasoning: bool | None = None
     functions: list[dict[str, Any]] | None = None
 
 
@@ -97,4 +127,3 @@ class CompletionRequest(GenerationFields):
     prompt: PromptText | TokenIds | Annotated[list[PromptText | TokenIds], Field(min_length=1)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    add_special_tokens: bool | None = None

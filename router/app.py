@@ -4,66 +4,100 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
-import jinja2
 from fastapi import FastAPI, Request
+from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
+from kvstore.api_key_mirror import ApiKeyMirror
+from kvstore.api_keys import RedisApiKeys
 from kvstore.index_mirror import IndexMirror
 from kvstore.memory_index import MemoryIndex
 from kvstore.prefix_index import PrefixIndex
+from kvstore.quotas import RedisQuotas
 from kvstore.registry import RedisRegistry, Registry
 from kvstore.store import Store
 from router.api_schema import install_api_schema
-from router.api_types import ChatRequest, CompletionRequest
-from router.chat_template import ChatTemplate
 from router.drain import Drain
+from router.endpoint import ENDPOINTS, Endpoint
+from router.exposure import warn_if_open
 from router.fleet import Fleet
 from router.fleet_metrics import FleetMetrics
-from router.generation import GenerationBuilder
+from router.gate import Gate, GateRules
 from router.generation_response import GenerationResponse, Serving
 from router.http_errors import install_error_handlers
 from router.metrics import RouterMetrics
-from router.model_dir import ModelDir, ModelDirError, load_model_dir
-from router.policy import PolicyConfig
-from router.prompts import PromptReader
-from router.route_planner import RoutePlanner
+from router.quota_gate import QuotaGate
+from router.served_model import ServedModel, ServedModels, build_served_model
 from router.settings import RouterSettings
-from router.tokenizer import Tokenizer
+from router.token_endpoints import TOKEN_BODIES, add_token_endpoints
 from router.ui.access import UiAccess
 from router.ui.endpoints import add_ui
 from router.ui.publisher import Publisher
 from router.ui.snapshot import Snapshots
 from router.version import version
 from router.vllm_metrics import add_vllm_metrics
-from servicekit.errors import InvalidRequest
 from servicekit.metrics import build_metrics_registry, render_metrics
+from servicekit.rpc import ChannelFactory, build_channel
+from servicekit.tls import check_http_files, load_credentials
 from servicekit.tracing import build_tracer
 
 
 def build(
     settings: RouterSettings, *, registry: Registry | None = None, index: PrefixIndex | None = None
 ) -> FastAPI:
-    """The application; app.state.serving holds its objects. ModelDirError when the model cannot be read.
+    """The application; app.state.serving holds its objects. ModelDirError when a model cannot be read.
 
-    Without `registry` and `index` both are followed in Redis.
+    Workers and indexes are followed in Redis, unless `registry` and `index` are given, of the one model.
     """
-    store = Store(settings.redis_url) if registry is None or index is None else None
-    mirrored = MemoryIndex()
-    mirror = None
-    if index is None:
+    check_http_files(settings.http_tls_cert, settings.http_tls_key)
+    mirrors: list[IndexMirror] = []
+    store = Store(settings.redis_url) if registry is None or settings.require_api_key else None
+    if registry is not None and index is not None:
+        models = _models_of(settings, registry, index)
+    else:
         assert store is not None
-        mirror = IndexMirror(store, settings.model_name, mirrored)
-    if registry is None:
-        assert store is not None
-        registry = RedisRegistry(store, settings.model_name)
+        models, mirrors = _models_in(settings, store)
     metrics_registry = build_metrics_registry()
     add_vllm_metrics(metrics_registry, settings.model_name)
-    serving = _build_serving(settings, registry, index or mirrored, RouterMetrics(metrics_registry))
-    FleetMetrics(metrics_registry, serving.fleet, lambda: store is None or store.is_up)
+    keys = None
+    quotas = None
+    if settings.require_api_key:
+        assert store is not None
+        keys = ApiKeyMirror(RedisApiKeys(store), grace_s=settings.api_key_grace_s)
+        quotas = RedisQuotas(store)
+    serving = Serving(
+        settings=settings,
+        models=ServedModels(models),
+        quotas=QuotaGate(quotas),
+        metrics=RouterMetrics(metrics_registry),
+        drain=Drain(),
+        tracer=build_tracer(settings.otlp_endpoint, "router"),
+    )
+    fleets = {name: model.fleet for name, model in models.items()}
+    FleetMetrics(metrics_registry, fleets, lambda: store is None or store.is_up)
+    app = FastAPI(title="Baton", version=version(), lifespan=_lifespan(serving, store, mirrors, keys))
+    app.state.serving = serving
+    app.state.metrics_registry = metrics_registry
+    app.state.created = int(time.time())
+    _add_endpoints(app)
+    app.state.admin_app = _add_admin(app)
+    _guard(app, GateRules(keys=keys, max_concurrent_requests=settings.max_concurrent_requests))
+    add_token_endpoints(app, serving)
+    bodies: dict[str, type[BaseModel]] = {endpoint.path: endpoint.body for endpoint in ENDPOINTS}
+    install_api_schema(app, bodies | TOKEN_BODIES)
+    return app
+
+
+def _lifespan(
+    serving: Serving, store: Store | None, mirrors: Sequence[IndexMirror], keys: ApiKeyMirror | None
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """What runs beside the requests, and its end."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -71,60 +105,39 @@ def build(
             stack.push_async_callback(asyncio.to_thread, serving.tracer.close)
             if store is not None:
                 stack.push_async_callback(store.close)
-            if mirror is not None:
+            for mirror in mirrors:
                 stack.push_async_callback(_cancel, asyncio.create_task(mirror.run(), name="index mirror"))
-            serving.fleet.start()
-            stack.push_async_callback(serving.fleet.stop)
+            if keys is not None:
+                stack.push_async_callback(_cancel, asyncio.create_task(keys.run(), name="API keys"))
+            warn_if_open(serving.settings)
+            for model in serving.models:
+                model.fleet.start()
+                stack.push_async_callback(model.fleet.stop)
             yield
 
-    app = FastAPI(title="Baton", version=version(), lifespan=lifespan)
-    app.state.serving = serving
-    app.state.metrics_registry = metrics_registry
-    app.state.created = int(time.time())
-    install_error_handlers(app)
-    _add_endpoints(app)
-    _add_ui(app)
-    install_api_schema(app, {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest})
-    return app
+    return lifespan
 
 
-def _build_serving(
-    settings: RouterSettings, registry: Registry, index: PrefixIndex, metrics: RouterMetrics
-) -> Serving:
-    model_dir = load_model_dir(settings.model)
-    tokenizer = Tokenizer.from_file(model_dir.tokenizer_file, model_dir.vocab_size)
-    fleet = Fleet(registry)
-    return Serving(
-        settings=settings,
-        model_dir=model_dir,
-        tokenizer=tokenizer,
-        prompts=PromptReader(tokenizer, _chat_template(model_dir)),
-        generations=GenerationBuilder(tokenizer, model_dir.sampling_defaults, settings.max_sequences),
-        fleet=fleet,
-        planner=RoutePlanner(
-            fleet,
-            index,
-            PolicyConfig(
-                name=settings.policy,
-                temperature_s=settings.policy_temperature_s,
-                local_prefill_max_tokens=settings.local_prefill_max_tokens,
-            ),
-        ),
-        metrics=metrics,
-        drain=Drain(),
-        tracer=build_tracer(settings.otlp_endpoint, "router"),
-    )
+def _models_of(settings: RouterSettings, registry: Registry, index: PrefixIndex) -> dict[str, ServedModel]:
+    """The one model, over what the caller brings."""
+    [source] = settings.models
+    return {source.name: build_served_model(settings, source, Fleet(registry, _channels(settings)), index)}
 
 
-def _chat_template(model_dir: ModelDir) -> ChatTemplate | None:
-    if model_dir.chat_template is None:
-        return None
-    try:
-        return ChatTemplate(model_dir.chat_template, model_dir.special_tokens)
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelDirError(
-            f"{model_dir.path}: chat template, line {error.lineno}: {error.message}"
-        ) from error
+def _models_in(settings: RouterSettings, store: Store) -> tuple[dict[str, ServedModel], list[IndexMirror]]:
+    """All models, followed in Redis; the mirrors are still to be run."""
+    channels = _channels(settings)
+    models, mirrors = {}, []
+    for source in settings.models:
+        mirrored = MemoryIndex()
+        mirrors.append(IndexMirror(store, source.name, mirrored))
+        fleet = Fleet(RedisRegistry(store, source.name), channels)
+        models[source.name] = build_served_model(settings, source, fleet, mirrored)
+    return models, mirrors
+
+
+def _channels(settings: RouterSettings) -> ChannelFactory:
+    return partial(build_channel, credentials=load_credentials(settings.tls_files))
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
@@ -135,67 +148,106 @@ async def _cancel(task: asyncio.Task[None]) -> None:
 def _add_endpoints(app: FastAPI) -> None:
     serving: Serving = app.state.serving
 
-    @app.post("/v1/chat/completions")
-    async def create_chat_completion(request: Request) -> Response:
-        return GenerationResponse(serving, request, ChatRequest)
-
-    @app.post("/v1/completions")
-    async def create_completion(request: Request) -> Response:
-        return GenerationResponse(serving, request, CompletionRequest)
+    for endpoint in ENDPOINTS:
+        _add_generation(app, endpoint)
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_card(app)]}
+        return {"object": "list", "data": [_model_card(app, model) for model in serving.models]}
 
     @app.get("/v1/models/{model_id:path}")
     async def show_model(model_id: str) -> dict[str, Any]:
-        if model_id != serving.settings.model_name:
-            raise InvalidRequest(
-                f"the model {model_id!r} does not exist", param="model", code="model_not_found"
-            )
-        return _model_card(app)
+        return _model_card(app, serving.models.named(model_id))
 
+    @app.get("/load")
+    async def load() -> dict[str, int]:
+        """Open requests here, and sequences running and waiting on the decode workers."""
+        links = [link for model in serving.models for _, link in model.fleet.decode_workers()]
+        loads = [link.load for link in links if link.load is not None]
+        return {
+            "server_load": serving.drain.num_open,
+            "num_running": sum(each.num_running for each in loads),
+            "num_waiting": sum(each.num_waiting for each in loads),
+        }
+
+    @app.get("/version")
+    async def show_version() -> dict[str, str]:
+        return {"version": version()}
+
+    install_error_handlers(app)
+    _add_health(app, serving)
+
+
+def _add_health(app: FastAPI, serving: Serving) -> None:
     @app.get("/health")
     async def health() -> Response:
         """This process answers and still follows the registry; nothing about workers."""
-        has_failed = serving.fleet.has_failed
+        has_failed = any(model.fleet.has_failed for model in serving.models)
         return JSONResponse({"status": "failed" if has_failed else "ok"}, 503 if has_failed else 200)
 
     @app.get("/ready")
     async def ready() -> Response:
         """A request sent now would be served."""
         status = "draining" if serving.drain.is_draining else "no decode worker"
-        is_ready = serving.fleet.is_ready and not serving.drain.is_draining
+        is_ready = any(model.fleet.is_ready for model in serving.models) and not serving.drain.is_draining
         return JSONResponse({"status": "ready" if is_ready else status}, 200 if is_ready else 503)
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
+
+def _add_admin(app: FastAPI) -> FastAPI:
+    """Metrics and the live page: on the application that is returned."""
+    serving: Serving = app.state.serving
+    settings = serving.settings
+    access = UiAccess(settings.admin_key)
+    admin = app
+    if settings.admin_port is not None:
+        admin = FastAPI(title="Baton admin", version=version(), openapi_url=None)
+        install_error_handlers(admin)
+        _add_health(admin, serving)
+
+    @admin.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        if admin is app and settings.require_api_key:
+            access.check_data(request)  # strangers reach this port
         page, content_type = render_metrics(app.state.metrics_registry)
         return Response(page, headers={"content-type": content_type})
 
-    @app.get("/version")
-    async def show_version() -> dict[str, str]:
-        return {"version": version()}
+    _add_ui(admin, app, access)
+    return admin
 
 
-def _add_ui(app: FastAPI) -> None:
+def _guard(app: FastAPI, rules: GateRules) -> None:
+    serving: Serving = app.state.serving
+    app.add_middleware(Gate, rules=rules, metrics=serving.metrics)
+    origins = [origin.strip() for origin in serving.settings.cors_origins.split(",") if origin.strip()]
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+
+
+def _add_generation(app: FastAPI, endpoint: Endpoint) -> None:
+    async def generate(request: Request) -> Response:
+        return GenerationResponse(app.state.serving, request, endpoint)
+
+    app.add_api_route(endpoint.path, generate, methods=["POST"], name=endpoint.name)
+
+
+def _add_ui(admin: FastAPI, app: FastAPI, access: UiAccess) -> None:
     serving: Serving = app.state.serving
     drain = serving.drain
     about = {"model": serving.settings.model_name, "version": version()}
     snapshots = Snapshots(serving.fleet, drain, serving.metrics, about)
     publisher = Publisher(snapshots, lambda: drain.is_draining and not drain.num_open)
     app.state.ui_publisher = publisher
-    add_ui(app, UiAccess(serving.settings.admin_key), publisher)
+    add_ui(admin, access, publisher)
 
 
-def _model_card(app: FastAPI) -> dict[str, Any]:
-    serving: Serving = app.state.serving
-    name = serving.settings.model_name
+def _model_card(app: FastAPI, model: ServedModel) -> dict[str, Any]:
     return {
-        "id": name,
+        "id": model.name,
         "object": "model",
         "created": app.state.created,
         "owned_by": "baton",
-        "root": name,
-        "max_model_len": serving.max_model_len,
+        "root": model.name,
+        "max_model_len": model.max_model_len,
     }

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from servicekit.errors import InvalidRequest
+
+# Templates either write the arguments of earlier calls as they are, or dump them, which needs an object.
+_DUMPS_ARGUMENTS = re.compile(r"arguments\s*\|\s*tojson")
 
 
 class ChatTemplate:
@@ -27,6 +32,8 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         self._template = environment.from_string(source)
         self._special_tokens = dict(special_tokens)
+        self.shows_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
+        self.wants_argument_objects = _DUMPS_ARGUMENTS.search(source) is not None
 
     def render(
         self,

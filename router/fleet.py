@@ -12,6 +12,7 @@ from router.link import Link
 from router.own_load import OwnLoad
 from router.worker_rates import WorkerRates, resolve_rates
 from servicekit.logging import get_logger
+from servicekit.rpc import ChannelFactory, build_channel
 
 log = get_logger(__name__)
 
@@ -22,8 +23,9 @@ _SUSPECT_S = 5.0
 class Fleet:
     """Follows the registry. While Redis is away it goes on with the workers it knows."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, channels: ChannelFactory = build_channel) -> None:
         self._registry = registry
+        self._channels = channels
         self._records: dict[str, WorkerRecord] = {}
         self._links: dict[str, Link] = {}
         self._own_loads: dict[str, OwnLoad] = {}  # of prefill workers, by incarnation
@@ -129,7 +131,7 @@ class Fleet:
                 self._retire(worker_id)
         for worker_id, record in decode.items():
             if worker_id not in self._links:
-                self._links[worker_id] = Link(record, self._notify)
+                self._links[worker_id] = Link(record, self._notify, self._channels)
                 self._links[worker_id].start()
         alive = {record.incarnation for record in records}
         self._suspect_until = {key: end for key, end in self._suspect_until.items() if key in alive}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -18,9 +18,11 @@ _STATES = ("ready", "draining", "suspected", "unlinked")
 
 
 class FleetMetrics(Collector):
-    def __init__(self, registry: CollectorRegistry, fleet: Fleet, is_store_up: Callable[[], bool]) -> None:
-        """Registers itself."""
-        self._fleet = fleet
+    def __init__(
+        self, registry: CollectorRegistry, fleets: Mapping[str, Fleet], is_store_up: Callable[[], bool]
+    ) -> None:
+        """`fleets` by the name of the model that they serve. Registers itself."""
+        self._fleets = fleets
         self._is_store_up = is_store_up
         registry.register(self)
 
@@ -28,24 +30,25 @@ class FleetMetrics(Collector):
         return [_workers(), _waiting(), _kv_usage(), _store_up()]
 
     def collect(self) -> Iterator[Metric]:
-        workers = self._fleet.workers()
-        states = Counter((record.role, self._state(record, link)) for record, link in workers)
-        by_state = _workers()
-        for role in ("prefill", "decode"):
-            for state in _STATES:
-                by_state.add_metric([role, state], states[role, state])
-        yield by_state
-        decode = [record for record, _ in workers if record.role == "decode"]
-        yield _waiting(float(sum(record.load.num_waiting for record in decode)))
-        yield _kv_usage(_kv_usage_ratio(decode))
-        yield _store_up(float(self._is_store_up()))
+        by_state, waiting, kv_usage = _workers(), _waiting(), _kv_usage()
+        for model, fleet in self._fleets.items():
+            workers = fleet.workers()
+            states = Counter((record.role, _state(fleet, record, link)) for record, link in workers)
+            for role in ("prefill", "decode"):
+                for state in _STATES:
+                    by_state.add_metric([model, role, state], states[role, state])
+            decode = [record for record, _ in workers if record.role == "decode"]
+            waiting.add_metric([model], float(sum(record.load.num_waiting for record in decode)))
+            kv_usage.add_metric([model], _kv_usage_ratio(decode))
+        yield from (by_state, waiting, kv_usage, _store_up(float(self._is_store_up())))
 
-    def _state(self, record: WorkerRecord, link: Link | None) -> str:
-        if record.is_draining:
-            return "draining"
-        if record.role == "decode":
-            return "ready" if link is not None and link.is_up else "unlinked"
-        return "suspected" if self._fleet.is_suspected(record) else "ready"
+
+def _state(fleet: Fleet, record: WorkerRecord, link: Link | None) -> str:
+    if record.is_draining:
+        return "draining"
+    if record.role == "decode":
+        return "ready" if link is not None and link.is_up else "unlinked"
+    return "suspected" if fleet.is_suspected(record) else "ready"
 
 
 def _kv_usage_ratio(decode: list[WorkerRecord]) -> float:
@@ -57,17 +60,17 @@ def _kv_usage_ratio(decode: list[WorkerRecord]) -> float:
 def _workers() -> GaugeMetricFamily:
     # Not `role`: that is the label that targets of Prometheus have here.
     doc = "Registered workers; suspected: a hand-off just failed, unlinked: no link to it"
-    return GaugeMetricFamily(f"{_PREFIX}_workers", doc, labels=["worker_role", "state"])
+    return GaugeMetricFamily(f"{_PREFIX}_workers", doc, labels=["model_name", "worker_role", "state"])
 
 
-def _waiting(value: float | None = None) -> GaugeMetricFamily:
+def _waiting() -> GaugeMetricFamily:
     doc = "Sequences at the decode workers, of all routers, that do not decode yet"
-    return GaugeMetricFamily(f"{_PREFIX}_waiting_sequences", doc, value)
+    return GaugeMetricFamily(f"{_PREFIX}_waiting_sequences", doc, labels=["model_name"])
 
 
-def _kv_usage(value: float | None = None) -> GaugeMetricFamily:
+def _kv_usage() -> GaugeMetricFamily:
     doc = "Used KV blocks / all, over the decode workers"
-    return GaugeMetricFamily(f"{_PREFIX}_kv_usage_ratio", doc, value)
+    return GaugeMetricFamily(f"{_PREFIX}_kv_usage_ratio", doc, labels=["model_name"])
 
 
 def _store_up(value: float | None = None) -> GaugeMetricFamily:

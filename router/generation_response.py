@@ -14,34 +14,34 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from router.answer_format import DONE, AnswerFormat, sse_event
+from router.answer_format import AnswerContext, AnswerFormat
 from router.api_types import ChatRequest, CompletionRequest
-from router.chat_format import ChatFormat
+from router.caller import ANYBODY, Caller
 from router.choice import Choice, ChoiceDelta, deltas
 from router.disconnect import DisconnectGuard
 from router.drain import Drain
+from router.endpoint import Endpoint
 from router.fleet import Fleet
-from router.generation import Generation, GenerationBuilder
-from router.http_errors import ClientGone, error_body, error_response, error_status
+from router.generation import Generation
+from router.http_errors import ClientGone, error_response, error_status
 from router.metrics import RouterMetrics
-from router.model_dir import ModelDir
-from router.prompts import PromptReader
+from router.quota_gate import Demand, Grant, QuotaGate
 from router.request_body import parse_body, read_body
-from router.request_flow import FlowLimits, FlowRequest, RequestFlow
+from router.request_deadline import request_deadline
+from router.request_flow import Branches, FlowLimits, FlowRequest, RequestFlow
 from router.route_header import ROUTE_HEADER, route_header
 from router.route_planner import PromptHashes, RoutePlanner
+from router.served_model import ServedModel, ServedModels
 from router.settings import RouterSettings
-from router.text_format import TextFormat
 from router.tokenizer import Tokenizer
 from router.tracing import end_request, trace_request
-from servicekit.errors import InvalidRequest, ServingError
+from servicekit.errors import ServingError
 from servicekit.logging import get_logger
 from servicekit.tracing import Tracer
 
 log = get_logger(__name__)
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_FALLBACK_MODEL_LEN = 1 << 20  # no worker and no config.json says: workers refuse what they cannot hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,36 +49,43 @@ class Serving:
     """What every request needs; built once, in app.py."""
 
     settings: RouterSettings
-    model_dir: ModelDir
-    tokenizer: Tokenizer
-    prompts: PromptReader
-    generations: GenerationBuilder
-    fleet: Fleet
-    planner: RoutePlanner
+    models: ServedModels
+    quotas: QuotaGate
     metrics: RouterMetrics
     drain: Drain
     tracer: Tracer
 
+    # Of the model that answers when none is named.
+
     @property
-    def max_model_len(self) -> int:
-        known = [self.fleet.max_model_len(), self.model_dir.max_position_embeddings]
-        return min((length for length in known if length), default=_FALLBACK_MODEL_LEN)
+    def tokenizer(self) -> Tokenizer:
+        return self.models.first.tokenizer
+
+    @property
+    def fleet(self) -> Fleet:
+        return self.models.first.fleet
+
+    @property
+    def planner(self) -> RoutePlanner:
+        return self.models.first.planner
 
 
 class GenerationResponse(Response):
     """The whole exchange in one coroutine, so that one place sees it end, however that happens."""
 
-    def __init__(
-        self, serving: Serving, request: Request, kind: type[ChatRequest] | type[CompletionRequest]
-    ) -> None:
+    def __init__(self, serving: Serving, request: Request, endpoint: Endpoint) -> None:
         self._serving = serving
         self._request = request
-        self._kind = kind
+        self._endpoint = endpoint
         self._accepted_at = time.monotonic()
         self._is_started = False
+        self._caller: Caller = getattr(request.state, "caller", ANYBODY)
+        self._grant = Grant({})
+        self._format: AnswerFormat | None = None
         self._choices: list[Choice] = []
         given = request.headers.get("x-request-id", "")
-        self._request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self._has_id = _REQUEST_ID.fullmatch(given) is not None
+        self._request_id = given if self._has_id else uuid.uuid4().hex
         self._span = trace_request(serving.tracer, request, self._request_id, serving.settings.model_name)
         self.background = None
 
@@ -99,40 +106,63 @@ class GenerationResponse(Response):
             self._end(outcome)
 
     async def _answer(self, receive: Receive, send: Send) -> None:
-        body = await read_body(self._request, self._serving.settings.max_body_bytes)
+        settings = self._serving.settings
+        body = await read_body(self._request, settings.max_body_bytes, settings.client_timeout_s)
         async with DisconnectGuard(receive):
-            generation = await self._read(body)
-            self._choices = self._open_choices(generation)
-            for choice in self._choices:
-                await choice.flow.submit()
-            format_class = ChatFormat if generation.kind == "chat" else TextFormat
-            model_name = self._serving.settings.model_name
-            answer = format_class(generation, self._serving.tokenizer, self._request_id, model_name)
-            if generation.streams:
-                await self._stream(generation, answer, send)
-            else:
-                await self._send_whole(answer, send)
-
-    async def _read(self, body: bytes) -> Generation:
-        serving = self._serving
-        request = parse_body(self._kind, body)
-        if request.model not in (None, serving.settings.model_name):
-            raise InvalidRequest(
-                f"the model {request.model!r} does not exist", param="model", code="model_not_found"
+            parsed = parse_body(self._endpoint.body, body, rejects_unknown=settings.rejects_unknown_fields)
+            model, generation = await self._read(self._endpoint.to_request(parsed))
+            context = AnswerContext(
+                generation=generation,
+                tokenizer=model.tokenizer,
+                request_id=self._request_id,
+                model=model.name,
+                reasoning_fields=settings.reasoning_fields,
             )
-        max_model_len = serving.max_model_len
-        if isinstance(request, ChatRequest):
-            prompts = await serving.prompts.read_chat(request, max_model_len)
-        else:
-            prompts = await serving.prompts.read_completion(request, max_model_len)
-        return serving.generations.build(request, prompts, max_model_len)
+            demand = Demand.of(
+                sum(len(prompt.token_ids) for prompt in generation.prompts),
+                [sampling.max_tokens for sampling in generation.sampling],
+            )
+            async with self._serving.quotas.admit(self._caller, demand, self._num_used_tokens) as self._grant:
+                self._choices = self._open_choices(model, generation)
+                for choice in self._choices:
+                    await choice.flow.submit()
+                answer = self._format = self._endpoint.new_format(parsed, context)
+                if generation.streams:
+                    await self._stream(answer, send)
+                else:
+                    await self._send_whole(answer, send)
 
-    def _open_choices(self, generation: Generation) -> list[Choice]:
+    def _num_used_tokens(self) -> int:
+        """Of the caller's quota: each prompt once it was computed for, and what was generated from it."""
+        prompts = {
+            choice.prompt_index: choice.flow.num_prompt_tokens
+            for choice in self._choices
+            if choice.flow.first_route is not None
+        }
+        return sum(prompts.values()) + sum(choice.num_tokens for choice in self._choices)
+
+    async def _read(self, request: ChatRequest | CompletionRequest) -> tuple[ServedModel, Generation]:
+        model = self._serving.models.named(request.model)
+        self._span.set({"gen_ai.request.model": model.name})
+        if request.request_id is not None and not self._has_id:
+            self._request_id = request.request_id
+        return model, await model.read(request)
+
+    def _open_choices(self, model: ServedModel, generation: Generation) -> list[Choice]:
         serving = self._serving
         settings = serving.settings
-        timeout_s = settings.request_timeout_s
-        limits = FlowLimits(max_retries=settings.max_retries, worker_timeout_s=settings.worker_timeout_s)
-        hashes = [PromptHashes(prompt.token_ids, generation.cache_salt) for prompt in generation.prompts]
+        deadline = request_deadline(self._request.headers, settings.request_timeout_s, self._accepted_at)
+        limits = FlowLimits(
+            max_retries=settings.max_retries,
+            worker_timeout_s=settings.worker_timeout_s,
+            overload=model.overload,
+        )
+        hashes = [
+            PromptHashes(prompt.token_ids, generation.cache_salt, self._caller.tenant)
+            for prompt in generation.prompts
+        ]
+        branches = [Branches() if generation.num_choices > 1 else None for _ in generation.prompts]
+        markers = generation.output.markers if generation.output else ()
         choices = []
         for index, sampling in enumerate(generation.sampling):
             prompt_index = index // generation.num_choices
@@ -141,29 +171,35 @@ class GenerationResponse(Response):
                 prompt=hashes[prompt_index],
                 sampling=sampling,
                 accepted_at=self._accepted_at,
-                deadline=self._accepted_at + timeout_s if timeout_s else None,
+                deadline=deadline,
+                priority=self._caller.priority,
+                may_be_refused=index == 0,
+                branches=branches[prompt_index],
                 span=self._span,
             )
-            flow = RequestFlow(flow_request, serving.fleet, serving.planner, serving.metrics, limits)
-            detokenizer = serving.tokenizer.detokenizer(skips_special_tokens=generation.skips_special_tokens)
+            flow = RequestFlow(flow_request, model.fleet, model.planner, serving.metrics, limits)
+            detokenizer = model.tokenizer.detokenizer(
+                skips_special_tokens=generation.skips_special_tokens, shown_tokens=markers
+            )
             choices.append(Choice(index, prompt_index, flow, detokenizer, generation))
         serving.metrics.in_flight.inc(len(choices))
         return choices
 
-    async def _stream(self, generation: Generation, answer: AnswerFormat, send: Send) -> None:
+    async def _stream(self, answer: AnswerFormat, send: Send) -> None:
         """The status waits for the first token: until then an error still gets its own."""
         async with aclosing(cast(Any, deltas(self._choices))) as stream:
             async for choice, delta in stream:
-                chunk = answer.chunk(choice, delta, self._choices)
+                chunk = b"" if self._is_started else answer.opening(self._choices)
+                chunk += answer.chunk(choice, delta, self._choices)
                 if not self._is_started:
                     await self._start(
                         send, b"text/event-stream; charset=utf-8", [(b"cache-control", b"no-cache")]
                     )
-                    chunk = b"".join([answer.opening(each) for each in self._choices]) + chunk
                 if chunk:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        tail = answer.usage_chunk(self._choices) if generation.includes_usage else b""
-        await send({"type": "http.response.body", "body": tail + DONE, "more_body": False})
+        tail = answer.closing(self._choices)
+        await self._grant.settle()
+        await send({"type": "http.response.body", "body": tail, "more_body": False})
 
     async def _send_whole(self, answer: AnswerFormat, send: Send) -> None:
         parts: list[list[ChoiceDelta]] = [[] for _ in self._choices]
@@ -171,6 +207,7 @@ class GenerationResponse(Response):
             async for choice, delta in stream:
                 parts[choice.index].append(delta)
         body = answer.whole(list(zip(self._choices, parts, strict=True)))
+        await self._grant.settle()
         await self._start(send, b"application/json", [(b"content-length", b"%d" % len(body))])
         await send({"type": "http.response.body", "body": body})
 
@@ -182,16 +219,18 @@ class GenerationResponse(Response):
             (b"content-type", content_type),
             (b"x-request-id", self._request_id.encode()),
             (ROUTE_HEADER, route_header(route.decision)),
+            *[(name.encode(), value.encode()) for name, value in self._grant.headers.items()],
             *headers,
         ]
         await send({"type": "http.response.start", "status": 200, "headers": all_headers})
 
     async def _fail(self, error: ServingError, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._is_started:
-            tail = sse_event(error_body(error)) + DONE
+        if self._is_started and self._format is not None:
+            tail = self._format.failure(error)
             await send({"type": "http.response.body", "body": tail, "more_body": False})
             return
-        response = error_response(error)
+        self._serving.metrics.refused(error)
+        response = error_response(error, self._endpoint.error_body)
         response.headers["x-request-id"] = self._request_id
         await response(scope, receive, send)
 
@@ -201,7 +240,7 @@ class GenerationResponse(Response):
             choice.flow.close()
         metrics.in_flight.dec(len(self._choices))
         end_request(self._span, self._choices, outcome)
-        endpoint = "chat" if self._kind is ChatRequest else "completions"
+        endpoint = self._endpoint.name
         metrics.request_ended(endpoint, outcome)
         log.info(
             "request_ended",
@@ -210,4 +249,5 @@ class GenerationResponse(Response):
             outcome=outcome,
             num_generated_tokens=sum(choice.num_tokens for choice in self._choices),
             elapsed_s=time.monotonic() - self._accepted_at,
+            **({"caller": self._caller.key.name} if self._caller.key else {}),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -10,13 +11,21 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from router.refusals import NotAllowed, NotAuthenticated, QuotaExceeded, RequestTimeout
 from servicekit.errors import InvalidRequest, Overloaded, ServingError
 from servicekit.logging import get_logger
 
 log = get_logger(__name__)
 
 _NOT_FOUND_CODES = {"model_not_found"}
-_TOO_LARGE_CODES = {"request_too_large"}
+_TOO_LARGE_CODES = {"request_too_large", "request_exceeds_quota"}
+_REFUSALS: dict[type[ServingError], tuple[int, str, str]] = {  # status, type and code of OpenAI's error body
+    NotAuthenticated: (401, "invalid_request_error", "invalid_api_key"),
+    NotAllowed: (403, "permission_error", "not_allowed"),
+    RequestTimeout: (408, "invalid_request_error", "request_timeout"),
+    QuotaExceeded: (429, "rate_limit_error", "rate_limit_exceeded"),
+    Overloaded: (503, "overloaded_error", "overloaded"),
+}
 
 
 class ClientGone(Exception):
@@ -28,22 +37,34 @@ def error_status(error: ServingError) -> int:
         if error.code in _NOT_FOUND_CODES:
             return 404
         return 413 if error.code in _TOO_LARGE_CODES else 400
-    return 503 if isinstance(error, Overloaded) else 500
+    refusal = _REFUSALS.get(type(error))
+    return refusal[0] if refusal else 500
 
 
 def error_body(error: ServingError) -> dict[str, Any]:
     if isinstance(error, InvalidRequest):
         return _body(str(error), "invalid_request_error", param=error.param, code=error.code)
-    if isinstance(error, Overloaded):
-        return _body(str(error), "overloaded_error", code="overloaded")
+    refusal = _REFUSALS.get(type(error))
+    if refusal:
+        return _body(str(error), refusal[1], code=refusal[2])
     return _body(str(error) or "the server failed", "server_error", code="server_error")
 
 
-def error_response(error: ServingError) -> Response:
+def error_headers(error: ServingError) -> dict[str, str]:
     headers = {}
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded | QuotaExceeded):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-    return _json(error_body(error), error_status(error), headers)
+    if isinstance(error, QuotaExceeded):
+        headers |= error.headers
+    if isinstance(error, NotAuthenticated):
+        headers["www-authenticate"] = "Bearer"
+    return headers
+
+
+def error_response(
+    error: ServingError, body_of: Callable[[ServingError], dict[str, Any]] = error_body
+) -> Response:
+    return _json(body_of(error), error_status(error), error_headers(error))
 
 
 def install_error_handlers(app: FastAPI) -> None:

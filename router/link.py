@@ -23,7 +23,7 @@ from proto import link_pb2, link_pb2_grpc
 from router.own_load import OwnLoad
 from servicekit.errors import ServingError, WorkerLost
 from servicekit.logging import get_logger
-from servicekit.rpc import build_channel, error_from_rpc
+from servicekit.rpc import ChannelFactory, build_channel, error_from_rpc
 
 log = get_logger(__name__)
 
@@ -75,7 +75,12 @@ class LinkStream:
 
 
 class Link:
-    def __init__(self, record: WorkerRecord, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        record: WorkerRecord,
+        on_change: Callable[[], None],
+        channels: ChannelFactory = build_channel,
+    ) -> None:
         """`on_change` is called when the link comes up or is lost."""
         self.worker_id = record.worker_id
         self.incarnation = record.incarnation
@@ -86,6 +91,7 @@ class Link:
         self._told_at = 0.0
         self._was_up = False  # since it was last lost
         self._on_change = on_change
+        self._channels = channels
         self._streams: dict[int, LinkStream] = {}
         self._keys = itertools.count(1)
         self._outgoing: asyncio.Queue[link_pb2.LinkRequest] = asyncio.Queue()
@@ -154,7 +160,7 @@ class Link:
                 await asyncio.sleep(backoff.next_s())
 
     async def _connect_and_read(self, backoff: Backoff) -> None:
-        async with build_channel(self.address) as channel:
+        async with self._channels(self.address) as channel:
             call = link_pb2_grpc.LinkServiceStub(channel).Link()  # type: ignore[no-untyped-call]
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 response = await call.read()  # the worker tells its load at once

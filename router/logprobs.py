@@ -29,6 +29,29 @@ def chat_logprobs(tokens: Sequence[common_pb2.TokenLogprobs], bytes_of: TokenByt
     }
 
 
+def prompt_logprobs(
+    tokens: Sequence[common_pb2.TokenLogprobs], bytes_of: TokenBytesOf
+) -> list[dict[str, Any] | None]:
+    """Of each prompt token, in vLLM's form: its own and the likeliest, by token id. The first has none."""
+    return [None, *(_by_id(token, bytes_of) for token in tokens)]
+
+
+def _by_id(token: common_pb2.TokenLogprobs, bytes_of: TokenBytesOf) -> dict[str, Any]:
+    """The rank is known of those among the likeliest only."""
+    top = zip(token.top_token_ids, token.top_logprobs, strict=True)
+    ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(top, 1)]
+    if token.token_id not in token.top_token_ids:
+        ranked.insert(0, (token.token_id, token.logprob, 0))
+    return {
+        str(token_id): {
+            "logprob": _finite(logprob),
+            "rank": rank or None,
+            "decoded_token": _text(bytes_of(token_id)),
+        }
+        for token_id, logprob, rank in ranked
+    }
+
+
 class TextLogprobs:
     """Of one choice of a text completion; offsets count from the start of its text."""
 

@@ -11,9 +11,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from proto.link_pb2 import RequestTimings
 from router.activity import Activity
 from router.policy import Decision
+from router.refusals import NotAuthenticated, QuotaExceeded
+from servicekit.errors import Overloaded, ServingError
 from servicekit.metrics import SECONDS_BUCKETS, TOKENS_BUCKETS, TokenHistogram
 
 _PREFIX = "baton_router"
+_REFUSALS: dict[type[ServingError], str] = {
+    NotAuthenticated: "no_key",
+    QuotaExceeded: "quota",
+    Overloaded: "capacity",
+}
 
 
 class RouterMetrics:
@@ -44,6 +51,11 @@ class RouterMetrics:
         self._finished = counter("finished_total", "Sequences ended: stop, length or abort", ("reason",))
         for reason in ("stop", "length", "abort"):
             self._finished.labels(reason)  # 0 is a number, no series is none
+        self._refused = counter(
+            "refused_total", "Turned away before any work: no key, quota, capacity", ("reason",)
+        )
+        for reason in _REFUSALS.values():
+            self._refused.labels(reason)
         self._migrations = counter("migrations_total", "Sequences submitted again after a failure")
         self._decisions = counter("decisions_total", "Routes chosen", ("decode_reason", "prefill_reason"))
         self._ttft = histogram("ttft_seconds", "Accepted to first token")
@@ -63,6 +75,12 @@ class RouterMetrics:
         self._hit_error.observe(abs(decision.num_hit_tokens - timings.num_hit_tokens))
         self._predicted_ttft.observe(decision.terms.ttft_s)
         self._ttft_error.observe(abs(decision.terms.ttft_s - ttft_s))
+
+    def refused(self, error: ServingError) -> None:
+        """Before anything was answered. Other errors are not counted here."""
+        reason = _REFUSALS.get(type(error))
+        if reason is not None:
+            self._refused.labels(reason).inc()
 
     def migrated(self) -> None:
         self._migrations.inc()

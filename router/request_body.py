@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from router.http_errors import ClientGone
+from router.refusals import RequestTimeout
 from servicekit.errors import InvalidRequest
 from servicekit.logging import get_logger
 
@@ -17,11 +19,19 @@ log = get_logger(__name__)
 T = TypeVar("T", bound=BaseModel)
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """InvalidRequest with code request_too_large as soon as it is too long."""
+async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+    """InvalidRequest with code request_too_large as soon as it is too long; RequestTimeout."""
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > max_bytes:
         raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _receive_body(request, max_bytes)
+    except TimeoutError:
+        raise RequestTimeout(f"the request body did not arrive within {timeout_s:g} s") from None
+
+
+async def _receive_body(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
     while True:
         message = await request.receive()
@@ -34,13 +44,17 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
             return bytes(body)
 
 
-def parse_body(cls: type[T], body: bytes) -> T:
+def parse_body(cls: type[T], body: bytes, *, rejects_unknown: bool = False) -> T:
+    """Fields that are not known have no effect, or are refused when `rejects_unknown`."""
     try:
         parsed = cls.model_validate_json(body)
     except ValidationError as error:
         raise _invalid(error) from None  # the cause would carry the prompt into logs
+    if parsed.model_extra and rejects_unknown:
+        name = sorted(parsed.model_extra)[0][:100]
+        raise InvalidRequest(f"unknown field {name!r}", param=name, code="unknown_field")
     if parsed.model_extra:
-        log.debug("unknown_fields_ignored", fields=",".join(sorted(parsed.model_extra))[:200])
+        log.debug("unknown_fields_ignored", num_fields=len(parsed.model_extra))  # names may hold anything
     return parsed
 
 

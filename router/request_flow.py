@@ -10,14 +10,17 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from kvstore.api_keys import Priority
 from proto import common_pb2, link_pb2
 from router.fleet import Fleet
 from router.link import Link, LinkStream
 from router.metrics import RouterMetrics
+from router.overload import OverloadGuard, Patience
 from router.route_planner import PromptHashes, Route, RoutePlanner, log_route
 from servicekit.errors import HandoffFailed, InvalidRequest, Overloaded, ServingError, WorkerLost
 from servicekit.logging import get_logger
@@ -32,6 +35,15 @@ _FINISH_REASONS = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REAS
 class FlowLimits:
     max_retries: int
     worker_timeout_s: float
+    overload: OverloadGuard
+
+
+@dataclass(slots=True)
+class Branches:
+    """Several answers to one prompt: they go to one worker, which computes the prompt once."""
+
+    group: int = field(default_factory=lambda: secrets.randbits(63) | 1)
+    route: Route | None = None  # of the first one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +53,9 @@ class FlowRequest:
     sampling: common_pb2.SamplingParams
     accepted_at: float  # time.monotonic(), as the deadline
     deadline: float | None = None
+    priority: Priority = "normal"
+    may_be_refused: bool = True  # when all workers are too busy: not one of several sequences after the first
+    branches: Branches | None = None  # this is one of them
     span: Span = NO_SPAN  # of the whole request; the workers' spans are its children
 
 
@@ -70,6 +85,7 @@ class RequestFlow:
         self.first_route: Route | None = None
         self.timings: link_pb2.RequestTimings | None = None
         self._has_logprobs = request.sampling.HasField("num_logprobs")
+        self._has_prompt_logprobs = request.sampling.HasField("num_prompt_logprobs")
         self._route: Route | None = None
         self._stream: LinkStream | None = None
         self._excluded: set[Link] = set()
@@ -87,8 +103,15 @@ class RequestFlow:
 
     async def submit(self) -> None:
         """Choose workers and send the sequence to them. Overloaded when no decode worker shows up in time."""
-        route = await self._wait_for_route()
-        self._stream = route.link.submit(self._submission(route))
+        branches = self._request.branches if self.first_route is None else None
+        route = self._branch_route(branches) or await self._wait_for_route()
+        if self.first_route is None and self._request.may_be_refused:
+            route = self._limits.overload.admitted(route, self._patience(), self._replan)
+        submission = self._submission(route)
+        if branches is not None:
+            submission.branch_group = branches.group
+            branches.route = route
+        self._stream = route.link.submit(submission)
         self._route = route
         self._routed_at = time.monotonic()
         route.begin()
@@ -127,6 +150,8 @@ class RequestFlow:
                 num_tokens=len(self.output_ids),
                 reason=finish_reason,
             )
+            if finish_reason != "abort":
+                self._note_service_time()
         self._is_closed = True
 
     def _stamp_tokens(self, num_tokens: int) -> None:
@@ -146,6 +171,23 @@ class RequestFlow:
                 self._metrics.activity.took_route(decision.decode_id, self.timings, self.num_prompt_tokens)
                 self._metrics.predicted(decision, self.timings, ttft_s=now - self._routed_at)
         self._last_token_at = now
+
+    def _note_service_time(self) -> None:
+        decode_s = self._last_token_at - self._first_token_at
+        is_local = self.timings is not None and not self.timings.prefill_worker_id
+        prefill_s = self.timings.prefill_s if self.timings is not None and is_local else 0.0
+        self._limits.overload.times.ended(prefill_s + decode_s, decode_s, len(self.output_ids))
+
+    def _patience(self) -> Patience:
+        request = self._request
+        return Patience(
+            time_left_s=None if request.deadline is None else request.deadline - time.monotonic(),
+            max_tokens=request.sampling.max_tokens,
+            priority=request.priority,
+        )
+
+    def _replan(self, excluded: set[Link]) -> Route | None:
+        return self._planner.plan(self._request.prompt, self._request.sampling.max_tokens, excluded=excluded)
 
     def _tell_routed(self, route: Route) -> None:
         decision = route.decision
@@ -171,13 +213,19 @@ class RequestFlow:
             num_prompt_tokens=self.num_prompt_tokens,
         )
 
+    def _branch_route(self, branches: Branches | None) -> Route | None:
+        """Where the first branch went, if that is still there; None for the first."""
+        if branches is None or branches.route is None or not branches.route.link.is_up:
+            return None
+        return branches.route.for_branch()
+
     async def _wait_for_route(self) -> Route:
         give_up_at = time.monotonic() + self._limits.worker_timeout_s
         if self._request.deadline is not None:
             give_up_at = min(give_up_at, self._request.deadline)
         prompt = self._request.prompt
         if self.output_ids:
-            prompt = PromptHashes([*prompt.token_ids, *self.output_ids], prompt.cache_salt)
+            prompt = PromptHashes([*prompt.token_ids, *self.output_ids], prompt.cache_salt, prompt.tenant)
         while True:
             route = self._plan(prompt)
             if route is not None:
@@ -199,6 +247,7 @@ class RequestFlow:
             output_ids=self.output_ids,
             sampling=request.sampling,
             cache_salt=request.prompt.cache_salt,
+            tenant=request.prompt.tenant,
             time_left_s=self._time_left_s(),
             traceparent=request.span.traceparent,
         )
@@ -231,6 +280,7 @@ class RequestFlow:
             merged.token_ids += update.token_ids[:]  # the slice is a list: three times as fast as the field
             if self._has_logprobs:
                 merged.logprobs += update.logprobs
+            if self._has_prompt_logprobs:
                 merged.prompt_logprobs = merged.prompt_logprobs or update.prompt_logprobs
         if merged.token_ids and self._route is not None:
             self._route.prefill_ended()

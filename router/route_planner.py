@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from kvstore.block_hash import BlockHash, HashChain
@@ -26,11 +26,12 @@ class PromptHashes:
 
     token_ids: Sequence[int]
     cache_salt: str
+    tenant: str = ""  # whose blocks it may share
     _by_chain: dict[HashChain, list[BlockHash]] = field(default_factory=dict)
 
     def of(self, chain: HashChain) -> list[BlockHash]:
         if chain not in self._by_chain:
-            self._by_chain[chain] = chain.hashes(self.token_ids, self.cache_salt)
+            self._by_chain[chain] = chain.hashes(self.token_ids, self.cache_salt, self.tenant)
         return self._by_chain[chain]
 
 
@@ -46,8 +47,12 @@ class Route:
 
     decision: policy.Decision
     link: Link
+    decode: WorkerRecord
     prefill: WorkerRecord | None
     peer: RoutePeer | None
+    num_requests_ahead: int  # on the decode worker
+    num_tokens_ahead: int  # prompt tokens queued where this prompt is computed
+    prefill_tokens_per_s: float  # measured there; 0: not yet
     _prefill_load: OwnLoad | None  # of `prefill`; the link counts the request itself
     _is_counted: bool = False
 
@@ -66,6 +71,11 @@ class Route:
             if self._prefill_load is not None:
                 self._prefill_load.end()
                 self.link.own.num_handing_off -= 1
+
+    def for_branch(self) -> Route:
+        """The same way for another answer to the same prompt, which adds nothing to compute."""
+        decision = replace(self.decision, num_computed_tokens=0)
+        return replace(self, decision=decision, _prefill_load=None, _is_counted=False)
 
     @property
     def _computing(self) -> OwnLoad:
@@ -118,13 +128,18 @@ class RoutePlanner:
         num_tokens = len(hashes.token_ids)
         records = {record.worker_id: record for record in [*(record for record, _ in decode), *prefill]}
         hits = self._hits(hashes, list(records.values()))
+        decode_candidates = [self.decode_candidate(record, link, hits) for record, link in decode]
+        prefill_candidates = [self.prefill_candidate(record, hits) for record in prefill]
         decision = policy.choose(
             self._config,
             RouteRequest(num_prompt_tokens=num_tokens, max_tokens=max_tokens),
-            [self.decode_candidate(record, link, hits) for record, link in decode],
-            [self.prefill_candidate(record, hits) for record in prefill],
+            decode_candidates,
+            prefill_candidates,
             policy.Chance(turn=next(self._turns), draw=self._random.random()),
         )
+        seats = {candidate.worker_id: candidate for candidate in decode_candidates}
+        computers = seats | {candidate.worker_id: candidate for candidate in prefill_candidates}
+        computing_id = decision.prefill_id or decision.decode_id
         helper = records[decision.prefill_id] if decision.prefill_id is not None else None
         peer = None
         if decision.peer_id is not None:
@@ -132,8 +147,12 @@ class RoutePlanner:
         return Route(
             decision=decision,
             link=next(link for record, link in decode if record.worker_id == decision.decode_id),
+            decode=records[decision.decode_id],
             prefill=helper,
             peer=peer,
+            num_requests_ahead=seats[decision.decode_id].num_requests,
+            num_tokens_ahead=computers[computing_id].num_waiting_tokens,
+            prefill_tokens_per_s=records[computing_id].load.prefill_tokens_per_s,
             _prefill_load=None if helper is None else self._fleet.own_load(helper),
         )
 

@@ -7,25 +7,21 @@ from typing import Any
 
 import orjson
 
-from router.answer_format import AnswerFormat, merged
+from router.answer_format import AnswerContext, CompletionFormat, merged
 from router.choice import Choice, ChoiceDelta
-from router.generation import Generation
-from router.logprobs import TextLogprobs, joined
-from router.tokenizer import Tokenizer
+from router.logprobs import TextLogprobs, joined, prompt_logprobs
 
 
-class TextFormat(AnswerFormat):
+class TextFormat(CompletionFormat):
     id_prefix = "cmpl"
     chunk_object = "text_completion"
     whole_object = "text_completion"
 
-    def __init__(self, generation: Generation, tokenizer: Tokenizer, request_id: str, model: str) -> None:
-        super().__init__(generation, tokenizer, request_id, model)
-        self._logprobs_of = [TextLogprobs(tokenizer.token_bytes) for _ in generation.sampling]
-        self._is_opened = [False] * len(generation.sampling)
-
-    def opening(self, choice: Choice) -> bytes:
-        return b""
+    def __init__(self, context: AnswerContext) -> None:
+        super().__init__(context)
+        num_choices = len(self._generation.sampling)
+        self._logprobs_of = [TextLogprobs(self._tokenizer.token_bytes) for _ in range(num_choices)]
+        self._is_opened = [False] * num_choices
 
     def chunk(self, choice: Choice, delta: ChoiceDelta, choices: Sequence[Choice]) -> bytes:
         """An echoed prompt goes out with the first tokens, which bring its logprobs."""
@@ -33,7 +29,7 @@ class TextFormat(AnswerFormat):
             self._generation.echoes or self._generation.returns_token_ids
         ):
             return super().chunk(choice, delta, choices)
-        return self._event(self._chunk_choice(choice, delta), choices)
+        return self._event(self._choice(choice, delta), choices)
 
     def _plain_chunk(self, index: int, text: str) -> bytes:
         return b'%b,"choices":[{"index":%d,"text":%b,"logprobs":null,"finish_reason":null}]}\n\n' % (
@@ -42,7 +38,18 @@ class TextFormat(AnswerFormat):
             orjson.dumps(text),
         )
 
-    def _chunk_choice(self, choice: Choice, delta: ChoiceDelta) -> dict[str, Any]:
+    def _chunk_choice(self, choice: Choice, delta: ChoiceDelta) -> dict[str, Any] | None:
+        return self._choice(choice, delta) if delta.text or self._has_news(delta) else None
+
+    def _whole_choice(self, choice: Choice, deltas: list[ChoiceDelta]) -> dict[str, Any]:
+        whole = merged(deltas)
+        choice_json = self._choice(choice, whole)
+        if self._generation.has_prompt_logprobs:
+            tokens = whole.prompt_logprobs
+            choice_json["prompt_logprobs"] = prompt_logprobs(tokens, self._tokenizer.token_bytes)
+        return choice_json
+
+    def _choice(self, choice: Choice, delta: ChoiceDelta) -> dict[str, Any]:
         is_first = not self._is_opened[choice.index]
         self._is_opened[choice.index] = True
         choice_json = {
@@ -54,9 +61,6 @@ class TextFormat(AnswerFormat):
         if is_first and self._generation.returns_token_ids:
             choice_json["prompt_token_ids"] = self._generation.prompts[choice.prompt_index].token_ids
         return self._with_ends(choice_json, delta)
-
-    def _whole_choice(self, choice: Choice, deltas: list[ChoiceDelta]) -> dict[str, Any]:
-        return self._chunk_choice(choice, merged(deltas))
 
     def _echo(self, choice: Choice) -> str:
         if not self._generation.echoes:

@@ -48,9 +48,22 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skips_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skips_special_tokens))
 
-    def detokenizer(self, *, skips_special_tokens: bool = True) -> Detokenizer:
-        """A fresh one for one stream of tokens."""
+    def ids_of(self, text: str) -> tuple[int, ...]:
+        """Of a short text inside a longer one: without special tokens around it."""
+        return tuple(self._encode(text, False))
+
+    def id_of(self, token: str) -> int | None:
+        """None: not one token."""
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        return token_id
+
+    def detokenizer(
+        self, *, skips_special_tokens: bool = True, shown_tokens: Sequence[str] = ()
+    ) -> Detokenizer:
+        """A fresh one for one stream of tokens. `shown_tokens` are never skipped."""
         skipped = self._special_ids if skips_special_tokens else frozenset[int]()
+        if skipped and shown_tokens:
+            skipped = skipped - {self._tokenizer.token_to_id(token) for token in shown_tokens}
         if self._token_bytes is not None:
             return self._token_bytes.detokenizer(skipped)
         return WindowDetokenizer(self._tokenizer, skipped)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
 import grpc
 import grpc.aio
 
 from servicekit.errors import HandoffFailed, InvalidRequest, Overloaded, ServingError, WorkerLost
+from servicekit.tls import WORKER_NAME, Credentials
 
 MAX_MESSAGE_BYTES = 4 << 20
 RETRY_AFTER_KEY = "retry-after-s"
@@ -54,22 +55,37 @@ _SERVER_OPTIONS = (
 )
 
 
-def build_channel(address: str) -> grpc.aio.Channel:
-    """A channel to "host:port"; connects when first used."""
-    return grpc.aio.insecure_channel(
-        address, options=_CHANNEL_OPTIONS, compression=grpc.Compression.NoCompression
-    )
+ChannelFactory = Callable[[str], grpc.aio.Channel]  # address -> channel
+
+
+def build_channel(address: str, credentials: Credentials | None = None) -> grpc.aio.Channel:
+    """A channel to "host:port", with mutual TLS if there are credentials; connects when first used."""
+    plain = grpc.Compression.NoCompression
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS, compression=plain)
+    options = (*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", WORKER_NAME))
+    return grpc.aio.secure_channel(address, credentials.channel, options=options, compression=plain)
 
 
 def build_server(
-    handlers: Sequence[grpc.GenericRpcHandler[Any, Any]], *, host: str, port: int
+    handlers: Sequence[grpc.GenericRpcHandler[Any, Any]],
+    *,
+    host: str,
+    port: int,
+    credentials: Credentials | None = None,
 ) -> tuple[grpc.aio.Server, int]:
-    """A bound server, not started, and its port (the system chooses for 0). OSError when it cannot bind."""
+    """A bound server, not started, and its port (the system chooses for 0). OSError when it cannot bind.
+
+    With credentials only callers with a certificate of the same CA get in.
+    """
     server = grpc.aio.server(
         handlers=handlers, options=_SERVER_OPTIONS, compression=grpc.Compression.NoCompression
     )
     try:
-        bound_port = server.add_insecure_port(f"{host}:{port}")
+        if credentials is None:
+            bound_port = server.add_insecure_port(f"{host}:{port}")
+        else:
+            bound_port = server.add_secure_port(f"{host}:{port}", credentials.server)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {host}:{port}: {error}") from error
     if bound_port == 0:

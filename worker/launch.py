@@ -34,7 +34,7 @@ def launch(
     ensure_worker_environment(settings)
     service = prefix.removeprefix("BATON_").lower()
     identity: dict[str, Any] = {"worker_id": settings.worker_id} if settings.worker_id else {}
-    configure_logging(settings.log_format, service=service, **identity)
+    configure_logging(settings.log_format, settings.log_level, service=service, **identity)
     try:
         return run(settings)
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import grpc.aio
 
-from servicekit.rpc import build_channel
+from servicekit.rpc import ChannelFactory, build_channel
 
 IDLE_S = 60.0
 
@@ -22,7 +22,8 @@ class _Entry:
 
 
 class PeerChannels:
-    def __init__(self, idle_s: float = IDLE_S) -> None:
+    def __init__(self, channels: ChannelFactory = build_channel, idle_s: float = IDLE_S) -> None:
+        self._channels = channels
         self._idle_s = idle_s
         self._entries: dict[str, _Entry] = {}
 
@@ -36,7 +37,7 @@ class PeerChannels:
         await self._close_idle()
         entry = self._entries.get(address)
         if entry is None:
-            entry = self._entries[address] = _Entry(build_channel(address))
+            entry = self._entries[address] = _Entry(self._channels(address))
         entry.num_users += 1
         try:
             yield entry.channel

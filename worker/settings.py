@@ -9,6 +9,7 @@ from typing import Literal
 
 from servicekit.process_env import ensure_process_env, threads_per_worker
 from servicekit.settings import setting
+from servicekit.tls import TlsFiles, check_tls_files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +43,19 @@ class WorkerSettings:
     max_requests: int = setting(1024, doc="requests held, running and waiting; more are refused")
     num_threads: int | None = setting(None, doc="torch threads; unset: half of the usable processors")
     shared_memory: bool = setting(True, doc="hand KV over through shared memory inside one host")
+    tls_cert: Path | None = setting(
+        None, doc="certificate for mutual TLS with routers and workers, PEM; unset: plain"
+    )
+    tls_key: Path | None = setting(None, doc="its private key, PEM")
+    tls_ca: Path | None = setting(None, doc="CA of the others' certificates, PEM")
     drain_s: float = setting(30.0, doc="after SIGTERM, seconds for running requests to finish")
     otlp_endpoint: str = setting(
         "", doc="traces go there by OTLP over HTTP, like http://collector:4318; empty: no traces"
     )
     log_format: Literal["console", "json"] = setting("console", doc="console or json")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting(
+        "INFO", doc="DEBUG, INFO, WARNING or ERROR"
+    )
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_requests"):
@@ -59,6 +68,12 @@ class WorkerSettings:
             raise ValueError(f"num_threads must be 1 or more, got {self.num_threads}")
         if not self.drain_s >= 0:
             raise ValueError(f"drain_s must be 0 or more, got {self.drain_s}")
+
+        check_tls_files(self.tls_files)
+
+    @property
+    def tls_files(self) -> TlsFiles:
+        return TlsFiles(cert=self.tls_cert, key=self.tls_key, ca=self.tls_ca)
 
     @property
     def model_name(self) -> str:

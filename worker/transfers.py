@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from proto.kv_pb2 import FetchRequest, FetchStarted
 from proto.prefill_pb2 import PrefillRequest, PrefillStarted
+from servicekit.rpc import ChannelFactory, build_channel
 from servicekit.tracing import NO_TRACER, Tracer
 from worker.async_engine import AsyncEngine
 from worker.kv_carrier import KvCarrier, SharedMemoryCarrier, StreamCarrier, sending_carrier
@@ -28,13 +29,20 @@ class TransferEnvironment:
 
     @classmethod
     def build(
-        cls, engine: AsyncEngine, host_id: str, *, accepts_shared_memory: bool, tracer: Tracer = NO_TRACER
+        cls,
+        engine: AsyncEngine,
+        host_id: str,
+        *,
+        accepts_shared_memory: bool,
+        channels: ChannelFactory = build_channel,
+        tracer: Tracer = NO_TRACER,
     ) -> TransferEnvironment:
         return cls(
             engine=engine,
             host_id=host_id,
             accepts_shared_memory=accepts_shared_memory,
             shared_caches=SharedCaches(engine.engine.kv_layout),
+            channels=PeerChannels(channels),
             tracer=tracer,
         )
 

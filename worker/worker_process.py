@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import grpc
@@ -36,7 +37,8 @@ from servicekit.host import host_id, reachable_host
 from servicekit.lifecycle import drain_on_signals
 from servicekit.logging import get_logger
 from servicekit.metrics import MetricsServer, build_metrics_registry
-from servicekit.rpc import build_server
+from servicekit.rpc import build_channel, build_server
+from servicekit.tls import Credentials, load_credentials
 from servicekit.tracing import Tracer, build_tracer
 from worker.admission import Admission
 from worker.async_engine import AsyncEngine
@@ -100,6 +102,7 @@ class WorkerProcess:
     def run(self) -> int:
         """The exit code."""
         try:
+            credentials = load_credentials(self._settings.tls_files)
             store = Store(self._settings.redis_url)
             tracer = build_tracer(self._settings.otlp_endpoint, self._role, self._worker_id)
             self._membership = resolve_membership(self._settings, self._membership)
@@ -111,13 +114,15 @@ class WorkerProcess:
             log.error("group_lost", reason=str(error))
             return EXIT_FAILED
         try:
-            return asyncio.run(self._serve(engine, store, tracer))
+            return asyncio.run(self._serve(engine, store, tracer, credentials))
         except OSError as error:
             log.error("cannot_start", reason=str(error))
             return EXIT_MISTAKE
 
-    async def _serve(self, engine: Engine, store: Store, tracer: Tracer) -> int:
-        parts = self._build_parts(engine, tracer)
+    async def _serve(
+        self, engine: Engine, store: Store, tracer: Tracer, credentials: Credentials | None
+    ) -> int:
+        parts = self._build_parts(engine, tracer, credentials)
         async with AsyncExitStack() as stack:
             stack.push_async_callback(asyncio.to_thread, tracer.close)
             drain = stack.enter_context(drain_on_signals())
@@ -138,6 +143,7 @@ class WorkerProcess:
                 [service.handler(), parts.kv_service.handler()],
                 host=self._settings.host,
                 port=self._settings.port,
+                credentials=credentials,
             )
             if engine.ep is not None:
                 stack.callback(engine.ep.close)
@@ -159,7 +165,7 @@ class WorkerProcess:
         """The other ranks of a group may drain for all of their time and need this one's collectives."""
         return _STOP_S + (self._settings.drain_s if self._membership.size > 1 else 0.0)
 
-    def _build_parts(self, engine: Engine, tracer: Tracer) -> WorkerParts:
+    def _build_parts(self, engine: Engine, tracer: Tracer, credentials: Credentials | None) -> WorkerParts:
         admission = Admission(self._settings.max_requests)
         load = LoadMeter(admission, engine.num_blocks)
         admission.retry_after_s = load.retry_after_s
@@ -174,7 +180,11 @@ class WorkerProcess:
             async_engine.subscribe(observer.observe)
             async_engine.subscribe_load(observer.observe_load)
         transfers = TransferEnvironment.build(
-            async_engine, host_id(), accepts_shared_memory=self._settings.shared_memory, tracer=tracer
+            async_engine,
+            host_id(),
+            accepts_shared_memory=self._settings.shared_memory,
+            channels=partial(build_channel, credentials=credentials),
+            tracer=tracer,
         )
         fetch_metrics = FetchMetrics(metrics)
         fetcher = PeerFetcher(transfers, fetch_metrics, worker_id=self._worker_id)
@@ -212,6 +222,7 @@ class WorkerProcess:
             block_size=engine.kv_layout.block_size,
             max_model_len=engine.max_model_len,
             num_blocks=engine.num_blocks,
+            max_running=engine.max_running,
             host_id=parts.transfers.host_id,
             block_bytes=engine.kv_layout.block_bytes,
         )

@@ -16,7 +16,8 @@ from baton.bench.measurement import RequestMeasurement, Summary, by_class, summa
 from baton.bench.report import ROWS_LEGEND, render, render_rows
 from baton.bench.workload import Session
 from baton.errors import CommandError
-from baton.http_client import HttpStatusError, NoAnswer
+from baton.http_client import HttpStatusError, NoAnswer, Server
+from baton.settings import load_command_settings
 
 _CONCURRENCY = 8
 _SEEDS_APART = 10_007  # between the rates of a sweep: none finds the prompts of another in a cache
@@ -73,8 +74,9 @@ def run(args: argparse.Namespace) -> int:
 async def _bench(args: argparse.Namespace) -> list[Run]:
     rates: list[float | None] = args.rate or [None]
     plans = [_plan(args, rate, args.seed + _SEEDS_APART * index) for index, rate in enumerate(rates)]
-    model = args.model or await served_model(args.url)
-    target = Target(url=args.url, model=model, timeout_s=args.timeout_s)
+    api_key = load_command_settings().api_key
+    model = args.model or await served_model(Server(args.url, api_key))
+    target = Target(url=args.url, model=model, timeout_s=args.timeout_s, api_key=api_key)
     return [await _one_run(args, target, plan) for plan in plans]
 
 

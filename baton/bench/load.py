@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
 from baton.bench.measurement import RequestMeasurement
 from baton.bench.workload import Session, single_turn
-from baton.http_client import HttpClient, HttpStatusError, NoAnswer
+from baton.http_client import HttpClient, HttpStatusError, NoAnswer, Server
 
 OnDone = Callable[[RequestMeasurement], None]
 
@@ -24,6 +24,11 @@ class Target:
     output_len: int = 16  # where a request does not say its own
     timeout_s: float = 600.0
     wants_output_ids: bool = False
+    api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def server(self) -> Server:
+        return Server(self.url, self.api_key)
 
     def payload(self, prompt_ids: Sequence[int], output_len: int | None = None) -> bytes:
         return orjson.dumps(
@@ -40,13 +45,13 @@ class Target:
         )
 
 
-async def served_model(url: str) -> str:
+async def served_model(server: Server | str) -> str:
     """The first model that the server lists. Raises what HttpClient raises, ValueError if it lists none."""
-    async with HttpClient(url) as client:
+    async with HttpClient(server) as client:
         listing = await client.get_json("/v1/models")
     models = [str(entry["id"]) for entry in listing.get("data", [])]
     if not models:
-        raise ValueError(f"{url} lists no model")
+        raise ValueError(f"{server} lists no model")
     return models[0]
 
 
@@ -66,7 +71,7 @@ async def closed_sessions(
     measurements: list[RequestMeasurement] = []
 
     async def stream() -> None:
-        async with HttpClient(target.url) as client:
+        async with HttpClient(target.server) as client:
             for session in waiting:
                 await _converse(client, target, session, measurements, on_done)
 
@@ -99,7 +104,7 @@ async def open_sessions(
     start = time.perf_counter()
 
     async def one(session: Session) -> None:
-        client = idle.pop() if idle else HttpClient(target.url)
+        client = idle.pop() if idle else HttpClient(target.server)
         try:
             await _converse(client, target, session, measurements, on_done)
         finally:

@@ -54,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (metavar, text) in _WORKER_OPTIONS.items():
         parser.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=text)
     parser.add_argument(
+        "--tls", type=Path, metavar="DIR", help="HTTPS, and mutual TLS inside; DIR is made by `baton certs`"
+    )
+    parser.add_argument(
         "--disk-kv-dir", type=Path, metavar="DIR", help="keep evicted blocks there, one directory a worker"
     )
     parser.add_argument("--ask", metavar="TEXT", help="when ready, ask this and show the answer")
@@ -95,6 +98,7 @@ def _options(args: argparse.Namespace, settings: CommandSettings) -> UpOptions:
             num_decode=args.decode,
             ep_size=args.ep_size,
             threads_per_worker=args.threads,
+            tls_dir=_tls_dir(args.tls),
             router_settings={"POLICY": args.policy} if args.policy else {},
             disk_kv_dir=args.disk_kv_dir.absolute() if args.disk_kv_dir else None,
             worker_settings={name: value for name, value in values.items() if value is not None},
@@ -102,6 +106,14 @@ def _options(args: argparse.Namespace, settings: CommandSettings) -> UpOptions:
     except ValueError as error:
         raise CommandError(f"baton up: {error}") from error
     return options.with_model(resolve_model(args.model, settings.cache_dir))
+
+
+def _tls_dir(directory: Path | None) -> Path | None:
+    if directory is None:
+        return None
+    if not (directory / "ca.pem").is_file():
+        raise CommandError(f"--tls {directory}: no ca.pem there; make it with `baton certs {directory}`")
+    return directory.absolute()
 
 
 def _num_prefill(args: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ class UpOptions:
     num_decode: int = 1  # groups
     ep_size: int = 1  # processes in each decode group
     threads_per_worker: int | None = None  # None: the cores are split between the workers of a role
+    tls_dir: Path | None = None  # as `baton certs` writes it; None: plain HTTP and gRPC
     disk_kv_dir: Path | None = None  # each worker gets a directory of its own below it
     router_settings: Mapping[str, str] = field(default_factory=dict)  # field name -> value
     worker_settings: Mapping[str, str] = field(default_factory=dict)
@@ -42,6 +43,15 @@ class UpOptions:
             raise ValueError(f"--port {self.port}: must be 1 to 65535")
         if self.threads_per_worker is not None and self.threads_per_worker < 1:
             raise ValueError(f"--threads {self.threads_per_worker}: must be at least 1")
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "") else self.host
+        return f"{'https' if self.tls_dir else 'http'}://{host}:{self.port}"
+
+    @property
+    def ca_file(self) -> Path | None:
+        return self.tls_dir / "ca.pem" if self.tls_dir else None
 
     def with_model(self, model_dir: Path) -> UpOptions:
         return replace(self, model_dir=model_dir, served_model_name=self.served_model_name or model_dir.name)
@@ -168,6 +178,20 @@ class _Planner:
             ep_rank=ep_rank,
         )
 
+    def _tls(self, service: str) -> dict[str, Path]:
+        directory = self._options.tls_dir
+        if directory is None:
+            return {}
+        role = "router" if service == "ROUTER" else "worker"
+        files = {"": role, "HTTP_": "http"} if role == "router" else {"": role}
+        settings = {"TLS_CA": directory / "ca.pem"}
+        for prefix, name in files.items():
+            settings |= {
+                f"{prefix}TLS_CERT": directory / f"{name}.pem",
+                f"{prefix}TLS_KEY": directory / f"{name}.key",
+            }
+        return settings
+
     def _unique(self, name: str) -> str:
         return f"{name}-{self._options.run_id}"
 
@@ -178,5 +202,6 @@ class _Planner:
             "HOST": WORKER_HOST,
             "REDIS_URL": self._redis_url,
             "LOG_FORMAT": "json",
+            **self._tls(service),
         }
         return {f"BATON_{service}_{name}": str(value) for name, value in {**common, **settings}.items()}

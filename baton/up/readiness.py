@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from baton.http_client import HttpClient, NoAnswer
+from baton.http_client import HttpClient, NoAnswer, Server
 from baton.up.supervisor import Supervisor
 from kvstore.registry import Registry
 
@@ -20,19 +20,19 @@ async def watch_workers(supervisor: Supervisor, registry: Registry) -> None:
                 supervisor.mark_ready(names[record.address], record.incarnation)
 
 
-async def watch_router(supervisor: Supervisor, url: str) -> None:
+async def watch_router(supervisor: Supervisor, server: Server) -> None:
     """Until cancelled."""
     router = supervisor.statuses["router"]
     while True:
         await supervisor.wait_until(lambda: router.state == "starting")
-        if await _answers(url):
+        if await _answers(server):
             supervisor.mark_ready("router")
         else:
             await asyncio.sleep(_ROUTER_RETRY_S)
 
 
-async def _answers(url: str) -> bool:
-    async with HttpClient(url) as client:
+async def _answers(server: Server) -> bool:
+    async with HttpClient(server) as client:
         try:
             status, _ = await client.get("/ready", timeout_s=2.0)
         except NoAnswer:

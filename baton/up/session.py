@@ -18,7 +18,7 @@ from pathlib import Path
 
 from baton.chat import ask_once
 from baton.errors import CommandError
-from baton.http_client import HttpStatusError, NoAnswer
+from baton.http_client import HttpStatusError, NoAnswer, Server
 from baton.ports import free_port
 from baton.settings import CommandSettings
 from baton.up.console import Console
@@ -61,9 +61,8 @@ class Session:
                 return await self._serve(supervisor, console, store, stopping)
 
     @property
-    def _url(self) -> str:
-        host = "127.0.0.1" if self.options.host in ("0.0.0.0", "") else self.options.host
-        return f"http://{host}:{self.options.port}"
+    def _server(self) -> Server:
+        return Server(self.options.url, self.settings.api_key, self.options.ca_file)
 
     async def _serve(
         self, supervisor: Supervisor, console: Console, store: RunStore, stopping: asyncio.Event
@@ -74,7 +73,7 @@ class Session:
             for work in (
                 supervisor.run(),
                 watch_workers(supervisor, store.registry),
-                watch_router(supervisor, self._url),
+                watch_router(supervisor, self._server),
                 self._announce_when_ready(supervisor, console),
                 store.keep_running(lambda: console.line("the embedded Redis ended and was started again")),
                 _until(stopping),
@@ -99,7 +98,7 @@ class Session:
     async def _announce_when_ready(self, supervisor: Supervisor, console: Console) -> None:
         await supervisor.wait_until(lambda: supervisor.is_ready)
         console.show_ready()
-        console.line(_curl_example(self._url, self.options.served_model_name))
+        console.line(_curl_example(self._server, self.options.served_model_name))
         if self.question:
             await self._ask(self.question, console)
         console.line("Ctrl-C stops everything.")
@@ -108,7 +107,7 @@ class Session:
         console.line(f"you:   {question}")
         print("baton: ", end="", flush=True)
         try:
-            answer = await ask_once(self._url, question, lambda text: print(text, end="", flush=True))
+            answer = await ask_once(self._server, question, lambda text: print(text, end="", flush=True))
         except (HttpStatusError, NoAnswer, ValueError) as error:
             print(file=sys.stdout)
             console.line(f"no answer: {error}")
@@ -122,7 +121,7 @@ class Session:
             return
         state_file = StateFile(
             self.state_path,
-            url=self._url,
+            url=self.options.url,
             store=store,
             log_dir=self.log_dir,
             model=self.options.served_model_name,
@@ -143,6 +142,7 @@ async def _until(stopping: asyncio.Event) -> None:
     raise _Stop
 
 
-def _curl_example(url: str, model: str) -> str:
+def _curl_example(server: Server, model: str) -> str:
+    ca = f" --cacert {server.ca_file}" if server.ca_file else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-    return f"\ncurl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
+    return f"\ncurl{ca} {server}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"

@@ -37,6 +37,20 @@ def test_services_are_told_model_store_and_ports_by_their_own_prefix():
     assert not [name for name in decode.environment if not name.startswith("BATON_DECODE_")]
 
 
+def test_with_certificates_every_service_gets_its_own_and_the_router_https():
+    prefill, decode, router = members(planned(tls_dir=Path("/pki")))
+    for worker, name in ((prefill, "PREFILL"), (decode, "DECODE")):
+        assert worker.environment[f"BATON_{name}_TLS_CERT"] == "/pki/worker.pem"
+        assert worker.environment[f"BATON_{name}_TLS_KEY"] == "/pki/worker.key"
+        assert worker.environment[f"BATON_{name}_TLS_CA"] == "/pki/ca.pem"
+        assert not [variable for variable in worker.environment if "HTTP_TLS" in variable]
+    assert router.environment["BATON_ROUTER_TLS_CERT"] == "/pki/router.pem"
+    assert router.environment["BATON_ROUTER_HTTP_TLS_KEY"] == "/pki/http.key"
+    assert not [
+        variable for member in members(planned()) for variable in member.environment if "TLS" in variable
+    ]
+
+
 def test_each_worker_keeps_its_blocks_in_a_directory_of_its_own_that_the_next_run_finds():
     def directories():
         groups = planned(num_prefill=2, ep_size=2, disk_kv_dir=Path("/kv"))

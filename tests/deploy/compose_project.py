@@ -57,7 +57,8 @@ class ComposeProject:
         command = compose_command()
         assert command is not None
         self._command = [*command, "--project-name", _NAME, "--file", str(COMPOSE_FILE)]
-        self._environment = {"COMPOSE_PROFILES": "cpu", "ROUTER_PORT": str(port)}
+        # float32: an answer's tokens must not depend on how its steps were cut.
+        self._environment = {"COMPOSE_PROFILES": "cpu", "ROUTER_PORT": str(port), "DTYPE": "float32"}
         self.model = ""
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=180)
 

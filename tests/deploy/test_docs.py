@@ -18,6 +18,7 @@ from tests.e2e.stack import free_port, wait_until
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]
+FOLDERS = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name.isidentifier())
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 
@@ -50,9 +51,7 @@ def test_the_index_has_every_page() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_paths_and_make_targets_that_are_named_exist(page: Path) -> None:
     text = page.read_text()
-    for path in re.findall(
-        r"\b(?:deploy|docs|benchmarks|router|worker)/[\w./-]+\.(?:py|md|yml|yaml|sh|json)\b", text
-    ):
+    for path in re.findall(rf"(?<![\w/])(?:{FOLDERS})/[\w./-]+\.(?:py|md|yml|yaml|sh|json|proto)\b", text):
         assert (ROOT / path).exists() or (page.parent / path).exists(), path
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^)make ([a-z][a-z-]+)", text, re.MULTILINE)) <= targets

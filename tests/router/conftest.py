@@ -15,7 +15,7 @@ from kvstore.memory_index import MemoryIndex
 from kvstore.memory_registry import MemoryRegistry
 from kvstore.worker_record import WorkerLoad
 from router.app import build
-from router.server import RouterServer
+from router.server import build_servers
 from router.settings import RouterSettings
 from tests.fakes.fake_decode_worker import FakeDecodeWorker, decode_record, mixing_script
 from tests.fakes.tiny_tokenizer import write_model_dir
@@ -42,13 +42,14 @@ class Router:
         return self.app.state.serving.fleet
 
     async def add_worker(
-        self, worker_id: str, *, load: WorkerLoad | None = None, **fields: Any
+        self, worker_id: str, *, load: WorkerLoad | None = None, max_model_len: int = 512, **fields: Any
     ) -> FakeDecodeWorker:
         """Started, registered and linked."""
         worker = FakeDecodeWorker(**{"script": mixing_script(300), **fields})
         self.workers[worker_id] = worker
         address = await worker.start()
-        await self.registry.announce(decode_record(worker_id, address, load=load or WorkerLoad()), 60.0)
+        record = decode_record(worker_id, address, max_model_len=max_model_len, load=load or WorkerLoad())
+        await self.registry.announce(record, 60.0)
         await self.until(lambda: worker_id in self.linked())
         return worker
 
@@ -72,6 +73,15 @@ class Router:
         return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(name))
 
 
+async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 10.0) -> None:
+    """For what only asking can tell."""
+    for _ in range(int(timeout_s / 0.05)):
+        if await condition():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("it did not come true")
+
+
 @asynccontextmanager
 async def running_router(
     model_dir: Path, like: Router | None = None, **settings: Any
@@ -81,7 +91,7 @@ async def running_router(
     defaults = {"model": model_dir, "served_model_name": "test", "port": 0, "worker_timeout_s": 5.0}
     router_settings = RouterSettings(**{**defaults, **settings})
     app = build(router_settings, registry=registry, index=index)
-    server = RouterServer(app, host="127.0.0.1", port=0)
+    server = build_servers(app)[0]
     serving = asyncio.create_task(server.serve())
     while not server.started:
         assert not serving.done()

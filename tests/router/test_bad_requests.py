@@ -42,6 +42,7 @@ async def make_router(model_dir: Path) -> AsyncIterator[RouterFactory]:
         yield make
 
 
+ADD: dict[str, Any] = {"type": "function", "function": {"name": "add"}}
 BAD_FIELDS: list[dict[str, Any]] = [
     {"model": 7},
     {"temperature": "warm"},
@@ -79,9 +80,31 @@ BAD_FIELDS: list[dict[str, Any]] = [
     {"stream": "maybe"},
     {"stream_options": {"include_usage": True}},
     {"stream": True, "stream_options": {"include_usage": "yes"}},
-    {"response_format": {"type": "json_object"}},
+    {"response_format": {"type": "xml"}},
+    {"response_format": {"type": "json_schema"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+    {"response_format": {"type": "json_object"}, "regex": "a+"},
+    {"structured_outputs": {}},
+    {"structured_outputs": {"regex": "a", "json": {}}},
+    {"structured_outputs": {"choice": []}},
+    {"guided_json": "{not json"},
+    {"guided_json": "[]"},
+    {"guided_choice": [5]},
+    {"regex": ""},
+    {"ebnf": 5},
     {"suffix": "end"},
-    {"best_of": 5},
+    {"best_of": 0},
+    {"best_of": 2, "n": 3},
+    {"best_of": 5, "stream": True},
+    {"allowed_token_ids": []},
+    {"allowed_token_ids": [999999]},
+    {"bad_words": [""]},
+    {"truncate_prompt_tokens": 0},
+    {"truncate_prompt_tokens": -2},
+    {"prompt_logprobs": 1, "stream": True},
+    {"prompt_logprobs": 50},
+    {"request_id": "with space"},
+    {"priority": "high"},
 ]
 
 
@@ -138,7 +161,20 @@ async def test_bad_messages_are_refused(router: Router, worker: FakeDecodeWorker
 
 @pytest.mark.parametrize(
     "fields",
-    [{"logprobs": 2}, {"logprobs": True, "top_logprobs": 500}, {"top_logprobs": 2}, {"tools": [{"a": 1}]}],
+    [
+        {"logprobs": 2},
+        {"logprobs": True, "top_logprobs": 500},
+        {"top_logprobs": 2},
+        {"best_of": 5},
+        {"functions": [{"name": "add"}]},
+        {"tools": [{"a": 1}]},
+        {"tools": [{"type": "function", "function": {"name": ""}}]},
+        {"tools": [ADD, ADD]},
+        {"tools": [ADD], "tool_choice": "maybe"},
+        {"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "subtract"}}},
+        {"tool_choice": "required"},
+        {"tools": [ADD], "tool_choice": "required", "response_format": {"type": "json_object"}},
+    ],
     ids=repr,
 )
 async def test_bad_chat_fields_are_refused(

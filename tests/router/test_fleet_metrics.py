@@ -12,6 +12,8 @@ from router.fleet import Fleet
 from router.fleet_metrics import FleetMetrics
 from tests.fakes.fake_decode_worker import decode_record
 
+MODEL = {"model_name": "tiny"}
+
 
 class _Link:
     is_up = True
@@ -30,7 +32,7 @@ def test_workers_are_counted_by_what_the_router_would_do_with_them(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = CollectorRegistry()
-    FleetMetrics(registry, fleet, lambda: True)
+    FleetMetrics(registry, {"tiny": fleet}, lambda: True)
     workers = [
         (_record("p0", "prefill"), None),
         (_record("p1", "prefill", incarnation="suspect"), None),
@@ -42,23 +44,25 @@ def test_workers_are_counted_by_what_the_router_would_do_with_them(
     monkeypatch.setattr(fleet, "is_suspected", lambda record: record.incarnation == "suspect")
 
     def workers_in(role: str, state: str) -> float | None:
-        return registry.get_sample_value("baton_router_workers", {"worker_role": role, "state": state})
+        return registry.get_sample_value(
+            "baton_router_workers", {**MODEL, "worker_role": role, "state": state}
+        )
 
     assert workers_in("prefill", "ready") == 1
     assert workers_in("prefill", "suspected") == 1
     assert workers_in("decode", "ready") == 1
     assert workers_in("decode", "unlinked") == 1
     assert workers_in("decode", "draining") == 1
-    assert registry.get_sample_value("baton_router_waiting_sequences") == 4
-    assert registry.get_sample_value("baton_router_kv_usage_ratio") == pytest.approx(0.25)
+    assert registry.get_sample_value("baton_router_waiting_sequences", MODEL) == 4
+    assert registry.get_sample_value("baton_router_kv_usage_ratio", MODEL) == pytest.approx(0.25)
 
 
 def test_an_empty_fleet_is_zeros_and_not_silence(fleet: Fleet) -> None:
     registry = CollectorRegistry()
-    FleetMetrics(registry, fleet, lambda: False)
-    labels = {"worker_role": "prefill", "state": "ready"}
+    FleetMetrics(registry, {"tiny": fleet}, lambda: False)
+    labels = {**MODEL, "worker_role": "prefill", "state": "ready"}
     assert registry.get_sample_value("baton_router_workers", labels) == 0
-    assert registry.get_sample_value("baton_router_kv_usage_ratio") == 0
+    assert registry.get_sample_value("baton_router_kv_usage_ratio", MODEL) == 0
     assert registry.get_sample_value("baton_router_store_up") == 0
 
 

@@ -14,7 +14,7 @@ WORKER = """
 model served_model_name worker_id host advertised_host port metrics_port redis_url load_format dtype device
 block_size kv_cache_bytes num_blocks host_kv_bytes disk_kv_dir disk_kv_bytes max_model_len token_budget
 max_running max_requests num_threads
-shared_memory drain_s otlp_endpoint log_format
+shared_memory tls_cert tls_key tls_ca drain_s otlp_endpoint log_format log_level
 """
 EXPECTED = {
     PrefillSettings: WORKER,
@@ -22,7 +22,10 @@ EXPECTED = {
     RouterSettings: """
 model served_model_name host port redis_url policy policy_temperature_s local_prefill_max_tokens
 max_retries request_timeout_s worker_timeout_s max_body_bytes max_sequences drain_grace_s admin_key
-otlp_endpoint log_format log_level
+otlp_endpoint log_format log_level extra_models tool_parser reasoning_parser reasoning_field
+rejects_unknown_fields
+max_prompt_tokens max_concurrent_requests max_queue_wait_s client_timeout_s require_api_key api_key_grace_s
+cors_origins admin_host admin_port http_tls_cert http_tls_key tls_cert tls_key tls_ca
 """,
 }
 

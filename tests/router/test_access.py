@@ -1,0 +1,243 @@
+"""Who gets in, whose blocks they share, and how much they may use."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from kvstore.api_keys import ApiKey, RedisApiKeys, digest_of, new_secret
+from kvstore.block_hash import HashChain
+from kvstore.embedded import EmbeddedServer
+from kvstore.store import Store
+from router.caller import secret_of
+from tests.fakes.redis_server import flush_all, redis_server
+from tests.router.conftest import Router, RouterFactory, eventually
+
+PROMPT = [5, 6, 7, 8, 9]
+
+
+@pytest.fixture(scope="module")
+def shared_redis() -> Iterator[tuple[EmbeddedServer, str]]:
+    with redis_server() as pair:
+        yield pair
+
+
+@pytest.fixture
+def redis(shared_redis: tuple[EmbeddedServer, str]) -> tuple[EmbeddedServer, str]:
+    """Running and empty: a test may have stopped it."""
+    server, url = shared_redis
+    if not server.is_running():
+        assert server.start() == url
+    flush_all(url)
+    return server, url
+
+
+@dataclass
+class Locked:
+    """A router that asks for keys, with one decode worker."""
+
+    router: Router
+    keys: RedisApiKeys
+    redis: EmbeddedServer
+
+    async def key(self, name: str = "ada", **fields: Any) -> dict[str, str]:
+        """The headers of a new key."""
+        secret = new_secret()
+        await self.keys.create(ApiKey(name=name, digest=digest_of(secret), **{"tenant": name, **fields}))
+        return {"authorization": f"Bearer {secret}"}
+
+    async def ask(self, headers: dict[str, str], **fields: Any) -> httpx.Response:
+        body = {"model": "test", "prompt": PROMPT, "max_tokens": 4, "ignore_eos": True, **fields}
+        return await self.router.client.post("/v1/completions", json=body, headers=headers)
+
+
+@pytest.fixture
+async def locked(make_router: RouterFactory, redis: tuple[EmbeddedServer, str]) -> AsyncIterator[Locked]:
+    server, url = redis
+    router = await make_router(require_api_key=True, redis_url=url, admin_key="admin")
+    await router.add_worker("decode-0")
+    store = Store(url)
+    yield Locked(router, RedisApiKeys(store), server)
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"authorization": "Bearer baton-guess"}, {"authorization": "Basic eDp5"}, {"x-api-key": "guess"}],
+)
+async def test_strangers_get_401_and_no_worker_hears_of_it(locked: Locked, headers: dict[str, str]) -> None:
+    response = await locked.ask(headers)
+    assert response.status_code == 401
+    error = response.json()["error"]
+    assert error["code"] == "invalid_api_key" and error["type"] == "invalid_request_error"
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert locked.router.workers["decode-0"].submits == []
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/openapi.json", "/docs", "/version", "/nothing"])
+async def test_a_stranger_gets_nothing_else_either(locked: Locked, path: str) -> None:
+    assert (await locked.router.client.get(path)).status_code == 401
+
+
+async def test_probes_need_no_key_and_metrics_the_admin_s(locked: Locked) -> None:
+    client = locked.router.client
+    assert (await client.get("/health")).status_code == 200
+    assert (await client.get("/ready")).status_code == 200
+    headers = await locked.key()
+    assert (await client.get("/metrics")).status_code == 401
+    assert (await client.get("/metrics", headers=headers)).status_code == 401
+    page = await client.get("/metrics", headers={"authorization": "Bearer admin"})
+    assert page.status_code == 200
+    assert 'baton_router_refused_total{reason="no_key"}' in page.text
+
+
+async def test_both_ways_to_send_a_key_work(locked: Locked) -> None:
+    headers = await locked.key()
+    assert (await locked.ask(headers)).status_code == 200
+    assert (await locked.ask({"x-api-key": headers["authorization"].split()[1]})).status_code == 200
+
+
+async def test_anthropic_s_endpoint_refuses_in_anthropic_s_words(locked: Locked) -> None:
+    response = await locked.router.client.post("/v1/messages", json={}, headers={"x-api-key": "guess"})
+    assert response.status_code == 401
+    assert response.json()["type"] == "error"
+    assert response.json()["error"]["type"] == "authentication_error"
+
+
+async def test_a_revoked_key_ends_within_seconds(locked: Locked) -> None:
+    headers = await locked.key()
+    assert (await locked.ask(headers)).status_code == 200
+    await locked.keys.revoke("ada")
+
+    async def is_refused() -> bool:
+        return (await locked.ask(headers)).status_code == 401
+
+    await eventually(is_refused, 5.0)
+
+
+async def test_an_expired_key_is_refused(locked: Locked) -> None:
+    response = await locked.ask(await locked.key(expires_at=1.0))
+    assert response.status_code == 401
+    assert "expired" in response.json()["error"]["message"]
+
+
+async def test_redis_away_known_keys_go_on_and_others_hear_503(locked: Locked) -> None:
+    headers = await locked.key()
+    assert (await locked.ask(headers)).status_code == 200
+    locked.redis.kill()
+    assert (await locked.ask(headers)).status_code == 200
+    response = await locked.ask({"x-api-key": "unknown"})
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) >= 1
+
+
+async def test_the_tenant_of_the_key_reaches_the_worker(locked: Locked) -> None:
+    await locked.ask(await locked.key("ada", tenant="engines"))
+    await locked.ask(await locked.key("bob"))
+    submits = locked.router.workers["decode-0"].submits
+    assert [submit.sequence.tenant for submit in submits] == ["engines", "bob"]
+
+
+async def test_hits_are_looked_up_in_the_blocks_of_the_own_tenant(locked: Locked) -> None:
+    """The index knows the prompt's block as one of ada's: only she is routed by it."""
+    chain = HashChain(model_fingerprint="weights", block_size=4)
+    locked.router.index.publish("decode-0", chain.hashes(PROMPT, "", "ada"))
+    routes = {}
+    for name in ("ada", "bob"):
+        response = await locked.ask(await locked.key(name))
+        routes[name] = response.headers["x-baton-route"]
+    assert "predicted_hit_tokens=4;" in routes["ada"]
+    assert "predicted_hit_tokens=0;" in routes["bob"]
+
+
+async def test_requests_beyond_the_quota_get_429_with_the_time_to_wait(locked: Locked) -> None:
+    headers = await locked.key(requests_per_minute=2, tokens_per_minute=1000)
+    first = await locked.ask(headers)
+    assert first.headers["x-ratelimit-limit-requests"] == "2"
+    assert first.headers["x-ratelimit-remaining-requests"] == "1"
+    assert first.headers["x-ratelimit-remaining-tokens"] == "991"  # 5 in the prompt, 4 of max_tokens
+    await locked.ask(headers)
+    refused = await locked.ask(headers)
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert 55 <= int(refused.headers["retry-after"]) <= 60
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+    assert len(locked.router.workers["decode-0"].submits) == 2
+
+
+async def test_tokens_are_reserved_by_estimate_and_charged_as_used(locked: Locked) -> None:
+    """Two answers of 4 tokens that asked for 40 fit into 60: what was not used came back."""
+    headers = await locked.key(tokens_per_minute=60)
+    worker = locked.router.workers["decode-0"]
+    token = worker.script(PROMPT, [worker.script(PROMPT, [])])
+    stops = {"max_tokens": 40, "stop_token_ids": [token]}
+    first, second = await locked.ask(headers, **stops), await locked.ask(headers, **stops)
+    assert first.status_code == second.status_code == 200, (first.json()["usage"], second.text)
+    used = first.json()["usage"]["total_tokens"]
+    assert used < 20
+    assert int(second.headers["x-ratelimit-remaining-tokens"]) == 60 - used - 45
+
+
+async def test_a_stream_that_the_client_leaves_is_charged_for_what_came(locked: Locked) -> None:
+    headers = await locked.key(tokens_per_minute=100)
+    worker = locked.router.workers["decode-0"]
+    worker.hold_after = 3
+    body = {"model": "test", "prompt": PROMPT, "max_tokens": 50, "ignore_eos": True, "stream": True}
+    async with locked.router.client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
+        lines = response.aiter_lines()
+        await anext(lines)
+    await worker.until(lambda: bool(worker.cancelled))
+
+    async def is_given_back() -> bool:
+        answer = await locked.ask(headers, max_tokens=1)
+        return int(answer.headers.get("x-ratelimit-remaining-tokens", 0)) > 60
+
+    await eventually(is_given_back)
+
+
+async def test_a_prompt_that_no_wait_makes_fit_is_413(locked: Locked) -> None:
+    response = await locked.ask(await locked.key(tokens_per_minute=4))
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "request_exceeds_quota"
+
+
+async def test_one_key_s_limit_is_not_another_s(locked: Locked) -> None:
+    busy, other = await locked.key("busy", requests_per_minute=1), await locked.key("other")
+    await locked.ask(busy)
+    assert (await locked.ask(busy)).status_code == 429
+    assert (await locked.ask(other)).status_code == 200
+    assert "x-ratelimit-limit-requests" not in (await locked.ask(other)).headers
+
+
+async def test_a_request_that_no_worker_took_costs_nothing(
+    make_router: RouterFactory, redis: tuple[EmbeddedServer, str]
+) -> None:
+    router = await make_router(require_api_key=True, redis_url=redis[1], worker_timeout_s=0.1)
+    store = Store(redis[1])
+    locked = Locked(router, RedisApiKeys(store), redis[0])
+    headers = await locked.key(requests_per_minute=1, tokens_per_minute=10)
+    assert (await locked.ask(headers)).status_code == 503
+    await router.add_worker("decode-0")
+    assert (await locked.ask(headers)).status_code == 200
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "secret"),
+    [
+        ([(b"authorization", b"Bearer  abc ")], "abc"),
+        ([(b"authorization", b"bearer abc")], "abc"),
+        ([(b"x-api-key", b"abc")], "abc"),
+        ([(b"x-api-key", b"other"), (b"authorization", b"Bearer abc")], "abc"),
+        ([(b"authorization", b"Bearer "), (b"x-api-key", b"abc")], "abc"),
+        ([(b"authorization", b"Basic abc")], ""),
+        ([(b"authorization", b"Bearer \xff\xfe")], "\xff\xfe"),
+        ([], ""),
+    ],
+)
+def test_where_a_key_is_looked_for(headers: list[tuple[bytes, bytes]], secret: str) -> None:
+    assert secret_of(headers) == secret
