@@ -16,8 +16,8 @@ from typing import NamedTuple
 from router.worker_rates import ASSUMED, WorkerRates
 
 HORIZON_TOKENS = 64
-# Sequences that a local prompt holds up although they are not there yet. So a long prompt leaves an idle decode
-# worker free for those that come while it is computed, as long as the hand-off costs less than that.
+# Sequences that a local prompt holds up although they are not there yet. So a long prompt leaves an idle
+# decode worker free for those that come while it is computed, as long as the hand-off costs less than that.
 EXPECTED_SEQUENCES = 0.05
 
 
