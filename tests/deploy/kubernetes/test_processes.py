@@ -181,7 +181,7 @@ def test_the_router_is_ready_when_a_decode_worker_is(cluster: LocalCluster) -> N
     served = 'baton_decode_requests_total{outcome="finished"} 1.0'
     assert served in httpx.get(f"http://127.0.0.1:{decode}/metrics", timeout=5).text
     assert (
-        'baton_router_workers{state="ready",worker_role="prefill"} 1.0'
+        'baton_router_workers{worker_role="prefill",state="ready"} 1.0'
         in httpx.get(f"{url}/metrics", timeout=5).text
     )
     page = httpx.get(f"{url}/metrics", timeout=5).text
