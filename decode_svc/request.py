@@ -231,6 +231,7 @@ class DecodeRequest:
         self._metrics.count_tokens(len(update_pb.token_ids))
         if update_pb.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
             self._finish_reason = _REASON_NAMES.get(update_pb.finish_reason, "abort")
+            self._trace.last_token(self._num_tokens)
             self._ended.set()
         self._send(update_pb)
 

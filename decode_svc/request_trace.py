@@ -43,6 +43,13 @@ class RequestTrace:
         if not is_last:
             self._decode = self._tracer.start("decode", parent)
 
+    def last_token(self, num_tokens: int) -> None:
+        """Before it is sent: what the router does with it is no longer decoding."""
+        if self._decode is not None:
+            self._decode.set({"baton.outcome": "finished", "baton.num_output_tokens": num_tokens})
+            self._decode.end()
+            self._decode = None
+
     def end(self, outcome: str, num_tokens: int, error: BaseException | None) -> None:
         """`outcome`: as in the metrics. `num_tokens`: generated here or brought by the hand-off."""
         attributes: dict[str, str | int] = {"baton.outcome": outcome, "baton.num_output_tokens": num_tokens}
