@@ -4,6 +4,7 @@
 
 Two prefill and two decode workers (or, with --aggregated, four that do both) on small576, started once for
 each policy and repeat; the policies take turns, and all of them get the same prompts at the same moments.
+How fast requests come follows from what the machine can do, which is measured first.
 Clients and servers share the machine, so the workers share its cores too: what a policy saves in compute
 shortens everybody's queue.
 """
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from baton.bench.load import Target, closed_loop, open_sessions, served_model
@@ -25,7 +27,7 @@ from benchmarks.metrics_page import read_counters
 from benchmarks.plots import plot_distributions
 from benchmarks.results_file import result_path, table, write_result
 from benchmarks.routing_analysis import COLUMNS, Run, result_rows, ttft_ms, verdicts
-from benchmarks.routing_loads import LOAD_NAMES, Load, Sizes, build_loads
+from benchmarks.routing_loads import LOAD_NAMES, OUTPUT_LEN, Load, Sizes, build_loads, capacity_probe
 from benchmarks.serving import Server, baton_up
 
 POLICIES = ("prefix", "round_robin", "least_loaded")
@@ -41,6 +43,9 @@ def main() -> None:
         checkpoint = args.checkpoint or Path(directory) / "small576"
         if not checkpoint.exists():
             make_checkpoint(checkpoint)
+        with baton_up(*up_options(args, sizes, checkpoint, "least_loaded")) as server:
+            sizes = replace(sizes, capacity_per_s=asyncio.run(capacity_per_s(server, sizes)))
+        print(f"capacity: {sizes.capacity_per_s:.2f} prompts/s", flush=True)
         for repeat in range(1 if args.quick else args.repeats):
             loads = build_loads(args.loads, sizes, repeat)
             for policy in in_turn(args.policies, repeat):
@@ -80,6 +85,18 @@ def up_options(args: argparse.Namespace, sizes: Sizes, checkpoint: Path, policy:
     limits = ["--max-model-len", "2048", "--threads", "1", "--dtype", "float32"]
     more = shlex.split(args.up_options)
     return ["--model", str(checkpoint), "--policy", policy, *workers, *blocks, *limits, *more]
+
+
+async def capacity_per_s(server: Server, sizes: Sizes) -> float:
+    """Prompts a second with four at a time, nothing cached."""
+    target = Target(
+        url=server.url, model=await served_model(server.url), output_len=OUTPUT_LEN, timeout_s=120.0
+    )
+    prompts = capacity_probe(sizes)
+    await closed_loop(target, prompts[:4], concurrency=4)
+    began = time.monotonic()
+    await closed_loop(target, prompts[4:], concurrency=4)
+    return (len(prompts) - 4) / (time.monotonic() - began)
 
 
 async def run_loads(server: Server, policy: str, repeat: int, loads: Sequence[Load]) -> list[Run]:

@@ -21,10 +21,11 @@ class Sizes:
     shared_blocks: int = 32
     share: float = 0.8  # shared tokens of a prompt
     cache_ratio: float = 0.58  # blocks of one worker's cache / blocks of all shared prefixes
-    num_shared: int = 50  # requests
-    shared_per_s: float = 1.25
-    num_unshared: int = 20
-    unshared_per_s: float = 0.9
+    num_shared: int = 90  # requests
+    shared_load: float = 1.4  # requests a second over `capacity_per_s`
+    num_unshared: int = 40
+    unshared_load: float = 0.6
+    capacity_per_s: float = 1.0  # prompts, nothing cached, that the workers of this machine can serve
     num_sessions: int = 8
     sessions_per_s: float = 0.8
     num_turns: int = 4
@@ -34,6 +35,14 @@ class Sizes:
     def quick(self) -> Sizes:
         """Too few requests for a result; every step of the benchmark all the same."""
         return replace(self, num_groups=8, num_shared=12, num_unshared=6, num_sessions=3, num_traced=6)
+
+    @property
+    def shared_per_s(self) -> float:
+        return self.shared_load * self.capacity_per_s
+
+    @property
+    def unshared_per_s(self) -> float:
+        return self.unshared_load * self.capacity_per_s
 
     @property
     def prefix_len(self) -> int:
@@ -54,11 +63,14 @@ class Sizes:
 
     def describe(self) -> list[str]:
         return [
+            f"capacity, measured before: {self.capacity_per_s:.2f} prompts/s of {self.prompt_len} tokens when "
+            f"nothing is cached; shared prefix comes at {self.shared_load:g} times that, no sharing at "
+            f"{self.unshared_load:g} times: who finds 44 % of the tokens cached is busy for 80 % of the time",
             f"shared prefix: {self.num_groups} groups, {self.prefix_len} of {self.prompt_len} prompt tokens "
-            f"shared ({self.share:.0%}), {self.shared_per_s:g} requests/s; every prefix is sent once before "
+            f"shared ({self.share:.0%}), {self.shared_per_s:.2f} requests/s; every prefix is sent once before "
             f"the measurement; the prefixes are {self.working_set_blocks} blocks, a worker's cache "
             f"{self.worker_blocks}: too few for all of them in one worker, enough in two",
-            f"no sharing: {self.prompt_len} tokens, {self.unshared_per_s:g} requests/s",
+            f"no sharing: {self.prompt_len} tokens, {self.unshared_per_s:.2f} requests/s",
             f"chat: {self.num_sessions} sessions of {self.num_turns} turns, {self.sessions_per_s:g} begin a "
             "second, system prompts of 128 tokens in 2 groups, 96 new tokens a turn, answers of 32, "
             "2 s to think",
@@ -77,6 +89,18 @@ class Load:
 def build_loads(names: Sequence[str], sizes: Sizes, repeat: int) -> list[Load]:
     builders = {"shared prefix": _shared, "no sharing": _unshared, "chat": _chat, "trace": _trace}
     return [builders[name](name, sizes, 1000 * (repeat + 1)) for name in names]
+
+
+def capacity_probe(sizes: Sizes) -> list[list[int]]:
+    """Prompts that share nothing, to be sent a few at a time."""
+    workload = Workload(
+        num_requests=24,
+        prompt_len=sizes.prompt_len,
+        output_len=OUTPUT_LEN,
+        vocab_size=sizes.vocab_size,
+        seed=7,
+    )
+    return [list(turn.new_ids) for session in workload.sessions() for turn in session.turns]
 
 
 def _shared(name: str, sizes: Sizes, seed: int) -> Load:
