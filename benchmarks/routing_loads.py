@@ -63,11 +63,11 @@ class Sizes:
 
     def describe(self) -> list[str]:
         return [
-            f"capacity, measured before: {self.capacity_per_s:.2f} prompts/s of {self.prompt_len} tokens when "
+            f"capacity, measured first: {self.capacity_per_s:.2f} prompts/s of {self.prompt_len} tokens when "
             f"nothing is cached; shared prefix comes at {self.shared_load:g} times that, no sharing at "
             f"{self.unshared_load:g} times: who finds 44 % of the tokens cached is busy for 80 % of the time",
             f"shared prefix: {self.num_groups} groups, {self.prefix_len} of {self.prompt_len} prompt tokens "
-            f"shared ({self.share:.0%}), {self.shared_per_s:.2f} requests/s; every prefix is sent once before "
+            f"shared ({self.share:.0%}), {self.shared_per_s:.2f} requests/s; each prefix is sent once before "
             f"the measurement; the prefixes are {self.working_set_blocks} blocks, a worker's cache "
             f"{self.worker_blocks}: too few for all of them in one worker, enough in two",
             f"no sharing: {self.prompt_len} tokens, {self.unshared_per_s:.2f} requests/s",
