@@ -27,9 +27,9 @@ help: ## this list
 
 setup: $(DEV_STAMP) ## virtual environment with everything a developer needs
 
-setup-system: ## Prometheus from Debian's packages, for the tests of rules and dashboards (needs root)
-	@command -v prometheus promtool >/dev/null || \
-	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus >/dev/null; }
+setup-system: ## Prometheus and Chromium from Debian's packages, for the tests of rules, dashboards and the page (needs root)
+	@{ command -v prometheus && command -v promtool && command -v chromium; } >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus chromium >/dev/null; }
 
 dashboards: $(DEV_STAMP) ## Grafana's dashboards and the PrometheusRule from what they are made of
 	$(BIN)/python deploy/grafana/dashboards.py

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,19 +11,17 @@ from typing import Any
 
 import pytest
 
+from tests.deploy.tools import program
 from tests.e2e.conftest import HANDS_OFF, SMALL, random_prompt
 from tests.e2e.stack import Stack, running_stack
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 KEY = "open sesame"
-_CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 _FLAGS += ["--disable-background-networking", "--disable-component-update"]
 _WAIT_MS = 20_000
 _REFUSED = ("status of 401 (Unauthorized)", "status of 400 (Bad Request)")  # the browser's own remark
-
-pytestmark = pytest.mark.skipif(_CHROMIUM is None, reason="no Chromium on this machine")
 
 OpenPage = Callable[..., Any]
 
@@ -41,8 +38,9 @@ def watched(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    executable = program("chromium", "chromium")
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=_CHROMIUM, args=_FLAGS)
+        chromium = playwright.chromium.launch(executable_path=executable, args=_FLAGS)
         yield chromium
         chromium.close()
 
