@@ -58,6 +58,7 @@ class WorkerRecord:
     num_blocks: int
     host_id: str
     block_bytes: int = 0  # of KV; 0: not told
+    cpu_share: float = 0.0  # of the host's processors that its computing takes; 0: a device of its own
     is_draining: bool = False
     max_running: int = 0  # sequences in its batch; 0: not told
     load: WorkerLoad = field(default_factory=WorkerLoad)

@@ -5,7 +5,8 @@ load     cached blocks from a slower place, shared out with compute until both m
 compute  the rest of the prompt
 handoff  what of the transfer the compute does not hide
 decode   the first tokens after that, in the batch they join; a horizon, so that long answers do not outweigh
-disturb  what others lose: slower steps for the horizon, and a step with prompt tokens for each that decodes
+disturb  what others lose: slower steps for the horizon, a step with prompt tokens for each that decodes, and
+         processors for the workers of the same host (host_load.py)
 """
 
 from __future__ import annotations
@@ -34,7 +35,15 @@ class Candidate:
     num_waiting_tokens: int = 0  # prompt tokens still to compute, those routed since included
     num_free_tokens: int = 0  # room for KV
     num_total_tokens: int = 0  # 0: not told
+    cpu_share: float = 0.0  # of its host's processors that its computing takes; 0: it has a device
+    # What host_load.py adds:
+    slowdown: float = 1.0  # of a prompt computed here, by others that compute on the host
+    num_slowed: float = 0.0  # requests there that such a prompt holds up, as if for all of its time
     rates: WorkerRates = ASSUMED
+
+    @property
+    def is_computing(self) -> bool:
+        return self.num_waiting_tokens > 0 or self.num_requests > self.num_handing_off
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +83,11 @@ class Prompt(NamedTuple):
     load_s: float
     compute_s: float
     num_computed_tokens: int
+    disturb_s: float  # what others on the host lose
 
     @property
     def total_s(self) -> float:
-        return self.wait_s + self.load_s + self.compute_s
+        return self.wait_s + self.load_s + self.compute_s + self.disturb_s
 
 
 class Seat(NamedTuple):
@@ -97,7 +107,7 @@ class Seat(NamedTuple):
 def prompt_on(request: RouteRequest, worker: Candidate, holders: list[Candidate]) -> Prompt:
     """`holders`: workers with the longest prefixes, longest first."""
     rates = worker.rates
-    token_s = rates.prefill_token_s
+    token_s = rates.prefill_token_s * worker.slowdown
     wait_s = rates.step_s + worker.num_waiting_tokens * token_s if worker.num_waiting_tokens else 0.0
     num_computed: float = request.num_prompt_tokens - worker.num_hit_tokens
     compute_s = rates.step_s + num_computed * token_s
@@ -116,7 +126,8 @@ def prompt_on(request: RouteRequest, worker: Candidate, holders: list[Candidate]
             load_s += fetch_s
             num_computed -= num_tokens - num_computed_meanwhile
             compute_s -= num_tokens * token_s
-    return Prompt(worker, peer_id, wait_s, load_s, compute_s, round(num_computed))
+    disturb_s = compute_s * worker.num_slowed
+    return Prompt(worker, peer_id, wait_s, load_s, compute_s, round(num_computed), disturb_s)
 
 
 def seat_at(request: RouteRequest, worker: Candidate) -> Seat:
@@ -147,7 +158,7 @@ def terms_local(prompt: Prompt, seat: Seat) -> Terms:
         prompt.compute_s + num_others * rates.decode_seq_s,
         0.0,
         seat.decode_s,
-        seat.disturb_s + held_up_s,
+        seat.disturb_s + held_up_s + prompt.disturb_s,
     )
 
 
@@ -164,7 +175,7 @@ def terms_remote(request: RouteRequest, prompt: Prompt, seat: Seat) -> Terms:
         prompt.compute_s,
         handoff_s,
         seat.decode_s + queued_s,
-        seat.disturb_s,
+        seat.disturb_s + prompt.disturb_s,
     )
 
 

@@ -12,6 +12,7 @@ from kvstore.prefix_index import PrefixHit, PrefixIndex
 from kvstore.registry import WorkerRecord
 from router import policy
 from router.fleet import Fleet
+from router.host_load import with_neighbours
 from router.link import Link
 from router.own_load import OwnLoad
 from router.route_cost import Candidate, RouteRequest
@@ -126,12 +127,16 @@ class RoutePlanner:
         num_tokens = len(hashes.token_ids)
         records = {record.worker_id: record for record in [*(record for record, _ in decode), *prefill]}
         hits = self._hits(hashes, list(records.values()))
-        seats = {record.worker_id: self.decode_candidate(record, link, hits) for record, link in decode}
+        decode_workers = [self.decode_candidate(record, link, hits) for record, link in decode]
+        prefill_workers = [self.prefill_candidate(record, hits) for record in prefill]
+        workers = with_neighbours([*decode_workers, *prefill_workers])
+        decode_workers, prefill_workers = workers[: len(decode)], workers[len(decode) :]
+        num_requests = {worker.worker_id: worker.num_requests for worker in decode_workers}
         decision = policy.choose(
             self._config,
             RouteRequest(num_prompt_tokens=num_tokens, max_tokens=max_tokens),
-            seats.values(),
-            [self.prefill_candidate(record, hits) for record in prefill],
+            decode_workers,
+            prefill_workers,
             policy.Chance(turn=next(self._turns), draw=self._random.random()),
         )
         helper = records[decision.prefill_id] if decision.prefill_id is not None else None
@@ -144,7 +149,7 @@ class RoutePlanner:
             decode=records[decision.decode_id],
             prefill=helper,
             peer=peer,
-            num_requests_ahead=seats[decision.decode_id].num_requests,
+            num_requests_ahead=num_requests[decision.decode_id],
             _prefill_load=None if helper is None else self._fleet.own_load(helper),
         )
 
@@ -165,6 +170,7 @@ class RoutePlanner:
             num_waiting_tokens=link.own.tokens(load.num_waiting_tokens, num_told),
             num_free_tokens=load.num_free_blocks * record.block_size,
             num_total_tokens=num_blocks * record.block_size,
+            cpu_share=record.cpu_share,
             rates=self._fleet.rates(record.worker_id),
         )
 
@@ -182,6 +188,7 @@ class RoutePlanner:
             num_disk_tokens=hit.num_disk_tokens,
             num_requests=own.requests(num_told),
             num_waiting_tokens=own.tokens(load.num_waiting_tokens, num_told),
+            cpu_share=record.cpu_share,
             rates=self._fleet.rates(record.worker_id),
         )
 

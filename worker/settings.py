@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from servicekit.process_env import ensure_process_env, threads_per_worker
+from servicekit.process_env import ensure_process_env, num_usable_cpus, threads_per_worker
 from servicekit.settings import setting
 from servicekit.tls import TlsFiles, check_tls_files
 
@@ -76,10 +76,21 @@ class WorkerSettings:
         return TlsFiles(cert=self.tls_cert, key=self.tls_key, ca=self.tls_ca)
 
     @property
+    def cpu_share(self) -> float:
+        """Of the usable processors, that computing takes; 0: it has a device of its own."""
+        if self.device != "cpu":
+            return 0.0
+        return min(1.0, _num_threads(self) / num_usable_cpus())
+
+    @property
     def model_name(self) -> str:
         return self.served_model_name or self.model.resolve().name
 
 
 def ensure_worker_environment(settings: WorkerSettings) -> None:
     """Starts this program again, in place, when the environment lacks what torch reads at import."""
-    ensure_process_env(os.environ, settings.num_threads or threads_per_worker(2))
+    ensure_process_env(os.environ, _num_threads(settings))
+
+
+def _num_threads(settings: WorkerSettings) -> int:
+    return settings.num_threads or threads_per_worker(2)

@@ -225,6 +225,7 @@ class WorkerProcess:
             max_running=engine.max_running,
             host_id=parts.transfers.host_id,
             block_bytes=engine.kv_layout.block_bytes,
+            cpu_share=self._settings.cpu_share,
         )
 
     async def _until_end(
