@@ -17,7 +17,7 @@ class TransferRates:
 
     def observe(self, carrier: str, num_bytes: int, elapsed_s: float) -> None:
         """`num_bytes`: those that were still to come when the first token was sampled; elapsed_s: from then
-        until the hand-off was committed."""
+        until the last of them was there."""
         fit = self._fits.setdefault(carrier, LinearFit(2, decay=_DECAY))
         fit.observe((1.0, float(num_bytes)), elapsed_s)
 
