@@ -244,7 +244,7 @@ class Handoff:
         if not self.needs_no_kv:
             came_before = bisect_right(self._arrivals, sampled_at, key=itemgetter(0))
             num_hidden = self._arrivals[came_before - 1][1] if came_before else 0
-            # Not until the commit, which waits for the step that the engine is in and tells nothing of the way.
+            # Not until the commit: that waits for the engine's present step and tells nothing of the way.
             arrived_at = self._arrivals[-1][0] if self._arrivals else sampled_at
             elapsed_s = max(0.0, arrived_at - sampled_at)
             self._environment.rates.observe(self.carrier_name, self.num_bytes - num_hidden, elapsed_s)
