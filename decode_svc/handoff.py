@@ -142,8 +142,9 @@ class Handoff:
                 finished_at = self._clock()
                 # STARTED took a while to get here, so this is early; but never before the token arrived.
                 sampled_at = min(finished_at, started_at + finished_pb.prefill_s)
-                await self._commit(self._first_token(started_pb, finished_pb), sampled_at, on_commit)
+                # Before the commit: that waits for the engine's present step and tells nothing of the way.
                 self._tell_rate(sampled_at)
+                await self._commit(self._first_token(started_pb, finished_pb), sampled_at, on_commit)
             await _tell_committed(call)
         finally:
             call.cancel()
@@ -244,9 +245,7 @@ class Handoff:
         if not self.needs_no_kv:
             came_before = bisect_right(self._arrivals, sampled_at, key=itemgetter(0))
             num_hidden = self._arrivals[came_before - 1][1] if came_before else 0
-            # Not until the commit: that waits for the engine's present step and tells nothing of the way.
-            arrived_at = self._arrivals[-1][0] if self._arrivals else sampled_at
-            elapsed_s = max(0.0, arrived_at - sampled_at)
+            elapsed_s = self._clock() - sampled_at
             self._environment.rates.observe(self.carrier_name, self.num_bytes - num_hidden, elapsed_s)
 
     def _first_token(self, started_pb: PrefillStarted, finished_pb: PrefillFinished) -> FirstToken:
