@@ -7,7 +7,7 @@ must cost exactly the same so that they take turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 from typing import NamedTuple
@@ -91,12 +91,24 @@ def _resolve_path(records: Sequence[WorkerRecord], path: KvPath) -> list[KvCost]
     return list(map(KvCost, latencies, _resolve(records, byte_s, assumed.byte_s)))
 
 
-def _resolve(records: Iterable[WorkerRecord], measure: Measure, assumed: float) -> list[float]:
-    measured = [_sane(measure(record)) for record in records]
+def _resolve(records: Sequence[WorkerRecord], measure: Measure, assumed: float) -> list[float]:
+    measured = _pooled(records, [_sane(measure(record)) for record in records])
     known = [value for value in measured if value is not None]
     middle = median_low(known) if known else assumed
     low, high = middle / _SAME_RATIO, middle * _SAME_RATIO
     return [middle if value is None or low <= value <= high else value for value in measured]
+
+
+def _pooled(records: Sequence[WorkerRecord], measured: Sequence[float | None]) -> list[float | None]:
+    """Workers that compute on the processors of one host are equally fast. They differ by what they got of
+    them while they measured, and who got less would be avoided for it."""
+    places = [(record.host_id, record.cpu_share) for record in records]
+    groups: dict[tuple[str, float], list[float]] = {}
+    for place, value in zip(places, measured, strict=True):
+        if all(place) and value is not None:
+            groups.setdefault(place, []).append(value)
+    medians = {place: median_low(values) for place, values in groups.items()}
+    return [medians.get(place, value) for place, value in zip(places, measured, strict=True)]
 
 
 def _sane(value: float | None) -> float | None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,6 +34,16 @@ def test_a_worker_that_has_not_measured_is_taken_for_a_middle_one() -> None:
 def test_nearly_equal_rates_are_equal() -> None:
     rates = resolve_rates([record(str(s), step_s=s) for s in (0.100, 0.095, 0.110, 0.2)])
     assert [each.step_s for each in rates] == [0.1, 0.1, 0.1, 0.2]
+
+
+def test_workers_on_the_processors_of_one_host_are_equally_fast() -> None:
+    def on(worker_id: str, host_id: str, cpu_share: float, step_s: float | None) -> Any:
+        return replace(record(worker_id, step_s=step_s), host_id=host_id, cpu_share=cpu_share)
+
+    shared = [on("a", "h", 0.5, 0.1), on("b", "h", 0.5, 0.3), on("c", "h", 0.5, None), on("d", "h", 0.5, 0.9)]
+    others = [on("wider", "h", 1.0, 0.04), on("elsewhere", "i", 0.5, 1.6), on("device", "h", 0.0, 0.02)]
+    steps = [rates.step_s for rates in resolve_rates([*shared, *others])]
+    assert steps == [0.3, 0.3, 0.3, 0.3, 0.04, 1.6, 0.02]
 
 
 def test_an_older_worker_s_mean_rate_stands_in() -> None:
