@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from proto import common_pb2
@@ -33,6 +35,29 @@ async def test_handed_off_request_gives_the_tokens_of_the_model(is_shared: bool)
         await decode.until_idle()
         await prefill.until_idle()
         assert prefill.metric("baton_prefill_requests_total", outcome="committed") == 1
+
+
+async def test_the_rate_of_a_handoff_is_known_before_the_commit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So no wait for the step that the engine is in can be part of it."""
+    async with (
+        prefill_worker(build_fake_engine()) as prefill,
+        decode_worker(build_fake_engine()) as decode,
+        router_link(decode) as router,
+    ):
+        engine, known = decode.engine.engine, []
+        commit = engine.commit
+
+        def commit_and_look(*args: Any) -> Any:
+            known.append(set(decode.transfers.rates.kv_rates()))
+            return commit(*args)
+
+        monkeypatch.setattr(engine, "commit", commit_and_look)
+        await router.finish(greedy_spec(PROMPT, 4), prefill)
+        assert known == [{"stream"}]
+        await decode.until_idle()
+        await prefill.until_idle()
 
 
 async def test_decode_prefills_by_itself_without_a_prefill_worker() -> None:
