@@ -29,6 +29,7 @@ from engine.pins import PinnedRun, Pins
 from engine.runner import Runner, StepResult
 from engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig
 from engine.sequence import Sequence, SequenceStatus
+from engine.speculation.verification import NewTokens
 from engine.step_stats import EngineLoad, build_stats, measure_load
 from engine.tiers.tier_store import LowerTiers, TierStore
 from kvstore.block_hash import BlockHash, HashChain
@@ -194,15 +195,17 @@ class Engine:
         self._is_stalled = not batch.seqs
         must_run = bool(batch.seqs) if self.ep is None else self.ep.agree(batch.num_tokens)
         result = StepResult()
+        judged: list[FinishReason | None] = []
         if must_run:
             result = self._runner.run(batch, self._announcer.layer_done(batch))
-            self._scheduler.advance(batch)
+            judged = [self._append(new) for new in result.new]
+            self._scheduler.advance(batch, {new.seq: new.num_rejected for new in result.new})
             self._tiers.pump()
         now = time.monotonic()
-        self._scheduler.loads.planner.observe_step(batch.num_tokens - batch.num_decodes, now - began)
+        self._scheduler.loads.planner.observe_step(batch.num_prefill_tokens, now - began)
         outputs = [
-            self._take_token(seq, token_id, logprobs, now)
-            for seq, token_id, logprobs in zip(result.seqs, result.token_ids, result.logprobs, strict=True)
+            self._take_tokens(new, finish_reason, now)
+            for new, finish_reason in zip(result.new, judged, strict=True)
         ]
         if any(output.finish_reason for output in outputs):
             self._blocks_came_back()
@@ -291,29 +294,40 @@ class Engine:
         for met in batch.met:
             self._announcer.announce_blocks(met.seq, met.first_block, met.end_block)
 
-    def _take_token(
-        self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None, now: float
-    ) -> SequenceOutput:
+    def _append(self, new: NewTokens) -> FinishReason | None:
+        """The sequence gets its new tokens, up to one that ends it; `new` keeps no others."""
+        seq = new.seq
         if seq.matcher is not None and seq.matcher.error is not None:
-            self._finish(seq)
-            return SequenceOutput(
-                seq_id=seq.seq_id, token_ids=(), finish_reason=FinishReason.ABORTED, error=seq.matcher.error
-            )
-        seq.token_ids.append(token_id)
-        finish_reason = seq.finish_reason_after(self.eos_token_ids, self.max_model_len)
+            new.cut(0)
+            return FinishReason.ABORTED
+        for i, token_id in enumerate(new.token_ids):
+            seq.token_ids.append(token_id)
+            finish_reason = seq.finish_reason_after(self.eos_token_ids, self.max_model_len)
+            if finish_reason is not None:
+                new.cut(i + 1)
+                return finish_reason
+        return None
+
+    def _take_tokens(self, new: NewTokens, finish_reason: FinishReason | None, now: float) -> SequenceOutput:
+        seq = new.seq
         if finish_reason is not None:
             self._finish(seq)
-        logprobs_tuple = () if logprobs is None else (logprobs,)
+        if not new.token_ids:
+            assert seq.matcher is not None
+            return SequenceOutput(
+                seq_id=seq.seq_id, token_ids=(), finish_reason=finish_reason, error=seq.matcher.error
+            )
+        token_ids, logprobs = tuple(new.token_ids), tuple(new.logprobs)
         if seq.has_emitted:
             return SequenceOutput(
-                seq_id=seq.seq_id, token_ids=(token_id,), logprobs=logprobs_tuple, finish_reason=finish_reason
+                seq_id=seq.seq_id, token_ids=token_ids, logprobs=logprobs, finish_reason=finish_reason
             )
         seq.has_emitted = True
         assert seq.times.scheduled is not None
         return SequenceOutput(
             seq_id=seq.seq_id,
-            token_ids=(token_id,),
-            logprobs=logprobs_tuple,
+            token_ids=token_ids,
+            logprobs=logprobs,
             finish_reason=finish_reason,
             num_hit_tokens=seq.num_hit_tokens,
             queue_s=seq.times.scheduled - seq.times.added,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.batch_rows import SequenceRows, main_rows
 from engine.batch_tensors import BatchTensors
 from engine.chunk_graphs import ChunkGraphs
 from engine.decode_graphs import DecodeGraphs, DecodeLaunch, GraphLimits
@@ -19,6 +20,8 @@ from engine.outputs import TokenLogprobs
 from engine.sampler import GREEDY_BELOW, Sampler
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
+from engine.speculation.drafter import Drafter, DraftLimits
+from engine.speculation.verification import NewTokens, logits_rows, single_tokens, verify
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
@@ -29,9 +32,7 @@ DEVICE_LOAD_STEPS = 256
 
 @dataclass(slots=True)
 class StepResult:
-    seqs: list[Sequence] = field(default_factory=list)  # that got a token
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    new: list[NewTokens] = field(default_factory=list)
     expert_load: tuple[tuple[int, ...], ...] = ()
     grammar: GrammarTimes = field(default_factory=GrammarTimes)
 
@@ -56,14 +57,20 @@ class Runner:
         device: str,
         *,
         graph_limits: GraphLimits | None = None,
+        draft_limits: DraftLimits | None = None,
     ) -> None:
-        """With limits, and a model whose attention is kernels, decodes run apart from chunks, as graphs."""
+        """With graph_limits, and a model whose attention is kernels, decodes run apart from chunks, as
+        graphs. With draft_limits, and a model that can, tokens are drafted."""
         self._model = model
         self._kv_cache = kv_cache
         self._sampler = sampler
+        max_rows = 2 * token_budget  # a sequence may have a row beside the budget, for its hidden state
         self._tensors = BatchTensors(
-            token_budget, kv_cache.layout.block_size, device, uses_kernels=model.uses_kernels
+            max_rows, kv_cache.layout.block_size, device, uses_kernels=model.uses_kernels
         )
+        self._drafter: Drafter | None = None
+        if draft_limits is not None:
+            self._drafter = Drafter(model, kv_cache, sampler, draft_limits, max_rows, device)
         self._is_on_cpu = torch.device(device).type == "cpu"
         self._num_steps = 0
         self._graphs: DecodeGraphs | None = None
@@ -74,12 +81,17 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch, layer_done: Callable[[int], None] | None = None) -> StepResult:
-        """Computes the batch; a sequence whose last token is computed gets the next one, which is not
-        appended. Prompt logprobs are appended to their sequences. An empty batch is an idle step."""
+        """Computes the batch; a sequence whose last token is computed gets the next one, or more of them with
+        drafts; they are not appended. Prompt logprobs are appended to their sequences. An empty batch is an idle step."""
         self._num_steps += 1
         self._sampler.begin(_sampled(batch))
         decodes = batch.seqs[: batch.num_decodes]
-        if self._graphs is None or not decodes or any(seq.wants_prompt_logprobs for seq in decodes):
+        if (
+            self._graphs is None
+            or self._drafter
+            or not decodes
+            or any(seq.wants_prompt_logprobs for seq in decodes)
+        ):
             result = self._run_eagerly(batch, layer_done)
         else:
             result = self._run_decodes_apart(self._graphs, decodes, batch, layer_done)
@@ -126,36 +138,38 @@ class Runner:
             logprobs: list[TokenLogprobs | None] = [None] * len(seqs)
         else:
             token_ids, logprobs = self._sampler.sample(graphs.logits(len(seqs)), seqs)
-        for seq, token_id, logprob in zip(seqs, token_ids, logprobs, strict=True):
-            if launch.has(seq) and seq in wanted:
-                wanted.remove(seq)
-                result.seqs.append(seq)
-                result.token_ids.append(token_id)
-                result.logprobs.append(logprob)
+        for tokens in single_tokens(seqs, token_ids, logprobs):
+            if launch.has(tokens.seq) and tokens.seq in wanted:
+                wanted.remove(tokens.seq)
+                result.new.append(tokens)
 
     def _run_eagerly(self, batch: ScheduledBatch, layer_done: Callable[[int], None] | None) -> StepResult:
-        last_rows, prompt_rows = _wanted_rows(batch)
-        rows = [row for _, row in last_rows]
-        for part in prompt_rows:
-            rows.extend(range(part.begin, part.end))
-        forward_batch = self._tensors.build(batch, rows)
-        if self._chunk_graphs is not None and not prompt_rows and self._chunk_graphs.fits(forward_batch):
-            logits_NV = self._chunk_graphs.run(forward_batch, len(last_rows))
+        rows = main_rows(batch, speculates=self._drafter is not None)
+        sampled = [part for part in rows if part.end_position >= part.seq.num_tokens]
+        prompt_rows = _prompt_rows(rows)
+        wanted_rows = logits_rows(sampled)
+        forward_batch = self._tensors.build(rows, batch.num_decodes, wanted_rows)
+        if (
+            self._drafter is None
+            and self._chunk_graphs is not None
+            and not prompt_rows
+            and self._chunk_graphs.fits(forward_batch)
+        ):
+            logits_NV = self._chunk_graphs.run(forward_batch, len(sampled))
             self._announce_layers(layer_done)
-            result = StepResult(seqs=[seq for seq, _ in last_rows])
-            if last_rows:
-                result.token_ids, result.logprobs = self._sampler.sample(logits_NV.float(), result.seqs)
-            return result
+            return StepResult(verify(self._sampler, logits_NV.float(), sampled))
         hidden_TD = self._model.forward(forward_batch, self._kv_cache, layer_done)
-        result = StepResult()
         for part in prompt_rows:
             self._add_prompt_logprobs(hidden_TD, part)
-        if last_rows:
-            result.seqs = [seq for seq, _ in last_rows]
-            rows_N = forward_batch.logits_rows_N[: len(last_rows)]
-            is_all = len(last_rows) == forward_batch.num_tokens
-            logits_NV = self._model.logits(hidden_TD if is_all else hidden_TD.index_select(0, rows_N))
-            result.token_ids, result.logprobs = self._sampler.sample(logits_NV, result.seqs)
+        result = StepResult()
+        if sampled:
+            is_all = wanted_rows == list(range(forward_batch.num_tokens))
+            rows_ND = hidden_TD if is_all else hidden_TD.index_select(0, forward_batch.logits_rows_N)
+            result.new = verify(self._sampler, self._model.logits(rows_ND), sampled)
+        if self._drafter is not None:
+            self._drafter.draft(rows, batch.num_decodes, hidden_TD, result.new)
+            if layer_done is not None:
+                layer_done(self._kv_cache.layout.num_layers - 1)
         return result
 
     def _announce_layers(self, layer_done: Callable[[int], None] | None) -> None:
@@ -183,7 +197,7 @@ class Runner:
 def _sampled(batch: ScheduledBatch) -> list[Sequence]:
     """Those whose last token is computed in this step."""
     pairs = zip(batch.seqs, batch.num_scheduled_tokens, strict=True)
-    return [seq for seq, num_tokens in pairs if seq.num_remaining_tokens == num_tokens]
+    return [seq for seq, num_tokens in pairs if seq.num_remaining_tokens <= num_tokens]
 
 
 def _is_plain_greedy(seq: Sequence) -> bool:
@@ -198,17 +212,12 @@ def _may_run_ahead(seqs: list[Sequence]) -> bool:
     )
 
 
-def _wanted_rows(batch: ScheduledBatch) -> tuple[list[tuple[Sequence, int]], list[_PromptRows]]:
-    last_rows, prompt_rows = [], []
-    begin = 0
-    for seq, num_tokens in zip(batch.seqs, batch.num_scheduled_tokens, strict=True):
-        first = seq.num_computed_tokens
-        if first + num_tokens == seq.num_tokens:
-            last_rows.append((seq, begin + num_tokens - 1))
-        if seq.wants_prompt_logprobs:
-            num_rows = min(first + num_tokens, seq.num_prompt_tokens - 1) - first
-            if num_rows > 0:
-                next_ids = seq.token_ids[first + 1 : first + 1 + num_rows].tolist()
-                prompt_rows.append(_PromptRows(seq, begin, begin + num_rows, next_ids))
-        begin += num_tokens
-    return last_rows, prompt_rows
+def _prompt_rows(rows: list[SequenceRows]) -> list[_PromptRows]:
+    wanted = []
+    for part in rows:
+        seq = part.seq
+        first, end = seq.num_computed_tokens, min(part.end_position, seq.num_prompt_tokens - 1)
+        if seq.wants_prompt_logprobs and first < end:
+            next_ids = seq.token_ids[first + 1 : end + 1].tolist()
+            wanted.append(_PromptRows(seq, part.row_of(first), part.row_of(end), next_ids))
+    return wanted

@@ -47,7 +47,7 @@ def build_stats(
     """After the step; `began` is its start in monotonic seconds."""
     pool = scheduler.pool
     return StepStats(
-        num_prefill_tokens=batch.num_tokens - batch.num_decodes,
+        num_prefill_tokens=batch.num_prefill_tokens,
         num_decode_tokens=batch.num_decodes,
         num_running=len(scheduler.running),
         num_waiting=len(scheduler.waiting),
