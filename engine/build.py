@@ -97,8 +97,8 @@ def num_parameters(config: ModelConfig, ep_size: int = 1, *, has_mtp: bool = Fal
 
 
 def kv_fingerprint(config: EngineConfig, dtype: torch.dtype, *, has_mtp: bool = False) -> str:
-    """16 hex digits. Workers whose experts differ in their bits do not share KV, nor do those of which only one
-    has the layer of multi-token prediction: its KV is in the blocks."""
+    """16 hex digits. Workers whose experts differ in their bits do not share KV. Nor do those of which only
+    one has the layer of multi-token prediction: its KV is in the blocks."""
     fingerprint = model_fingerprint(config.model_dir, config.load_format, dtype)
     differences = ["FP8 experts"] * config.has_fp8_experts + ["MTP layer"] * has_mtp
     for difference in differences:

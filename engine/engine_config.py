@@ -69,7 +69,8 @@ class EngineConfig:
             )
         if asked and not has_mtp:
             raise EngineConfigError(
-                f"num_speculative_tokens is {asked}, and {self.model_dir} has no layer of multi-token prediction"
+                f"num_speculative_tokens is {asked}, and {self.model_dir} has no layer of multi-token "
+                "prediction"
             )
         return asked
 

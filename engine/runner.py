@@ -48,7 +48,7 @@ class _PromptRows:
 
 
 class Runner:
-    def __init__(
+    def __init__(  # noqa: PLR0913 - two of them are rare and keyword-only
         self,
         model: CausalLM,
         kv_cache: KvCache,
@@ -82,7 +82,8 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch, layer_done: Callable[[int], None] | None = None) -> StepResult:
         """Computes the batch; a sequence whose last token is computed gets the next one, or more of them with
-        drafts; they are not appended. Prompt logprobs are appended to their sequences. An empty batch is an idle step."""
+        drafts; they are not appended. Prompt logprobs are appended to their sequences. An empty batch is an
+        idle step."""
         self._num_steps += 1
         self._sampler.begin(_sampled(batch))
         decodes = batch.seqs[: batch.num_decodes]

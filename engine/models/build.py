@@ -26,8 +26,8 @@ def build_model(  # noqa: PLR0913 - three of them are rare and keyword-only
     has_mtp: bool = False,
 ) -> CausalLM:
     """dispatcher_for(layer) gives the dispatcher of each MoE layer; None keeps all experts on this rank.
-    uses_kernels None: where the device has them. FP8 experts need them. has_mtp: with the layer of multi-token
-    prediction."""
+    uses_kernels None: where the device has them. FP8 experts need them. has_mtp: with the layer of
+    multi-token prediction."""
     placed = PlacedWeights(weights, dtype, device)
     if uses_kernels is None:
         uses_kernels = has_kernels(device)

@@ -10,8 +10,8 @@ import torch
 from engine.forward_batch import ForwardBatch
 
 if TYPE_CHECKING:
-    from engine.models.mtp import MtpLayer
     from engine.kv_cache import KvCache
+    from engine.models.mtp import MtpLayer
 
 LayerDone = Callable[[int], None]
 

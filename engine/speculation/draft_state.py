@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class DraftState:
     """The layer of multi-token prediction has a row of every computed token. is_ahead: it has the row of the
-    token after them too. Else it makes that row in the next step, out of the hidden state of the last computed
-    token; where that is not known (a prefix hit, a load) the token is computed once more for it."""
+    token after them too. Else it makes that row in the next step, out of the hidden state of the last
+    computed token; where that is not known (a prefix hit, a load) the token is computed once more for it."""
 
     token_ids: list[int] = field(default_factory=list)  # guesses of what follows the last token
     is_ahead: bool = False

@@ -1,12 +1,12 @@
 """Makes the drafts of the next step, with the layer of multi-token prediction.
 
 Behind the main model's pass the layer computes its rows of the tokens that are new: of a prompt's chunk, of
-the accepted drafts, and of the token that was drawn last. What it predicts behind that one is the draft. It is
-drawn as the sampler will draw the token itself, with the same penalties and masks and the same random number:
-two similar distributions then mostly give the same token.
+the accepted drafts, and of the token that was drawn last. What it predicts behind that one is the draft. It
+is drawn as the sampler will draw the token itself, with the same penalties and masks and the same random
+number: two similar distributions then mostly give the same token.
 
-More drafts come from the same layer, out of its own hidden states and drafts. Those rows are overwritten in the
-next step, when the main model has seen the tokens.
+More drafts come from the same layer, out of its own hidden states and drafts. Those rows are overwritten in
+the next step, when the main model has seen the tokens.
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@ first token from the first of them exactly as it would without drafts. If the dr
 behind it are those of the sequence, and the sampler goes on with the sequence one token longer: penalties,
 masks and the position that keys the draw see the token. Else they are of no use.
 
-This is speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318) whose
-acceptance test is a coupling. Theirs accepts a draft x from q with probability min(1, p(x) / q(x)) and draws a
-rejected one anew from the rest of p. With a draft that is given, q puts everything on one point: it is accepted
-with probability p(x), else the token is drawn from p without x. To draw from p and compare does both at once.
+This is speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318) with its
+acceptance test made a coupling. Theirs accepts a draft x from q with probability min(1, p(x) / q(x)) and
+draws a rejected one anew from the rest of p. Given the draft, q is all on one point: x is accepted with
+probability p(x), and else the token is drawn from p without x. To draw from p and compare does both at once.
 What comes out is more than distributed alike: it is the same token, because it is drawn with the number of
-(seed, position) from the same logits. So the continuation does not depend on drafts, and they not on the batch.
+(seed, position) from the same logits. So what a sequence says depends on no draft, and on no batch.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def single_tokens(
 
 
 def logits_rows(sampled: list[SequenceRows]) -> list[int]:
-    """Rows whose logits verify() wants, in its order: those behind the last token of each sequence, then those
-    behind the first draft of each that has one, and so on."""
+    """Rows whose logits verify() wants, in its order: those behind the last token of each sequence, then
+    those behind the first draft of each that has one, and so on."""
     rows = []
     for num_drafts in range(_most_drafts(sampled) + 1):
         rows += [
