@@ -29,6 +29,8 @@ from engine.pins import PinnedRun, Pins
 from engine.runner import Runner, StepResult
 from engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig
 from engine.sequence import Sequence, SequenceStatus
+from engine.speculation.draft_state import DraftState
+from engine.speculation.handed_draft import HandedDraft, pack_draft
 from engine.speculation.verification import NewTokens
 from engine.step_stats import EngineLoad, build_stats, measure_load
 from engine.tiers.tier_store import LowerTiers, TierStore
@@ -141,15 +143,19 @@ class Engine:
         seq = self._expect(seq_id, SequenceStatus.RESERVED)
         self._handoffs.extend(seq, on_ready)
 
-    def commit(self, seq_id: int, first_token: TokenLogprobs) -> SequenceOutput | None:
-        """All blocks of the prompt are written and the first token is known. The sequence runs from the next
-        step on, or the returned output says that this token was its last."""
+    def commit(
+        self, seq_id: int, first_token: TokenLogprobs, draft: HandedDraft | None = None
+    ) -> SequenceOutput | None:
+        """All blocks of the prompt are written, the first token is known, and perhaps a draft of the next
+        one. The sequence runs from the next step on, or the returned output says that this token was its
+        last."""
         seq = self._expect(seq_id, SequenceStatus.EXTENDED)
         if not 0 <= first_token.token_id < self.vocab_size:
             raise ValueError(
                 f"first token {first_token.token_id} is not in the vocabulary of {self.vocab_size}"
             )
-        self._handoffs.commit(seq, first_token.token_id)
+        state = DraftState() if draft is None else self._runner.unpack_draft(draft, seq.num_tokens + 1)
+        self._handoffs.commit(seq, first_token.token_id, state)
         self._is_stalled = False
         finish_reason = seq.finish_reason_after(self.eos_token_ids, self.max_model_len)
         if finish_reason is None:
@@ -336,6 +342,7 @@ class Engine:
             num_loaded_tokens=seq.loaded.num_loaded_tokens,
             num_fetched_tokens=seq.loaded.num_fetched_tokens,
             load_s=seq.loaded.load_s,
+            draft=pack_draft(seq.draft) if seq.keeps_blocks else None,
         )
 
     def _note_news(self) -> None:

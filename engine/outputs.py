@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engine.grammar.step_masks import GrammarTimes
 from kvstore.block_hash import BlockHash, BlockTier
+
+if TYPE_CHECKING:
+    from engine.speculation.handed_draft import HandedDraft
 
 
 class FinishReason(enum.Enum):
@@ -45,6 +49,7 @@ class SequenceOutput:
     num_loaded_tokens: int = 0  # of num_hit_tokens: from host memory or disk; set with the first token
     num_fetched_tokens: int = 0  # of num_hit_tokens: from a peer; set with the first token
     load_s: float = 0.0  # first scheduled -> the last of those was there; set with the first token
+    draft: HandedDraft | None = None  # of a keeps_blocks sequence, for the engine that goes on with it
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,9 @@ from engine.outputs import TokenLogprobs
 from engine.sampler import GREEDY_BELOW, Sampler
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
+from engine.speculation.draft_state import DraftState
 from engine.speculation.drafter import Drafter, DraftLimits
+from engine.speculation.handed_draft import HandedDraft
 from engine.speculation.verification import NewTokens, logits_rows, single_tokens, verify
 
 if TYPE_CHECKING:
@@ -99,6 +101,10 @@ class Runner:
         result.expert_load = self._take_expert_load()
         result.grammar = self._sampler.take_grammar_times()
         return result
+
+    def unpack_draft(self, handed: HandedDraft, num_tokens: int) -> DraftState:
+        """Of a sequence of num_tokens that comes from another engine. ValueError when it does not fit."""
+        return DraftState() if self._drafter is None else self._drafter.unpack(handed, num_tokens)
 
     def _run_decodes_apart(
         self,

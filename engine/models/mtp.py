@@ -39,7 +39,7 @@ class MtpLayer:
         model's."""
         self.decoder_layer = layer
         self.cache_layer = cache_layer
-        self._embedding_VD = embedding_VD
+        self.embedding_VD = embedding_VD
         self._rotary = rotary
         self._embedding_norm, self._hidden_norm, self._norm = norms
         self._projection = projection
@@ -48,7 +48,7 @@ class MtpLayer:
     def forward(self, batch: ForwardBatch, previous_TD: torch.Tensor, kv_cache: KvCache) -> torch.Tensor:
         """hidden_TD for the main model's head, after the norm. previous_TD: the hidden state of each row's
         predecessor; the batch's contexts begin at FIRST_TOKEN. Zero rows are an idle step."""
-        embedded_TD = functional.embedding(batch.token_ids_T, self._embedding_VD)
+        embedded_TD = functional.embedding(batch.token_ids_T, self.embedding_VD)
         joined = torch.cat((self._embedding_norm(embedded_TD), self._hidden_norm(previous_TD)), dim=1)
         x_TD = self._projection(joined)
         cache = kv_cache.layer(self.cache_layer)

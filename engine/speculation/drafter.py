@@ -23,6 +23,7 @@ from engine.models.mtp import FIRST_TOKEN
 from engine.sampler import Sampler
 from engine.sequence import Sequence
 from engine.speculation.draft_state import DraftState
+from engine.speculation.handed_draft import HandedDraft, unpack_draft
 from engine.speculation.verification import NewTokens, appended
 
 
@@ -93,6 +94,11 @@ class Drafter:
             drafting = [drafting[i] for i in index]
             made_TD = self._next_pass(drafting, made_TD[index])
             self._choose(drafting, made_TD)
+
+    def unpack(self, handed: HandedDraft, num_tokens: int) -> DraftState:
+        """Of a sequence of num_tokens that comes from another engine. ValueError when it does not fit."""
+        most = min(self._limits.num_tokens, self._limits.max_model_len - num_tokens - 1)
+        return unpack_draft(handed, self._layer.embedding_VD[0], self._model.vocab_size, most)
 
     def _plan(self, main: SequenceRows, tokens: NewTokens) -> _Part:
         seq = main.seq

@@ -13,16 +13,18 @@ from engine.build import build_engine
 from engine.checkpoint.random_checkpoint import make_random_checkpoint
 from engine.engine import Engine, EngineLimits
 from engine.engine_config import EngineConfig
+from engine.outputs import FinishReason, TokenLogprobs
 from engine.scheduler import SchedulerConfig
+from engine.sequence import Sequence
 
 VOCAB_SIZE = 4096
 NUM_LAYERS = 4
 
 
 def make_agreeing_checkpoint(model_dir: Path, context_gain: float) -> None:
-    """One whose drafts are mostly right. Without what attention and feed-forward add, a token's logits are those
-    of its own embedding, in the main model and, with a projection that hands the embedding on, in the layer of
-    multi-token prediction: both say the same. context_gain of what they add stays, and makes them differ."""
+    """One whose drafts are mostly right. Without what attention and feed-forward add, a token's logits are
+    those of its own embedding: in the main model and, with a projection that hands the embedding on, in the
+    layer of multi-token prediction too. context_gain of what they add stays, and makes both differ."""
     make_random_checkpoint(model_dir, "deepseek_v3", "tiny_mtp")
     file = model_dir / "model.safetensors"
     tensors = load_file(file)
@@ -58,3 +60,44 @@ def build(
 def random_prompts(lengths: tuple[int, ...], seed: int = 5) -> list[list[int]]:
     chance = random.Random(seed)
     return [[chance.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in lengths]
+
+
+class Recorder:
+    """Steps an engine and notes tokens, logprobs, ends, and the draft for each position of each sequence."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.tokens: dict[int, list[int]] = {}
+        self.logprobs: dict[int, list[TokenLogprobs]] = {}
+        self.ends: dict[int, FinishReason | None] = {}
+        self.drafts: dict[tuple[int, int], int] = {}
+        self.num_steps = 0
+        self.num_preemptions = 0
+        self._seqs: list[Sequence] = []
+
+    def add(self, seq: Sequence) -> None:
+        self._seqs.append(seq)
+        self.engine.add(seq)
+
+    def watch(self, seq: Sequence, token_ids: tuple[int, ...]) -> None:
+        """A sequence that came in by a hand-off."""
+        self._seqs.append(seq)
+        self.tokens[seq.seq_id] = list(token_ids)
+
+    def step(self) -> None:
+        step = self.engine.step()
+        self.engine.check_integrity()
+        self.num_steps += 1
+        self.num_preemptions += step.stats.num_preemptions
+        for output in step.outputs:
+            self.tokens.setdefault(output.seq_id, []).extend(output.token_ids)
+            self.logprobs.setdefault(output.seq_id, []).extend(output.logprobs)
+            self.ends[output.seq_id] = output.finish_reason
+        for seq in self._seqs:
+            for i, token_id in enumerate(seq.draft.token_ids):
+                self.drafts[seq.seq_id, seq.num_tokens + i] = token_id
+
+    def run(self) -> Recorder:
+        while self.engine.has_work:
+            self.step()
+        return self
