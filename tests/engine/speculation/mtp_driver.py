@@ -73,6 +73,7 @@ class Recorder:
         self.drafts: dict[tuple[int, int], int] = {}
         self.num_steps = 0
         self.num_preemptions = 0
+        self.num_loads = 0
         self._seqs: list[Sequence] = []
 
     def add(self, seq: Sequence) -> None:
@@ -89,6 +90,7 @@ class Recorder:
         self.engine.check_integrity()
         self.num_steps += 1
         self.num_preemptions += step.stats.num_preemptions
+        self.num_loads += sum(load.num_blocks > 0 for load in step.stats.loads)
         for output in step.outputs:
             self.tokens.setdefault(output.seq_id, []).extend(output.token_ids)
             self.logprobs.setdefault(output.seq_id, []).extend(output.logprobs)
@@ -96,6 +98,12 @@ class Recorder:
         for seq in self._seqs:
             for i, token_id in enumerate(seq.draft.token_ids):
                 self.drafts[seq.seq_id, seq.num_tokens + i] = token_id
+
+    def run_until_ended(self, seq_id: int) -> None:
+        """Also while it waits for others than the engine."""
+        self.ends.pop(seq_id, None)
+        while self.ends.get(seq_id) is None:
+            self.step()
 
     def run(self) -> Recorder:
         while self.engine.has_work:
