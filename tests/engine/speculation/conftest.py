@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mtp_driver import make_agreeing_checkpoint
 
 from engine.checkpoint.random_checkpoint import make_random_checkpoint
+from tests.fakes.agreeing_checkpoint import make_agreeing_checkpoint
 
 
 @pytest.fixture(scope="session")
