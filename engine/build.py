@@ -22,7 +22,7 @@ from engine.kv_layout import KvLayout
 from engine.models import CausalLM, build_model
 from engine.runner import Runner
 from engine.sampler import Sampler
-from engine.speculation.drafter import DraftLimits
+from engine.speculation.draft_plan import DraftLimits
 from engine.tiers.build import build_lower_tiers
 
 Progress = Callable[[int, int], None]

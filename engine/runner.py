@@ -14,14 +14,16 @@ from engine.chunk_graphs import ChunkGraphs
 from engine.decode_graphs import DecodeGraphs, DecodeLaunch, GraphLimits
 from engine.grammar.step_masks import GrammarTimes
 from engine.kv_cache import KvCache
-from engine.logits_edits import needs_edits
 from engine.logprobs import token_logprobs
 from engine.outputs import TokenLogprobs
-from engine.sampler import GREEDY_BELOW, Sampler
+from engine.sampler import Sampler, is_plain_greedy
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
+from engine.speculation.draft_graphs import DraftGraphs
+from engine.speculation.draft_plan import DraftLimits
 from engine.speculation.draft_state import DraftState
-from engine.speculation.drafter import Drafter, DraftLimits
+from engine.speculation.drafter import Drafter
+from engine.speculation.graphed_decodes import GraphedDecodes
 from engine.speculation.handed_draft import HandedDraft
 from engine.speculation.verification import NewTokens, logits_rows, single_tokens, verify
 
@@ -77,9 +79,16 @@ class Runner:
         self._num_steps = 0
         self._graphs: DecodeGraphs | None = None
         self._chunk_graphs: ChunkGraphs | None = None
-        if graph_limits is not None and model.uses_kernels:
+        self._graphed_drafts: GraphedDecodes | None = None
+        if graph_limits is None or not model.uses_kernels:
+            return
+        if self._drafter is None:
             self._graphs = DecodeGraphs(model, kv_cache, graph_limits)
             self._chunk_graphs = ChunkGraphs(model, kv_cache, token_budget)
+        else:
+            assert draft_limits is not None
+            draft_graphs = DraftGraphs(model, kv_cache, graph_limits, draft_limits.num_tokens)
+            self._graphed_drafts = GraphedDecodes(draft_graphs, self._drafter.planner, sampler)
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch, layer_done: Callable[[int], None] | None = None) -> StepResult:
@@ -136,11 +145,32 @@ class Runner:
             self._take_tokens(graphs, launch, wanted, result)
         return result
 
+    def _run_drafts_apart(
+        self,
+        graphed: GraphedDecodes,
+        batch: ScheduledBatch,
+        layer_done: Callable[[int], None] | None,
+    ) -> StepResult:
+        """The other sequences are launched behind the draft layer's pass, before anybody waits for drafts."""
+        drafting, others = batch.split(graphed.can_run)
+        if not drafting.seqs:
+            return self._run_eagerly(batch, layer_done)
+        graphed.start(main_rows(drafting, speculates=True))
+        self._sampler.begin(drafting.seqs)
+        result = StepResult(graphed.verify())
+        if others.seqs:
+            self._sampler.begin(_sampled(others))
+            result.new += self._run_eagerly(others, layer_done).new
+        else:
+            self._announce_layers(layer_done)
+        graphed.finish()
+        return result
+
     def _take_tokens(
         self, graphs: DecodeGraphs, launch: DecodeLaunch, wanted: set[Sequence], result: StepResult
     ) -> None:
         seqs = launch.seqs
-        if all(map(_is_plain_greedy, seqs)):
+        if all(map(is_plain_greedy, seqs)):
             token_ids: list[int] = launch.token_ids()
             logprobs: list[TokenLogprobs | None] = [None] * len(seqs)
         else:
@@ -156,12 +186,7 @@ class Runner:
         prompt_rows = _prompt_rows(rows)
         wanted_rows = logits_rows(sampled)
         forward_batch = self._tensors.build(rows, batch.num_decodes, wanted_rows)
-        if (
-            self._drafter is None
-            and self._chunk_graphs is not None
-            and not prompt_rows
-            and self._chunk_graphs.fits(forward_batch)
-        ):
+        if self._chunk_graphs is not None and not prompt_rows and self._chunk_graphs.fits(forward_batch):
             logits_NV = self._chunk_graphs.run(forward_batch, len(sampled))
             self._announce_layers(layer_done)
             return StepResult(verify(self._sampler, logits_NV.float(), sampled))
@@ -207,14 +232,9 @@ def _sampled(batch: ScheduledBatch) -> list[Sequence]:
     return [seq for seq, num_tokens in pairs if seq.num_remaining_tokens <= num_tokens]
 
 
-def _is_plain_greedy(seq: Sequence) -> bool:
-    sampling = seq.sampling
-    return sampling.temperature < GREEDY_BELOW and sampling.num_logprobs is None and not needs_edits(seq)
-
-
 def _may_run_ahead(seqs: list[Sequence]) -> bool:
     """Greedy tokens are final as the device finds them; and somebody must go on."""
-    return all(seq.num_remaining_tokens == 1 and _is_plain_greedy(seq) for seq in seqs) and any(
+    return all(seq.num_remaining_tokens == 1 and is_plain_greedy(seq) for seq in seqs) and any(
         seq.num_output_tokens + 1 < seq.max_output_tokens for seq in seqs
     )
 

@@ -17,6 +17,12 @@ from engine.sequence import Sequence
 GREEDY_BELOW = 1e-5  # temperatures below are greedy: dividing by them would overflow
 
 
+def is_plain_greedy(seq: Sequence) -> bool:
+    """Its token is the likeliest, and nothing else is wanted."""
+    sampling = seq.sampling
+    return sampling.temperature < GREEDY_BELOW and sampling.num_logprobs is None and not needs_edits(seq)
+
+
 class Sampler:
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self._eos_token_ids = eos_token_ids

@@ -18,7 +18,7 @@ The receiving side of a hand-off comes in by engine.handoffs instead of 1 to 3. 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -69,6 +69,17 @@ class ScheduledBatch:
     @property
     def num_tokens(self) -> int:
         return sum(self.num_scheduled_tokens)
+
+    def split(self, is_first: Callable[[Sequence], bool]) -> tuple[ScheduledBatch, ScheduledBatch]:
+        """The decodes of which is_first is true, and everybody else."""
+        parts = ScheduledBatch(), ScheduledBatch()
+        for i, (seq, num_tokens) in enumerate(zip(self.seqs, self.num_scheduled_tokens, strict=True)):
+            is_decode = i < self.num_decodes
+            part = parts[0] if is_decode and is_first(seq) else parts[1]
+            part.seqs.append(seq)
+            part.num_scheduled_tokens.append(num_tokens)
+            part.num_decodes += is_decode
+        return parts
 
     @property
     def num_prefill_tokens(self) -> int:

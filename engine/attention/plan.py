@@ -59,8 +59,8 @@ class PaddedDecodes:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    slot_mapping_T: torch.Tensor
-    stored_rows: torch.Tensor | None  # int64, those that have a slot; None: all
+    slots: torch.Tensor  # int64, of the stored rows
+    stored_rows: torch.Tensor | None  # int64; None: all
     num_decodes: int
     padded_decodes: PaddedDecodes | None
     decodes: list[Context]  # empty if padded_decodes is given
@@ -125,8 +125,13 @@ def _padded_decodes(batch: ForwardBatch, cache: torch.Tensor) -> PaddedDecodes:
     return PaddedDecodes(tables_SB.reshape(-1), len(lengths), bias_S1L, longest, batch.first_token)
 
 
-def write_rows(cache: torch.Tensor, plan: AttentionPlan, rows_T: torch.Tensor) -> None:
-    """Store one row per token that has a slot; rows_T is [T, row size]."""
-    if plan.stored_rows is not None:
-        rows_T = rows_T.index_select(0, plan.stored_rows)
-    cache.view(-1, rows_T.shape[-1]).index_copy_(0, plan.slot_mapping_T, rows_T)
+def write_rows(
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    rows_T: torch.Tensor,
+    stored_rows: torch.Tensor | None = None,
+) -> None:
+    """Store the rows [T, row size], or the stored_rows of them, in their slots."""
+    if stored_rows is not None:
+        rows_T = rows_T.index_select(0, stored_rows)
+    cache.view(-1, rows_T.shape[-1]).index_copy_(0, slots, rows_T)

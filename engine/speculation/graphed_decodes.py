@@ -1,0 +1,81 @@
+"""Decodes with drafts, by DraftGraphs: what Drafter and verify() do, with two launches in place of hundreds.
+
+Only for sequences that are in the middle of it: the draft layer has the row of their last token.
+"""
+
+from __future__ import annotations
+
+from engine.batch_rows import SequenceRows
+from engine.sampler import Sampler, is_plain_greedy
+from engine.sequence import Sequence
+from engine.speculation.draft_graphs import DraftGraphs
+from engine.speculation.draft_plan import DraftPart, DraftPlanner
+from engine.speculation.verification import NewTokens, appended, logits_rows, verify
+
+
+class GraphedDecodes:
+    """start(), verify() and finish() in each step that has such sequences."""
+
+    def __init__(self, graphs: DraftGraphs, planner: DraftPlanner, sampler: Sampler) -> None:
+        self._graphs = graphs
+        self._planner = planner
+        self._sampler = sampler
+        self._rows: list[SequenceRows] = []
+        self._parts: list[DraftPart] = []
+
+    @staticmethod
+    def can_run(seq: Sequence) -> bool:
+        return seq.draft.is_ahead and seq.num_remaining_tokens == 1 and not seq.wants_prompt_logprobs
+
+    def start(self, rows: list[SequenceRows]) -> None:
+        self._rows = self._graphs.run_main(rows)
+
+    def verify(self) -> list[NewTokens]:
+        """Waits for the main model's pass, and starts the draft layer's."""
+        rows = self._rows
+        if all(is_plain_greedy(part.seq) for part in rows):
+            next_ids = self._graphs.next_ids(len(rows))
+            new = [_greedy(part, next_ids) for part in rows]
+        else:
+            new = verify(self._sampler, self._graphs.logits(logits_rows(rows)), rows)
+        self._parts = [self._planner.plan(part, tokens) for part, tokens in zip(rows, new, strict=True)]
+        self._graphs.run_drafts([part.rows for part in self._parts])
+        for part in self._parts:
+            part.keep_state(self._graphs.hidden_RD)
+        return new
+
+    def finish(self) -> None:
+        """Waits for the draft layer's passes: the sequences have their drafts."""
+        parts, self._parts = self._parts, []
+        drafts_KN = self._graphs.drafts(len(parts))
+        drawing = [n for n, part in enumerate(parts) if part.num_drafts and not is_plain_greedy(part.seq)]
+        if drawing:
+            seqs = [parts[n].seq for n in drawing]
+            with appended([parts[n].tokens for n in drawing]):
+                self._sampler.begin(seqs)
+                drawn = self._sampler.choose(self._graphs.draft_logits(drawing), seqs)
+            for n, draft_id in zip(drawing, drawn, strict=True):
+                parts[n].num_drafts = 1  # the later ones follow a likeliest token
+                self._planner.take(parts[n], draft_id)
+        for n, part in enumerate(parts):
+            if is_plain_greedy(part.seq):
+                for k in range(part.num_drafts):
+                    self._take(part, drafts_KN[k][n], k)
+
+    def _take(self, part: DraftPart, draft_id: int, k: int) -> None:
+        """Where a later draft had no place there is none."""
+        has_place = k == 0 or self._planner.goes_on(part)
+        if has_place:
+            self._planner.take(part, draft_id)
+            part.rows.num_rows += k > 0
+
+
+def _greedy(part: SequenceRows, next_ids: list[int]) -> NewTokens:
+    """next_ids: by row."""
+    row = part.begin
+    token_ids = [next_ids[row]]
+    for i, draft_id in enumerate(part.tail):
+        if draft_id != token_ids[-1]:
+            break
+        token_ids.append(next_ids[row + i + 1])
+    return NewTokens(part.seq, part.tail, token_ids)
