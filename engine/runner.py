@@ -96,14 +96,11 @@ class Runner:
         drafts; they are not appended. Prompt logprobs are appended to their sequences. An empty batch is an
         idle step."""
         self._num_steps += 1
-        self._sampler.begin(_sampled(batch))
         decodes = batch.seqs[: batch.num_decodes]
-        if (
-            self._graphs is None
-            or self._drafter
-            or not decodes
-            or any(seq.wants_prompt_logprobs for seq in decodes)
-        ):
+        if self._graphed_drafts is not None:
+            result = self._run_drafts_apart(self._graphed_drafts, batch, layer_done)
+        elif self._graphs is None or not decodes or any(seq.wants_prompt_logprobs for seq in decodes):
+            self._sampler.begin(_sampled(batch))
             result = self._run_eagerly(batch, layer_done)
         else:
             result = self._run_decodes_apart(self._graphs, decodes, batch, layer_done)
@@ -124,6 +121,7 @@ class Runner:
     ) -> StepResult:
         """The chunks are launched behind the decodes, before anybody waits. Without chunks the next step is,
         too: it holds unless a sequence joins, and one that ends costs a row."""
+        self._sampler.begin(_sampled(batch))
         ahead = graphs.take_ahead(decodes)
         launches = [] if ahead is None else [ahead]
         others = decodes if ahead is None else [seq for seq in decodes if not ahead.has(seq)]
@@ -154,6 +152,7 @@ class Runner:
         """The other sequences are launched behind the draft layer's pass, before anybody waits for drafts."""
         drafting, others = batch.split(graphed.can_run)
         if not drafting.seqs:
+            self._sampler.begin(_sampled(batch))
             return self._run_eagerly(batch, layer_done)
         graphed.start(main_rows(drafting, speculates=True))
         self._sampler.begin(drafting.seqs)

@@ -131,8 +131,7 @@ class DraftGraphs:
     def _main_pass(self, num_seqs: int) -> None:
         num_rows = num_seqs * self.width
         ids_R, positions_R = self._main[:, :num_seqs].flatten(1)
-        tables_RB = self._tables_NB[:num_seqs].repeat_interleave(self.width, 0)
-        batch = self._batch(ids_R, positions_R, tables_RB, 0)
+        batch = self._batch(ids_R, positions_R, self._row_tables(num_seqs), 0)
         hidden_RD = self._model.forward(batch, self._kv_cache)
         self.hidden_RD[:num_rows] = hidden_RD
         logits_RV = self._logits_RV[:num_rows]
@@ -144,7 +143,7 @@ class DraftGraphs:
         ids_R, positions_R = self._draft[:, :num_seqs, : self.width].flatten(1)
         last_N, limit_N = self._draft[:, :num_seqs, self.width]
         tables_NB = self._tables_NB[:num_seqs]
-        batch = self._batch(ids_R, positions_R, tables_NB.repeat_interleave(self.width, 0), FIRST_TOKEN)
+        batch = self._batch(ids_R, positions_R, self._row_tables(num_seqs), FIRST_TOKEN)
         made_RD = self._layer.forward(batch, self.hidden_RD[:num_rows], self._kv_cache)
         row_N = torch.arange(num_seqs, device=last_N.device) * self.width + last_N
         made_ND, position_N = made_RD[row_N], positions_R[row_N]
@@ -158,6 +157,9 @@ class DraftGraphs:
             more_NV = torch.empty_like(logits_NV)
             self._model.logits_into(more_NV, made_ND)
             self._greedy_tokens(more_NV, self._drafts_KN[k, :num_seqs])
+
+    def _row_tables(self, num_seqs: int) -> torch.Tensor:
+        return self._tables_NB[:num_seqs].unsqueeze(1).expand(-1, self.width, -1).flatten(0, 1)
 
     def _batch(
         self, ids_R: torch.Tensor, positions_R: torch.Tensor, tables_RB: torch.Tensor, first_token: int
