@@ -96,6 +96,8 @@ class Runner:
         drafts; they are not appended. Prompt logprobs are appended to their sequences. An empty batch is an
         idle step."""
         self._num_steps += 1
+        if self._graphed_drafts is not None:
+            self._graphed_drafts.collect()
         decodes = batch.seqs[: batch.num_decodes]
         if self._graphed_drafts is not None:
             result = self._run_drafts_apart(self._graphed_drafts, batch, layer_done)

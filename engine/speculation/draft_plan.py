@@ -76,6 +76,11 @@ class DraftPlanner:
         has_place = part.rows.end_position < len(part.seq.block_table) * self._block_size
         return len(part.draft_ids) < part.num_drafts and has_place
 
+    def num_placed(self, part: DraftPart) -> int:
+        """Of the drafts wanted: each but the first needs a place for the row of the one before it."""
+        num_places = len(part.seq.block_table) * self._block_size - part.rows.end_position
+        return min(part.num_drafts, 1 + max(0, num_places))
+
     def _num_drafts(self, tokens: NewTokens, num_computed: int) -> int:
         """How many the next step could use. The first needs a place for the layer's row of the last token."""
         seq, num_new = tokens.seq, len(tokens.token_ids)

@@ -10,11 +10,12 @@ from engine.sampler import Sampler, is_plain_greedy
 from engine.sequence import Sequence
 from engine.speculation.draft_graphs import DraftGraphs
 from engine.speculation.draft_plan import DraftPart, DraftPlanner
+from engine.speculation.draft_state import DraftState
 from engine.speculation.verification import NewTokens, appended, logits_rows, verify
 
 
 class GraphedDecodes:
-    """start(), verify() and finish() in each step that has such sequences."""
+    """start(), verify() and finish() in each step that has such sequences; collect() before the next step."""
 
     def __init__(self, graphs: DraftGraphs, planner: DraftPlanner, sampler: Sampler) -> None:
         self._graphs = graphs
@@ -22,6 +23,7 @@ class GraphedDecodes:
         self._sampler = sampler
         self._rows: list[SequenceRows] = []
         self._parts: list[DraftPart] = []
+        self._awaited: dict[int, DraftState] = {}  # by number of the sequence in the passes
 
     @staticmethod
     def can_run(seq: Sequence) -> bool:
@@ -45,29 +47,35 @@ class GraphedDecodes:
         return new
 
     def finish(self) -> None:
-        """Waits for the draft layer's passes: the sequences have their drafts."""
+        """The sequences have their drafts. Those of plain greedy ones are of the right number, and get their
+        ids in collect(): the layer's pass goes on while the host plans the next step."""
         parts, self._parts = self._parts, []
-        drafts_KN = self._graphs.drafts(len(parts))
         drawing = [n for n, part in enumerate(parts) if part.num_drafts and not is_plain_greedy(part.seq)]
         if drawing:
-            seqs = [parts[n].seq for n in drawing]
-            with appended([parts[n].tokens for n in drawing]):
-                self._sampler.begin(seqs)
-                drawn = self._sampler.choose(self._graphs.draft_logits(drawing), seqs)
-            for n, draft_id in zip(drawing, drawn, strict=True):
-                parts[n].num_drafts = 1  # the later ones follow a likeliest token
-                self._planner.take(parts[n], draft_id)
-        for n, part in enumerate(parts):
-            if is_plain_greedy(part.seq):
-                for k in range(part.num_drafts):
-                    self._take(part, drafts_KN[k][n], k)
+            self._draw(parts, drawing)
+        self._awaited = {
+            n: part.seq.draft for n, part in enumerate(parts) if part.num_drafts and is_plain_greedy(part.seq)
+        }
+        for n, state in self._awaited.items():
+            state.token_ids = [0] * self._planner.num_placed(parts[n])
 
-    def _take(self, part: DraftPart, draft_id: int, k: int) -> None:
-        """Where a later draft had no place there is none."""
-        has_place = k == 0 or self._planner.goes_on(part)
-        if has_place:
-            self._planner.take(part, draft_id)
-            part.rows.num_rows += k > 0
+    def collect(self) -> None:
+        """Waits for the draft layer's passes of the last step."""
+        if self._awaited:
+            drafts_KN = self._graphs.drafts(1 + max(self._awaited))
+            for n, state in self._awaited.items():
+                state.token_ids = [drafts_KN[k][n] for k in range(len(state.token_ids))]
+        self._awaited = {}
+
+    def _draw(self, parts: list[DraftPart], drawing: list[int]) -> None:
+        """One draft each: later ones would follow a likeliest token, not the one drawn."""
+        seqs = [parts[n].seq for n in drawing]
+        with appended([parts[n].tokens for n in drawing]):
+            self._sampler.begin(seqs)
+            drawn = self._sampler.choose(self._graphs.draft_logits(drawing), seqs)
+        for n, draft_id in zip(drawing, drawn, strict=True):
+            parts[n].num_drafts = 1
+            self._planner.take(parts[n], draft_id)
 
 
 def _greedy(part: SequenceRows, next_ids: list[int]) -> NewTokens:
