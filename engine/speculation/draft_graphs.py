@@ -128,6 +128,7 @@ class DraftGraphs:
         else:
             graph.replay()
 
+    @torch.inference_mode()
     def _main_pass(self, num_seqs: int) -> None:
         num_rows = num_seqs * self.width
         ids_R, positions_R = self._main[:, :num_seqs].flatten(1)
@@ -138,6 +139,7 @@ class DraftGraphs:
         self._model.logits_into(logits_RV, hidden_RD)
         self._greedy_tokens(logits_RV, self._next_R[:num_rows])
 
+    @torch.inference_mode()
     def _draft_pass(self, num_seqs: int) -> None:
         num_rows = num_seqs * self.width
         ids_R, positions_R = self._draft[:, :num_seqs, : self.width].flatten(1)
