@@ -88,7 +88,9 @@ class Runner:
         else:
             assert draft_limits is not None
             draft_graphs = DraftGraphs(model, kv_cache, graph_limits, draft_limits.num_tokens)
-            self._graphed_drafts = GraphedDecodes(draft_graphs, self._drafter.planner, sampler)
+            self._graphed_drafts = GraphedDecodes(
+                draft_graphs, self._drafter.planner, sampler, graph_limits.max_seqs
+            )
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch, layer_done: Callable[[int], None] | None = None) -> StepResult:
@@ -156,6 +158,9 @@ class Runner:
         if not drafting.seqs:
             self._sampler.begin(_sampled(batch))
             return self._run_eagerly(batch, layer_done)
+        if not others.seqs and all(map(is_plain_greedy, drafting.seqs)):
+            self._announce_layers(layer_done)
+            return StepResult(graphed.run_greedily(main_rows(drafting, speculates=True)))
         graphed.start(main_rows(drafting, speculates=True))
         self._sampler.begin(drafting.seqs)
         result = StepResult(graphed.verify())
