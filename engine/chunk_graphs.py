@@ -22,7 +22,7 @@ MAX_CHUNKS = 16
 
 
 class ChunkGraphs:
-    """One batch after another: the logits of a run are good until the next run."""
+    """One batch after another: logits and hidden states of a run are good until the next run."""
 
     def __init__(self, model: CausalLM, kv_cache: KvCache, token_budget: int) -> None:
         """Captures all graphs; off CUDA the same step runs without them. The cache does not change."""
@@ -36,6 +36,9 @@ class ChunkGraphs:
         self._starts_S = torch.zeros(MAX_CHUNKS + 1, dtype=torch.int32, device=device)
         self._wanted_S = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=device)
         self._logits_SV = torch.empty(MAX_CHUNKS, model.vocab_size, dtype=kv_cache.data.dtype, device=device)
+        # Of the last run, for the layer of multi-token prediction.
+        hidden_size = model.mtp.embedding_VD.shape[1] if model.mtp is not None else 0
+        self.hidden_TD = torch.zeros(most, hidden_size, dtype=kv_cache.data.dtype, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if device.type == "cuda":
             self._capture()
@@ -110,4 +113,6 @@ class ChunkGraphs:
             device_plan=plan,
         )
         hidden_TD = self._model.forward(batch, self._kv_cache)
+        if self._model.mtp is not None:
+            self.hidden_TD[:size] = hidden_TD
         self._model.logits_into(self._logits_SV, hidden_TD.index_select(0, self._wanted_S))

@@ -82,9 +82,9 @@ class Runner:
         self._graphed_drafts: GraphedDecodes | None = None
         if graph_limits is None or not model.uses_kernels:
             return
+        self._chunk_graphs = ChunkGraphs(model, kv_cache, token_budget)
         if self._drafter is None:
             self._graphs = DecodeGraphs(model, kv_cache, graph_limits)
-            self._chunk_graphs = ChunkGraphs(model, kv_cache, token_budget)
         else:
             assert draft_limits is not None
             draft_graphs = DraftGraphs(model, kv_cache, graph_limits, draft_limits.num_tokens)
@@ -159,7 +159,6 @@ class Runner:
             self._sampler.begin(_sampled(batch))
             return self._run_eagerly(batch, layer_done)
         if not others.seqs and all(map(is_plain_greedy, drafting.seqs)):
-            self._announce_layers(layer_done)
             return StepResult(graphed.run_greedily(main_rows(drafting, speculates=True)))
         graphed.start(main_rows(drafting, speculates=True))
         self._sampler.begin(drafting.seqs)
@@ -167,8 +166,6 @@ class Runner:
         if others.seqs:
             self._sampler.begin(_sampled(others))
             result.new += self._run_eagerly(others, layer_done).new
-        else:
-            self._announce_layers(layer_done)
         graphed.finish()
         return result
 
@@ -193,17 +190,17 @@ class Runner:
         wanted_rows = logits_rows(sampled)
         forward_batch = self._tensors.build(rows, batch.num_decodes, wanted_rows)
         if self._chunk_graphs is not None and not prompt_rows and self._chunk_graphs.fits(forward_batch):
-            logits_NV = self._chunk_graphs.run(forward_batch, len(sampled))
+            logits_NV = self._chunk_graphs.run(forward_batch, len(sampled)).float()
+            hidden_TD = self._chunk_graphs.hidden_TD
             self._announce_layers(layer_done)
-            return StepResult(verify(self._sampler, logits_NV.float(), sampled))
-        hidden_TD = self._model.forward(forward_batch, self._kv_cache, layer_done)
-        for part in prompt_rows:
-            self._add_prompt_logprobs(hidden_TD, part)
-        result = StepResult()
-        if sampled:
+        else:
+            hidden_TD = self._model.forward(forward_batch, self._kv_cache, layer_done)
+            for part in prompt_rows:
+                self._add_prompt_logprobs(hidden_TD, part)
             is_all = wanted_rows == list(range(forward_batch.num_tokens))
             rows_ND = hidden_TD if is_all else hidden_TD.index_select(0, forward_batch.logits_rows_N)
-            result.new = verify(self._sampler, self._model.logits(rows_ND), sampled)
+            logits_NV = self._model.logits(rows_ND) if sampled else rows_ND
+        result = StepResult(verify(self._sampler, logits_NV, sampled) if sampled else [])
         if self._drafter is not None:
             self._drafter.draft(rows, batch.num_decodes, hidden_TD, result.new)
             if layer_done is not None:
@@ -211,9 +208,10 @@ class Runner:
         return result
 
     def _announce_layers(self, layer_done: Callable[[int], None] | None) -> None:
-        """All at once, behind what was launched: a graph cannot call back."""
+        """Those of the main model at once, behind what was launched: a graph cannot call back."""
         if layer_done is not None:
-            for layer in range(self._kv_cache.layout.num_layers):
+            has_draft_layer = self._drafter is not None
+            for layer in range(self._kv_cache.layout.num_layers - has_draft_layer):
                 layer_done(layer)
 
     def _add_prompt_logprobs(self, hidden_TD: torch.Tensor, part: _PromptRows) -> None:
