@@ -27,6 +27,7 @@ from decode_svc.chunk_receiver import ChunkReceiver
 from engine.engine import Engine
 from engine.outputs import SequenceOutput, TokenLogprobs
 from engine.sequence import Sequence
+from engine.speculation.handed_draft import HandedDraft
 from proto import common_pb2
 from proto.link_pb2 import RequestTimings, Submit
 from proto.prefill_pb2 import KvChunk, PrefillCommitted, PrefillFinished, PrefillRequest, PrefillStarted
@@ -35,7 +36,7 @@ from servicekit.frames import Frame
 from servicekit.logging import get_logger
 from servicekit.rpc import error_from_rpc
 from worker.cancellation import check_cancelled
-from worker.conversions import layout_to_pb, logprobs_from_pb
+from worker.conversions import draft_from_pb, layout_to_pb, logprobs_from_pb
 from worker.deadline import Deadline
 from worker.kv_carrier import KvCarrier
 from worker.kv_frames import (
@@ -71,6 +72,7 @@ class FirstToken:
     prompt_logprobs_pb: list[common_pb2.TokenLogprobs]
     timings_pb: RequestTimings
     is_last: bool  # no KV came with it, nothing was committed
+    draft: HandedDraft | None = None
 
 
 OnCommit = Callable[[FirstToken, SequenceOutput | None], None]
@@ -224,7 +226,7 @@ class Handoff:
             on_commit(first, ended)
 
         def commit(engine: Engine) -> None:
-            ended = engine.commit(self._seq.seq_id, first.logprobs)
+            ended = engine.commit(self._seq.seq_id, first.logprobs, first.draft)
             self._engine.in_loop(committed, ended)
 
         if self.needs_no_kv:
@@ -268,6 +270,7 @@ class Handoff:
             prompt_logprobs_pb=list(finished_pb.prompt_logprobs),
             timings_pb=timings_pb,
             is_last=self.needs_no_kv,
+            draft=draft_from_pb(finished_pb.draft) if finished_pb.HasField("draft") else None,
         )
 
     def _num_hit_tokens(self, started_pb: PrefillStarted, finished_pb: PrefillFinished) -> int:

@@ -8,17 +8,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.batch_rows import SequenceRows, main_rows
 from engine.batch_tensors import BatchTensors
 from engine.chunk_graphs import ChunkGraphs
 from engine.decode_graphs import DecodeGraphs, DecodeLaunch, GraphLimits
 from engine.grammar.step_masks import GrammarTimes
 from engine.kv_cache import KvCache
-from engine.logits_edits import needs_edits
 from engine.logprobs import token_logprobs
 from engine.outputs import TokenLogprobs
-from engine.sampler import GREEDY_BELOW, Sampler
+from engine.sampler import Sampler, is_plain_greedy
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
+from engine.speculation.draft_graphs import DraftGraphs
+from engine.speculation.draft_plan import DraftLimits
+from engine.speculation.draft_state import DraftState
+from engine.speculation.drafter import Drafter
+from engine.speculation.graphed_decodes import GraphedDecodes
+from engine.speculation.handed_draft import HandedDraft
+from engine.speculation.verification import NewTokens, logits_rows, single_tokens, verify
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
@@ -29,9 +36,7 @@ DEVICE_LOAD_STEPS = 256
 
 @dataclass(slots=True)
 class StepResult:
-    seqs: list[Sequence] = field(default_factory=list)  # that got a token
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    new: list[NewTokens] = field(default_factory=list)
     expert_load: tuple[tuple[int, ...], ...] = ()
     grammar: GrammarTimes = field(default_factory=GrammarTimes)
 
@@ -47,7 +52,7 @@ class _PromptRows:
 
 
 class Runner:
-    def __init__(
+    def __init__(  # noqa: PLR0913 - two of them are rare and keyword-only
         self,
         model: CausalLM,
         kv_cache: KvCache,
@@ -56,36 +61,58 @@ class Runner:
         device: str,
         *,
         graph_limits: GraphLimits | None = None,
+        draft_limits: DraftLimits | None = None,
     ) -> None:
-        """With limits, and a model whose attention is kernels, decodes run apart from chunks, as graphs."""
+        """With graph_limits, and a model whose attention is kernels, decodes run apart from chunks, as
+        graphs. With draft_limits, and a model that can, tokens are drafted."""
         self._model = model
         self._kv_cache = kv_cache
         self._sampler = sampler
+        max_rows = 2 * token_budget  # a sequence may have a row beside the budget, for its hidden state
         self._tensors = BatchTensors(
-            token_budget, kv_cache.layout.block_size, device, uses_kernels=model.uses_kernels
+            max_rows, kv_cache.layout.block_size, device, uses_kernels=model.uses_kernels
         )
+        self._drafter: Drafter | None = None
+        if draft_limits is not None:
+            self._drafter = Drafter(model, kv_cache, sampler, draft_limits, max_rows, device)
         self._is_on_cpu = torch.device(device).type == "cpu"
         self._num_steps = 0
         self._graphs: DecodeGraphs | None = None
         self._chunk_graphs: ChunkGraphs | None = None
-        if graph_limits is not None and model.uses_kernels:
+        self._graphed_drafts: GraphedDecodes | None = None
+        if graph_limits is None or not model.uses_kernels:
+            return
+        if self._drafter is None:
             self._graphs = DecodeGraphs(model, kv_cache, graph_limits)
             self._chunk_graphs = ChunkGraphs(model, kv_cache, token_budget)
+        else:
+            assert draft_limits is not None
+            draft_graphs = DraftGraphs(model, kv_cache, graph_limits, draft_limits.num_tokens)
+            self._graphed_drafts = GraphedDecodes(draft_graphs, self._drafter.planner, sampler)
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch, layer_done: Callable[[int], None] | None = None) -> StepResult:
-        """Computes the batch; a sequence whose last token is computed gets the next one, which is not
-        appended. Prompt logprobs are appended to their sequences. An empty batch is an idle step."""
+        """Computes the batch; a sequence whose last token is computed gets the next one, or more of them with
+        drafts; they are not appended. Prompt logprobs are appended to their sequences. An empty batch is an
+        idle step."""
         self._num_steps += 1
-        self._sampler.begin(_sampled(batch))
+        if self._graphed_drafts is not None:
+            self._graphed_drafts.collect()
         decodes = batch.seqs[: batch.num_decodes]
-        if self._graphs is None or not decodes or any(seq.wants_prompt_logprobs for seq in decodes):
+        if self._graphed_drafts is not None:
+            result = self._run_drafts_apart(self._graphed_drafts, batch, layer_done)
+        elif self._graphs is None or not decodes or any(seq.wants_prompt_logprobs for seq in decodes):
+            self._sampler.begin(_sampled(batch))
             result = self._run_eagerly(batch, layer_done)
         else:
             result = self._run_decodes_apart(self._graphs, decodes, batch, layer_done)
         result.expert_load = self._take_expert_load()
         result.grammar = self._sampler.take_grammar_times()
         return result
+
+    def unpack_draft(self, handed: HandedDraft, num_tokens: int) -> DraftState:
+        """Of a sequence of num_tokens that comes from another engine. ValueError when it does not fit."""
+        return DraftState() if self._drafter is None else self._drafter.unpack(handed, num_tokens)
 
     def _run_decodes_apart(
         self,
@@ -96,6 +123,7 @@ class Runner:
     ) -> StepResult:
         """The chunks are launched behind the decodes, before anybody waits. Without chunks the next step is,
         too: it holds unless a sequence joins, and one that ends costs a row."""
+        self._sampler.begin(_sampled(batch))
         ahead = graphs.take_ahead(decodes)
         launches = [] if ahead is None else [ahead]
         others = decodes if ahead is None else [seq for seq in decodes if not ahead.has(seq)]
@@ -117,45 +145,64 @@ class Runner:
             self._take_tokens(graphs, launch, wanted, result)
         return result
 
+    def _run_drafts_apart(
+        self,
+        graphed: GraphedDecodes,
+        batch: ScheduledBatch,
+        layer_done: Callable[[int], None] | None,
+    ) -> StepResult:
+        """The other sequences are launched behind the draft layer's pass, before anybody waits for drafts."""
+        drafting, others = batch.split(graphed.can_run)
+        if not drafting.seqs:
+            self._sampler.begin(_sampled(batch))
+            return self._run_eagerly(batch, layer_done)
+        graphed.start(main_rows(drafting, speculates=True))
+        self._sampler.begin(drafting.seqs)
+        result = StepResult(graphed.verify())
+        if others.seqs:
+            self._sampler.begin(_sampled(others))
+            result.new += self._run_eagerly(others, layer_done).new
+        else:
+            self._announce_layers(layer_done)
+        graphed.finish()
+        return result
+
     def _take_tokens(
         self, graphs: DecodeGraphs, launch: DecodeLaunch, wanted: set[Sequence], result: StepResult
     ) -> None:
         seqs = launch.seqs
-        if all(map(_is_plain_greedy, seqs)):
+        if all(map(is_plain_greedy, seqs)):
             token_ids: list[int] = launch.token_ids()
             logprobs: list[TokenLogprobs | None] = [None] * len(seqs)
         else:
             token_ids, logprobs = self._sampler.sample(graphs.logits(len(seqs)), seqs)
-        for seq, token_id, logprob in zip(seqs, token_ids, logprobs, strict=True):
-            if launch.has(seq) and seq in wanted:
-                wanted.remove(seq)
-                result.seqs.append(seq)
-                result.token_ids.append(token_id)
-                result.logprobs.append(logprob)
+        for tokens in single_tokens(seqs, token_ids, logprobs):
+            if launch.has(tokens.seq) and tokens.seq in wanted:
+                wanted.remove(tokens.seq)
+                result.new.append(tokens)
 
     def _run_eagerly(self, batch: ScheduledBatch, layer_done: Callable[[int], None] | None) -> StepResult:
-        last_rows, prompt_rows = _wanted_rows(batch)
-        rows = [row for _, row in last_rows]
-        for part in prompt_rows:
-            rows.extend(range(part.begin, part.end))
-        forward_batch = self._tensors.build(batch, rows)
+        rows = main_rows(batch, speculates=self._drafter is not None)
+        sampled = [part for part in rows if part.end_position >= part.seq.num_tokens]
+        prompt_rows = _prompt_rows(rows)
+        wanted_rows = logits_rows(sampled)
+        forward_batch = self._tensors.build(rows, batch.num_decodes, wanted_rows)
         if self._chunk_graphs is not None and not prompt_rows and self._chunk_graphs.fits(forward_batch):
-            logits_NV = self._chunk_graphs.run(forward_batch, len(last_rows))
+            logits_NV = self._chunk_graphs.run(forward_batch, len(sampled))
             self._announce_layers(layer_done)
-            result = StepResult(seqs=[seq for seq, _ in last_rows])
-            if last_rows:
-                result.token_ids, result.logprobs = self._sampler.sample(logits_NV.float(), result.seqs)
-            return result
+            return StepResult(verify(self._sampler, logits_NV.float(), sampled))
         hidden_TD = self._model.forward(forward_batch, self._kv_cache, layer_done)
-        result = StepResult()
         for part in prompt_rows:
             self._add_prompt_logprobs(hidden_TD, part)
-        if last_rows:
-            result.seqs = [seq for seq, _ in last_rows]
-            rows_N = forward_batch.logits_rows_N[: len(last_rows)]
-            is_all = len(last_rows) == forward_batch.num_tokens
-            logits_NV = self._model.logits(hidden_TD if is_all else hidden_TD.index_select(0, rows_N))
-            result.token_ids, result.logprobs = self._sampler.sample(logits_NV, result.seqs)
+        result = StepResult()
+        if sampled:
+            is_all = wanted_rows == list(range(forward_batch.num_tokens))
+            rows_ND = hidden_TD if is_all else hidden_TD.index_select(0, forward_batch.logits_rows_N)
+            result.new = verify(self._sampler, self._model.logits(rows_ND), sampled)
+        if self._drafter is not None:
+            self._drafter.draft(rows, batch.num_decodes, hidden_TD, result.new)
+            if layer_done is not None:
+                layer_done(self._kv_cache.layout.num_layers - 1)
         return result
 
     def _announce_layers(self, layer_done: Callable[[int], None] | None) -> None:
@@ -183,32 +230,22 @@ class Runner:
 def _sampled(batch: ScheduledBatch) -> list[Sequence]:
     """Those whose last token is computed in this step."""
     pairs = zip(batch.seqs, batch.num_scheduled_tokens, strict=True)
-    return [seq for seq, num_tokens in pairs if seq.num_remaining_tokens == num_tokens]
-
-
-def _is_plain_greedy(seq: Sequence) -> bool:
-    sampling = seq.sampling
-    return sampling.temperature < GREEDY_BELOW and sampling.num_logprobs is None and not needs_edits(seq)
+    return [seq for seq, num_tokens in pairs if seq.num_remaining_tokens <= num_tokens]
 
 
 def _may_run_ahead(seqs: list[Sequence]) -> bool:
     """Greedy tokens are final as the device finds them; and somebody must go on."""
-    return all(seq.num_remaining_tokens == 1 and _is_plain_greedy(seq) for seq in seqs) and any(
+    return all(seq.num_remaining_tokens == 1 and is_plain_greedy(seq) for seq in seqs) and any(
         seq.num_output_tokens + 1 < seq.max_output_tokens for seq in seqs
     )
 
 
-def _wanted_rows(batch: ScheduledBatch) -> tuple[list[tuple[Sequence, int]], list[_PromptRows]]:
-    last_rows, prompt_rows = [], []
-    begin = 0
-    for seq, num_tokens in zip(batch.seqs, batch.num_scheduled_tokens, strict=True):
-        first = seq.num_computed_tokens
-        if first + num_tokens == seq.num_tokens:
-            last_rows.append((seq, begin + num_tokens - 1))
-        if seq.wants_prompt_logprobs:
-            num_rows = min(first + num_tokens, seq.num_prompt_tokens - 1) - first
-            if num_rows > 0:
-                next_ids = seq.token_ids[first + 1 : first + 1 + num_rows].tolist()
-                prompt_rows.append(_PromptRows(seq, begin, begin + num_rows, next_ids))
-        begin += num_tokens
-    return last_rows, prompt_rows
+def _prompt_rows(rows: list[SequenceRows]) -> list[_PromptRows]:
+    wanted = []
+    for part in rows:
+        seq = part.seq
+        first, end = seq.num_computed_tokens, min(part.end_position, seq.num_prompt_tokens - 1)
+        if seq.wants_prompt_logprobs and first < end:
+            next_ids = seq.token_ids[first + 1 : end + 1].tolist()
+            wanted.append(_PromptRows(seq, part.row_of(first), part.row_of(end), next_ids))
+    return wanted

@@ -12,6 +12,7 @@ from engine.grammar.matcher import GrammarMatcher
 from engine.kv_load import KvSource, LoadedPrefix, SequenceLoad
 from engine.outputs import FinishReason, TokenLogprobs
 from engine.sampling_params import SamplingParams
+from engine.speculation.draft_state import DraftState
 from kvstore.block_hash import BlockHash, HashChain
 
 
@@ -82,6 +83,7 @@ class Sequence:
         "arrival",
         "block_table",
         "cache_salt",
+        "draft",
         "has_emitted",
         "has_started",
         "keeps_blocks",
@@ -140,6 +142,7 @@ class Sequence:
         self.num_hit_tokens = 0
         self.block_table: list[int] = []
         self.num_registered_blocks = 0  # leading blocks that the prefix cache knows, or was offered
+        self.draft = DraftState()
         self.prefix: PrefixHashes | None = None  # set when the engine takes the sequence
         self.arrival = 0  # order of joining the engine; the largest is the youngest
         self.has_started = False  # was scheduled at least once
@@ -175,6 +178,7 @@ class Sequence:
         self.block_table = []
         self.num_computed_tokens = 0
         self.num_registered_blocks = 0
+        self.draft = DraftState()
         self.prompt_logprobs = []
 
     def finish_reason_after(self, eos_token_ids: frozenset[int], max_model_len: int) -> FinishReason | None:

@@ -26,7 +26,7 @@ from proto.prefill_pb2 import PrefillFinished, PrefillRequest, PrefillStarted
 from servicekit.errors import InvalidRequest
 from servicekit.logging import get_logger
 from worker.async_engine import AsyncEngine
-from worker.conversions import all_logprobs_to_pb, logprobs_to_pb
+from worker.conversions import all_logprobs_to_pb, draft_to_pb, logprobs_to_pb
 from worker.kv_carrier import KvCarrier, SharedMemoryCarrier, shared_cache_pb
 from worker.kv_chunks import ChunkTally
 from worker.kv_frames import FrameKind, pack_frame, read_frame
@@ -195,6 +195,7 @@ class PrefillCall:
             num_loaded_tokens=output.num_loaded_tokens,
             num_fetched_tokens=output.num_fetched_tokens,
             load_s=output.load_s,
+            draft=None if output.draft is None else draft_to_pb(output.draft),
         )
         return pack_frame(FrameKind.PREFILL_FINISHED, finished_pb)
 

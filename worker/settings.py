@@ -40,6 +40,9 @@ class WorkerSettings:
         None, doc="most tokens computed in one step; unset: the engine's choice"
     )
     max_running: int | None = setting(None, doc="most sequences in one step; unset: the engine's choice")
+    num_speculative_tokens: int | None = setting(
+        None, doc="tokens drafted for each sequence in a step; unset: 1 if the model can, 0: none"
+    )
     max_requests: int = setting(1024, doc="requests held, running and waiting; more are refused")
     num_threads: int | None = setting(None, doc="torch threads; unset: half of the usable processors")
     shared_memory: bool = setting(True, doc="hand KV over through shared memory inside one host")
@@ -64,6 +67,8 @@ class WorkerSettings:
         for name in ("host_kv_bytes", "disk_kv_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.num_speculative_tokens is not None and self.num_speculative_tokens < 0:
+            raise ValueError(f"num_speculative_tokens must be 0 or more, got {self.num_speculative_tokens}")
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"num_threads must be 1 or more, got {self.num_threads}")
         if not self.drain_s >= 0:

@@ -28,6 +28,7 @@ _WORKER_OPTIONS = {
     "max_model_len": ("TOKENS", "longest prompt plus answer (default: the model's)"),
     "max_running": ("N", "sequences in a batch"),
     "token_budget": ("TOKENS", "most tokens of one step"),
+    "num_speculative_tokens": ("N", "drafted for each sequence in a step (default: 1 if the model can)"),
 }
 
 

@@ -11,12 +11,14 @@ from engine.forward_batch import ForwardBatch
 
 if TYPE_CHECKING:
     from engine.kv_cache import KvCache
+    from engine.models.mtp import MtpLayer
 
 LayerDone = Callable[[int], None]
 
 
 class CausalLM(Protocol):
     vocab_size: int
+    mtp: MtpLayer | None  # drafts tokens; one more layer of the cache
     uses_kernels: bool  # a batch must come with a DevicePlan, and a step of decodes can be a CUDA graph
 
     def forward(
@@ -35,5 +37,6 @@ class CausalLM(Protocol):
         ...
 
     def take_expert_load(self) -> torch.Tensor | None:
-        """int64 [MoE layers, E]: tokens of this rank routed to each logical expert since the last call."""
+        """int64 [MoE layers, E]: tokens of this rank routed to each logical expert since the last call. The
+        last layer is that of multi-token prediction, if there is one."""
         ...

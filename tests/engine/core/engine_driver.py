@@ -62,7 +62,13 @@ class CopyingListener:
 
 
 def hand_off(
-    sender: Engine, receiver: Engine, seq_id: int, prompt_ids: list[int], max_tokens: int
+    sender: Engine,
+    receiver: Engine,
+    seq_id: int,
+    prompt_ids: list[int],
+    max_tokens: int,
+    *,
+    has_draft: bool = True,
 ) -> tuple[CopyingListener, SequenceOutput]:
     """Prefill on the sender, commit on the receiver, which must have room. The output is the sender's."""
     num_held = receiver.reserve(Sequence(seq_id, prompt_ids, greedy(max_tokens)))
@@ -75,6 +81,6 @@ def hand_off(
         sender.check_integrity()
     first = outputs[0]
     assert first.finish_reason is not None
-    receiver.commit(seq_id, TokenLogprobs(first.token_ids[0], 0.0))
+    receiver.commit(seq_id, TokenLogprobs(first.token_ids[0], 0.0), first.draft if has_draft else None)
     sender.release(seq_id)
     return listener, first
