@@ -68,6 +68,7 @@ def _engine_config(settings: WorkerSettings) -> EngineConfig:
         device=settings.device,
         block_size=settings.block_size,
         shares_kv_cache=settings.shared_memory,
+        has_fp8_experts=settings.fp8_experts,
         **optional,
     )
 
