@@ -18,6 +18,7 @@ from engine.ep.ep_group import EpGroup
 from engine.kernels.support import has_kernels
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
+from engine.kv_outbox import KvOutbox
 from engine.models import CausalLM, build_model
 from engine.runner import Runner
 from engine.sampler import Sampler
@@ -64,7 +65,10 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
     runner = Runner(
         model, kv_cache, sampler, scheduler_config.token_budget, config.device, graph_limits=graph_limits
     )
-    return Engine(runner, kv_cache, limits, scheduler_config, ep, build_lower_tiers(config, layout))
+    engine = Engine(runner, kv_cache, limits, scheduler_config, ep, build_lower_tiers(config, layout))
+    if num_slots := config.outbox_bytes // layout.block_bytes:
+        engine.send_through(KvOutbox(kv_cache, num_slots))
+    return engine
 
 
 def num_parameters(config: ModelConfig, ep_size: int = 1) -> int:

@@ -24,6 +24,7 @@ from engine.handoffs import Handoffs, OnReady
 from engine.kv_announcer import KvAnnouncer
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
+from engine.kv_outbox import KvOutbox
 from engine.outputs import FinishReason, SequenceOutput, StepOutput, TokenLogprobs
 from engine.pins import PinnedRun, Pins
 from engine.runner import Runner, StepResult
@@ -67,7 +68,8 @@ class Engine:
         self.eos_token_ids = limits.eos_token_ids
         self.ep = ep if ep is not None and ep.size > 1 else None
         self._runner = runner
-        self._announcer = KvAnnouncer(layout)
+        self._outbox: KvOutbox | None = None
+        self._announcer = KvAnnouncer(kv_cache)
         self._pool = BlockPool(kv_cache.num_blocks)
         self._tiers = TierStore(self._pool, kv_cache, tiers or LowerTiers())
         self._pins = Pins(self._tiers.places, kv_cache)
@@ -78,6 +80,13 @@ class Engine:
         self._has_news = bool(self._tiers.places.hashes())  # for the next step; set by any thread
         self._on_news: Callable[[], None] = lambda: None
         self._tiers.on_change = self._scheduler.loads.on_change = self._note_news
+
+    def send_through(self, outbox: KvOutbox) -> None:
+        """Owns it from now on: KV of hand-offs from here leaves through it. Before the first sequence."""
+        assert self._outbox is None and not self._seqs
+        self._outbox = outbox
+        self._announcer = KvAnnouncer(self.kv_cache, outbox)
+        outbox.on_failure = self._note_news
 
     @property
     def kv_layout(self) -> KvLayout:
@@ -108,6 +117,8 @@ class Engine:
     def close(self) -> None:
         """Ends the threads of the tiers; what they are doing is finished. No step may follow. Idempotent."""
         self._tiers.close()
+        if self._outbox is not None:
+            self._outbox.close()
 
     def add(self, seq: Sequence) -> None:
         """ValueError for what can never run."""
@@ -121,6 +132,7 @@ class Engine:
         if seq is not None:
             self._scheduler.remove(seq)
             self._handoffs.forget(seq)
+            self._announcer.forget(seq)
             self._blocks_came_back()
 
     def abort_all(self) -> None:
@@ -188,6 +200,8 @@ class Engine:
         began = time.monotonic()
         self._has_news = False
         self._tiers.poll()
+        if self._outbox is not None:
+            self._outbox.poll()
         batch = self._scheduler.schedule()
         self._start_sequences(batch, began)
         self._handoffs.grant()
@@ -233,6 +247,8 @@ class Engine:
         references.update(b for seq in self._seqs.values() for b in seq.block_table)
         self._pool.check_integrity(references)
         self._tiers.places.check_integrity()
+        if self._outbox is not None:
+            self._outbox.check_integrity([seq.outbox_slots for seq in self._seqs.values()])
         scheduler = self._scheduler
         listed = [
             *scheduler.waiting,

@@ -46,6 +46,9 @@ class EngineConfig:
     token_budget: int | None = None  # tokens of one step
     max_running: int | None = None  # sequences of one step
     shares_kv_cache: bool = False  # with other processes of this host
+    outbox_bytes: int = (
+        0  # of host memory through which KV of hand-offs leaves; 0: it leaves the cache itself
+    )
     uses_graphs: bool = True  # steps of decodes as CUDA graphs, where the model can
     has_fp8_experts: bool = False  # experts' weights and their inputs in block-scaled FP8, on CUDA
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
 
 if TYPE_CHECKING:
-    from engine.models.causal_lm import CausalLM
+    from engine.models.causal_lm import CausalLM, LayerDone
 
 LOGITS_ROWS_AT_ONCE = 64  # of prompt logprobs: bounds the memory of [rows, vocabulary]
 DEVICE_LOAD_STEPS = 256
@@ -73,7 +72,7 @@ class Runner:
             self._chunk_graphs = ChunkGraphs(model, kv_cache, token_budget)
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch, layer_done: Callable[[int], None] | None = None) -> StepResult:
+    def run(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> StepResult:
         """Computes the batch; a sequence whose last token is computed gets the next one, which is not
         appended. Prompt logprobs are appended to their sequences. An empty batch is an idle step."""
         self._num_steps += 1
@@ -92,7 +91,7 @@ class Runner:
         graphs: DecodeGraphs,
         decodes: list[Sequence],
         batch: ScheduledBatch,
-        layer_done: Callable[[int], None] | None,
+        layer_done: LayerDone | None,
     ) -> StepResult:
         """The chunks are launched behind the decodes, before anybody waits. Without chunks the next step is,
         too: it holds unless a sequence joins, and one that ends costs a row."""
@@ -133,7 +132,7 @@ class Runner:
                 result.token_ids.append(token_id)
                 result.logprobs.append(logprob)
 
-    def _run_eagerly(self, batch: ScheduledBatch, layer_done: Callable[[int], None] | None) -> StepResult:
+    def _run_eagerly(self, batch: ScheduledBatch, layer_done: LayerDone | None) -> StepResult:
         last_rows, prompt_rows = _wanted_rows(batch)
         rows = [row for _, row in last_rows]
         for part in prompt_rows:
@@ -141,7 +140,7 @@ class Runner:
         forward_batch = self._tensors.build(batch, rows)
         if self._chunk_graphs is not None and not prompt_rows and self._chunk_graphs.fits(forward_batch):
             logits_NV = self._chunk_graphs.run(forward_batch, len(last_rows))
-            self._announce_layers(layer_done)
+            self._announce_layers(layer_done, self._chunk_graphs)
             result = StepResult(seqs=[seq for seq, _ in last_rows])
             if last_rows:
                 result.token_ids, result.logprobs = self._sampler.sample(logits_NV.float(), result.seqs)
@@ -158,11 +157,12 @@ class Runner:
             result.token_ids, result.logprobs = self._sampler.sample(logits_NV, result.seqs)
         return result
 
-    def _announce_layers(self, layer_done: Callable[[int], None] | None) -> None:
-        """All at once, behind what was launched: a graph cannot call back."""
+    def _announce_layers(self, layer_done: LayerDone | None, graphs: ChunkGraphs | None = None) -> None:
+        """All at once, behind what was launched: a graph cannot call back. The events in it tell how far it
+        has got."""
         if layer_done is not None:
             for layer in range(self._kv_cache.layout.num_layers):
-                layer_done(layer)
+                layer_done(layer, None if graphs is None else graphs.computed(layer))
 
     def _add_prompt_logprobs(self, hidden_TD: torch.Tensor, part: _PromptRows) -> None:
         num_top = part.seq.sampling.num_prompt_logprobs or 0

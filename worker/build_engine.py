@@ -68,6 +68,7 @@ def _engine_config(settings: WorkerSettings) -> EngineConfig:
         device=settings.device,
         block_size=settings.block_size,
         shares_kv_cache=settings.shared_memory,
+        outbox_bytes=settings.outbox_bytes or 0,
         has_fp8_experts=settings.fp8_experts,
         **optional,
     )

@@ -36,6 +36,9 @@ class WorkerSettings:
         None, doc="directory, this worker's alone, for blocks evicted from there; unset: none"
     )
     disk_kv_bytes: int = setting(8 << 30, doc="of files in DISK_KV_DIR, at most")
+    outbox_bytes: int | None = setting(
+        None, doc="host memory through which KV leaves a GPU; unset: 2 GiB for prefill workers with one"
+    )
     max_model_len: int | None = setting(None, doc="longest sequence, tokens; unset: the model's")
     token_budget: int | None = setting(
         None, doc="most tokens computed in one step; unset: the engine's choice"
@@ -44,6 +47,9 @@ class WorkerSettings:
     max_requests: int = setting(1024, doc="requests held, running and waiting; more are refused")
     num_threads: int | None = setting(None, doc="torch threads; unset: half of the usable processors")
     shared_memory: bool = setting(True, doc="hand KV over through shared memory inside one host")
+    host_id: str = setting(
+        "", doc="workers with equal ones may open each other's memory; empty: found out from the system"
+    )
     tls_cert: Path | None = setting(
         None, doc="certificate for mutual TLS with routers and workers, PEM; unset: plain"
     )
@@ -62,8 +68,8 @@ class WorkerSettings:
         for name in ("block_size", "max_requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("host_kv_bytes", "disk_kv_bytes"):
-            if getattr(self, name) < 0:
+        for name in ("host_kv_bytes", "disk_kv_bytes", "outbox_bytes"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"num_threads must be 1 or more, got {self.num_threads}")
