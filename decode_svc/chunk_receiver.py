@@ -79,7 +79,9 @@ class ChunkReceiver:
         part[:] = True
 
     def _write(self, chunk_pb: KvChunk, payload: memoryview) -> None:
-        kv_bytes = verified_bytes(self._carrier, chunk_pb, payload, self._kv_cache.layout)
+        layout = self._kv_cache.layout
         block_ids = self._block_ids[chunk_pb.first_block : chunk_pb.first_block + chunk_pb.num_blocks]
         first_layer, num_layers = chunk_pb.first_layer, chunk_pb.num_layers
-        self._kv_cache.write_blocks(first_layer, num_layers, block_ids, kv_bytes, self._fence)
+        with self._kv_cache.landing(num_chunk_bytes(chunk_pb, layout)) as landing:
+            kv_bytes = verified_bytes(self._carrier, chunk_pb, payload, layout, landing)
+            self._kv_cache.write_blocks(first_layer, num_layers, block_ids, kv_bytes, self._fence)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ class DeviceWrites:
         self._data = data
         self._stream = torch.cuda.Stream(data.device)
         self._lock = threading.Lock()
-        self._pinned = torch.empty(0, dtype=torch.uint8)
+        self._idle = PinnedBuffers()
 
     def fence(self) -> torch.cuda.Event:
         """On the engine thread: what it has launched so far. A step that was run ahead may still write into
@@ -39,8 +41,7 @@ class DeviceWrites:
     ) -> None:
         """Behind `after`, or behind all that was launched so far. On return the blocks are written, and the
         payload may change."""
-        with self._lock, torch.cuda.stream(self._stream):
-            source = self._through_pinned(payload)
+        with self._idle.holding(payload) as source, self._lock, torch.cuda.stream(self._stream):
             if after is None:
                 after = torch.cuda.Event()
                 after.record(torch.cuda.default_stream(self._data.device))
@@ -50,13 +51,48 @@ class DeviceWrites:
             copy_in(values, target, block_ids)
             self._stream.synchronize()
 
-    def _through_pinned(self, payload: memoryview | bytes) -> torch.Tensor:
+    @contextmanager
+    def landing(self, num_bytes: int) -> Iterator[memoryview]:
+        """Page-locked memory for what will be written: a payload that lies there is copied no more."""
+        with self._idle.buffer(num_bytes) as pinned:
+            yield pinned.numpy().data
+
+
+class PinnedBuffers:
+    """Of any thread, used over and over."""
+
+    def __init__(self, *, is_pinned: bool = True) -> None:
+        self._is_pinned = is_pinned
+        self._idle: list[torch.Tensor] = []
+        self._used: dict[int, torch.Tensor] = {}  # by address
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def buffer(self, num_bytes: int) -> Iterator[torch.Tensor]:
+        """uint8 [num_bytes]"""
+        with self._lock:
+            whole = self._idle.pop() if self._idle else torch.empty(0, dtype=torch.uint8)
+        if whole.numel() < num_bytes:
+            whole = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_pinned)
+        self._used[whole.data_ptr()] = whole
+        try:
+            yield whole[:num_bytes]
+        finally:
+            with self._lock:
+                del self._used[whole.data_ptr()]
+                self._idle.append(whole)
+
+    @contextmanager
+    def holding(self, payload: memoryview | bytes) -> Iterator[torch.Tensor]:
+        """A buffer with these bytes: the one they lie in, or another one."""
         source = np.frombuffer(payload, dtype=np.uint8)
-        if self._pinned.numel() < source.size:
-            self._pinned = torch.empty(source.size, dtype=torch.uint8, pin_memory=True)
-        pinned = self._pinned[: source.size]
-        pinned.numpy()[:] = source
-        return pinned
+        own = self._used.get(source.ctypes.data)
+        if own is not None:
+            yield own[: source.size]
+            return
+        with self.buffer(source.size) as pinned:
+            pinned.numpy()[:] = source
+            yield pinned
 
 
 def copy_in(source: torch.Tensor, target: torch.Tensor, block_ids: list[int]) -> None:

@@ -8,10 +8,12 @@ long as somebody maps it.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +88,14 @@ class KvCache:
         assert self._bytes_LBX is not None, "a cache on a device, or closed"
         return piecewise(self._bytes_LBX[first_layer : first_layer + num_layers], block_ids)
 
-    def read_blocks(self, first_layer: int, num_layers: int, block_ids: list[int]) -> memoryview:
-        """A copy of the bytes, [layer][block][token in block][token_shape]."""
+    def read_blocks(
+        self, first_layer: int, num_layers: int, block_ids: list[int], into: memoryview | None = None
+    ) -> memoryview:
+        """A copy of the bytes, [layer][block][token in block][token_shape]; it may lie in `into`, when that
+        is just as large."""
         layers = slice(first_layer, first_layer + num_layers)
         if self._bytes_LBX is not None:
-            return gather(self._bytes_LBX[layers], block_ids)
+            return gather(self._bytes_LBX[layers], block_ids, into)
         index = torch.tensor(block_ids, device=self.data.device)
         picked = self.data[layers].index_select(1, index).cpu().contiguous()
         return picked.view(-1).view(torch.uint8).numpy().data
@@ -121,6 +126,15 @@ class KvCache:
         target = self._bytes_LBX[layers]
         for start, first_id, length in runs(block_ids):
             target[:, first_id : first_id + length] = source[:, start : start + length]
+
+    @contextmanager
+    def landing(self, num_bytes: int) -> Iterator[memoryview | None]:
+        """On CUDA, memory from which write_blocks() copies without a detour, inside the block."""
+        if self._device_writes is None:
+            yield None
+            return
+        with self._device_writes.landing(num_bytes) as memory:
+            yield memory
 
     def close(self) -> None:
         """Give the memory back; tensors of this cache must not be used afterwards. Idempotent."""
@@ -177,10 +191,12 @@ class AttachedKvCache:
         assert self._bytes_LBX is not None, "closed"
         return piecewise(self._bytes_LBX[first_layer : first_layer + num_layers], block_ids)
 
-    def read_blocks(self, first_layer: int, num_layers: int, block_ids: list[int]) -> memoryview:
-        """As KvCache.read_blocks."""
+    def read_blocks(
+        self, first_layer: int, num_layers: int, block_ids: list[int], into: memoryview | None = None
+    ) -> memoryview:
+        """As KvCache.read_blocks; the copy lies in `into`, when it is given and just as large."""
         assert self._bytes_LBX is not None, "closed"
-        return gather(self._bytes_LBX[first_layer : first_layer + num_layers], block_ids)
+        return gather(self._bytes_LBX[first_layer : first_layer + num_layers], block_ids, into)
 
     def close(self) -> None:
         self._bytes_LBX = None
@@ -188,9 +204,15 @@ class AttachedKvCache:
         self._map = None
 
 
-def gather(source: np.ndarray[Any, np.dtype[np.uint8]], block_ids: list[int]) -> memoryview:
+def gather(
+    source: np.ndarray[Any, np.dtype[np.uint8]], block_ids: list[int], into: memoryview | None = None
+) -> memoryview:
     """Blocks of [layers, blocks, bytes], contiguous."""
-    picked = np.empty((source.shape[0], len(block_ids), source.shape[2]), dtype=np.uint8)
+    shape = (source.shape[0], len(block_ids), source.shape[2])
+    if into is not None and into.nbytes == math.prod(shape):
+        picked = np.frombuffer(into, dtype=np.uint8).reshape(shape)
+    else:
+        picked = np.empty(shape, dtype=np.uint8)
     for start, first_id, length in runs(block_ids):
         picked[:, start : start + length] = source[:, first_id : first_id + length]
     return picked.reshape(-1).data

@@ -38,9 +38,9 @@ class KvCarrier(Protocol):
         """Sending side: reads the cache now, so the blocks must be final and owned until the call ends."""
         ...
 
-    def unpack(self, chunk_pb: KvChunk, payload: memoryview) -> memoryview:
-        """Receiving side: the chunk's bytes, neither size nor checksum verified. ValueError when the header
-        makes no sense to this carrier."""
+    def unpack(self, chunk_pb: KvChunk, payload: memoryview, landing: memoryview | None = None) -> memoryview:
+        """Receiving side: the chunk's bytes, neither size nor checksum verified, in `landing` if they have
+        to be copied and fit exactly. ValueError when the header makes no sense to this carrier."""
         ...
 
 
@@ -56,7 +56,7 @@ class StreamCarrier:
     def pack(self, rectangle: KvRectangle) -> PackedChunk:
         return pack_bytes(rectangle, _read(self._source, rectangle))
 
-    def unpack(self, chunk_pb: KvChunk, payload: memoryview) -> memoryview:
+    def unpack(self, chunk_pb: KvChunk, payload: memoryview, landing: memoryview | None = None) -> memoryview:
         if chunk_pb.source_block_ids:
             raise ValueError("a chunk of a stream names source blocks")
         return payload
@@ -80,7 +80,7 @@ class SharedMemoryCarrier:
         chunk_pb.source_block_ids.extend(block_ids)
         return PackedChunk(pack_frame(FrameKind.KV_CHUNK, chunk_pb), num_bytes, found)
 
-    def unpack(self, chunk_pb: KvChunk, payload: memoryview) -> memoryview:
+    def unpack(self, chunk_pb: KvChunk, payload: memoryview, landing: memoryview | None = None) -> memoryview:
         block_ids = list(chunk_pb.source_block_ids)
         if not block_ids:
             return payload
@@ -91,7 +91,7 @@ class SharedMemoryCarrier:
             )
         if max(block_ids) >= self._source.num_blocks:
             raise ValueError(f"source block {max(block_ids)} is outside a cache of {self._source.num_blocks}")
-        return self._source.read_blocks(chunk_pb.first_layer, chunk_pb.num_layers, block_ids)
+        return self._source.read_blocks(chunk_pb.first_layer, chunk_pb.num_layers, block_ids, landing)
 
 
 def sending_carrier(kv_cache: KvCache, *, is_shared: bool) -> KvCarrier:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.device_writes import copy_in
+from engine.device_writes import PinnedBuffers, copy_in
 from engine.engine import Engine
 from engine.kv_cache import KvCache
 from engine.kv_outbox import KvOutbox, OutboxCopy, copy_out
@@ -172,3 +172,29 @@ def test_copies_out_and_in_hit_their_blocks_in_runs_and_gathered(block_ids: list
     copy_in(copied, back, block_ids)
     assert torch.equal(back[:, block_ids], source[:, block_ids])
     assert int(back.count_nonzero()) == int(copied.count_nonzero())
+
+
+def test_bytes_that_lie_in_a_buffer_are_copied_no_more_and_others_once() -> None:
+    buffers = PinnedBuffers(is_pinned=False)
+    with buffers.buffer(8) as landing:
+        landing.numpy()[:] = range(8)
+        with buffers.holding(landing.numpy().data[:6]) as held:
+            assert held.data_ptr() == landing.data_ptr()
+            assert held.tolist() == list(range(6))
+        with buffers.holding(b"abc") as other:
+            assert other.data_ptr() != landing.data_ptr()
+            assert bytes(other.numpy()) == b"abc"
+    with buffers.buffer(4) as first, buffers.buffer(4) as second:
+        assert first.data_ptr() != second.data_ptr()
+
+
+def test_a_copy_lands_where_it_is_asked_to_if_it_fits() -> None:
+    cache = KvCache(fake_kv_layout(), 4)
+    cache.data.copy_(torch.arange(cache.data.numel()).view(cache.data.shape))
+    expected = bytes(cache.read_blocks(1, 2, [3, 0]))
+    landing = memoryview(bytearray(len(expected)))
+    cache.read_blocks(1, 2, [3, 0], landing)
+    assert bytes(landing) == expected
+    too_small = memoryview(bytearray(len(expected) - 1))
+    assert bytes(cache.read_blocks(1, 2, [3, 0], too_small)) == expected
+    assert not any(too_small)
