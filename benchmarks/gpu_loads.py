@@ -37,7 +37,7 @@ SWEEP_COLUMNS = (
     "failed",
 )
 ISOLATION_COLUMNS = ("streams", "long prompts", "TPOT p50 ms", "TPOT p99 ms", "times", "longest gap p99 ms")
-HANDOFF_COLUMNS = ("prompt", "TTFT ms", "hand-off ms", "share of TTFT", "MB", "transfer ms")
+HANDOFF_COLUMNS = ("carrier", "prompt", "TTFT ms", "hand-off ms", "share of TTFT", "MB", "transfer ms")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

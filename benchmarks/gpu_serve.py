@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -96,12 +97,14 @@ def _run_topology(
             print(f"\n## {name}: ready after {server.start_s:.1f} s", flush=True)
             found["start"] = list(_start_events(log_dir))
             _show("start", START_COLUMNS, found["start"])
-            asyncio.run(_measure(name, server, args, found))
+            asyncio.run(_measure(name, server, args, found, log_dir))
     finally:
         store.stop()
 
 
-async def _measure(name: str, server: Server, args: argparse.Namespace, found: dict[str, Any]) -> None:
+async def _measure(
+    name: str, server: Server, args: argparse.Namespace, found: dict[str, Any], log_dir: Path
+) -> None:
     loads = TINY_LOADS if args.tiny else Loads()
     target = Target(url=server.url, model=SERVED_NAME, timeout_s=120.0)
     clients = Clients(server, target, loads, _scale(args).vocab_size)
@@ -114,6 +117,8 @@ async def _measure(name: str, server: Server, args: argparse.Namespace, found: d
         rows = found.setdefault(part, [])
         _show(part, COLUMNS[part], [])
         async for row in _part(part, clients, args, loads):
+            if part == "handoff":
+                row = {"carrier": _last_carrier(log_dir), **row}
             rows.append(row)
             print(table(COLUMNS[part], [row])[-1], flush=True)
 
@@ -138,15 +143,25 @@ def _show(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> N
 
 
 def _start_events(log_dir: Path) -> Iterator[dict[str, Any]]:
-    """Lines of the workers' logs that tell how long something took before they were ready."""
+    """What took how long before the workers were ready."""
+    for process, event in _log_events(log_dir):
+        if event.get("event") == "start_phase":
+            yield {"process": process, "event": event["phase"], "seconds": round(event["elapsed_s"], 2)}
+
+
+def _last_carrier(log_dir: Path) -> str | None:
+    committed = [e for _, e in _log_events(log_dir) if e.get("event") == "handoff_committed"]
+    return committed[-1]["carrier"] if committed else None
+
+
+def _log_events(log_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(process, event)"""
     for path in sorted(log_dir.glob("*.log")):
         for line in path.read_text(errors="replace").splitlines():
-            try:
+            with contextlib.suppress(ValueError):
                 event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and "start_s" in event:
-                yield {"process": path.stem, "event": event.get("event"), "seconds": event["start_s"]}
+                if isinstance(event, dict):
+                    yield path.stem, event
 
 
 def _tails(log_dir: Path) -> Iterator[str]:
@@ -161,6 +176,8 @@ def _scale(args: argparse.Namespace) -> Scale:
         changes["token_budget"] = args.token_budget
     if args.shared_prefill_budget:
         changes["shared_prefill_budget"] = args.shared_prefill_budget
+    if args.shared_prefill_share:
+        changes["shared_prefill_share"] = args.shared_prefill_share
     return replace(scale, **changes)
 
 
@@ -202,6 +219,7 @@ def _arguments() -> argparse.ArgumentParser:
     run.add_argument("--fp8", action="store_true", help="experts in FP8")
     run.add_argument("--token-budget", type=int, help="of a step (default: 8192)")
     run.add_argument("--shared-prefill-budget", type=int, help="the same on a shared GPU (default: 1024)")
+    run.add_argument("--shared-prefill-share", type=float, help="of the time on a shared GPU (default: 0.4)")
     run.add_argument("--json", type=Path)
     run.add_argument("--log-dir", type=Path, help="keep the logs of the processes there")
     run.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU: does it work?")

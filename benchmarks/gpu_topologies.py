@@ -26,6 +26,7 @@ class Scale:
     max_running: int = 256
     token_budget: int = 8192
     prefill_max_running: int = 32
+    shared_prefill_share: float = 0.4  # of the time
     shared_prefill_budget: int = 1024  # tokens of a step beside a decode worker on the same GPU
     shared_kv_bytes: tuple[int, int] = (4 * _GIB, 6 * _GIB)  # of prefill and decode there
     fp8_experts: bool = False
@@ -98,6 +99,9 @@ def topology(name: str, model_dir: Path, scale: Scale, policy: str | None = None
         "BATON_PREFILL_TOKEN_BUDGET": str(scale.token_budget),
         "BATON_PREFILL_FP8_EXPERTS": str(scale.fp8_experts),
         "BATON_DECODE_FP8_EXPERTS": str(scale.fp8_experts),
+        # All are on this machine, whether or not its system tells.
+        "BATON_PREFILL_HOST_ID": SERVED_NAME,
+        "BATON_DECODE_HOST_ID": SERVED_NAME,
     }
     if name == "both":
         options.append("--aggregated")
@@ -120,5 +124,6 @@ def _shares_of_one_gpu(scale: Scale) -> dict[str, str]:
         "BATON_PREFILL_KV_CACHE_BYTES": str(prefill_bytes),
         "BATON_DECODE_KV_CACHE_BYTES": str(decode_bytes),
         "BATON_PREFILL_TOKEN_BUDGET": str(scale.shared_prefill_budget),
+        "BATON_PREFILL_DEVICE_SHARE": str(scale.shared_prefill_share),
         "BATON_DECODE_TOKEN_BUDGET": str(max(scale.shared_prefill_budget, scale.max_running + 16)),
     }

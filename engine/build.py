@@ -12,6 +12,7 @@ from engine.checkpoint.hub_tensors import hub_tensors
 from engine.checkpoint.model_config import ModelConfig, load_model_config
 from engine.checkpoint.weights import model_fingerprint, open_weights
 from engine.decode_graphs import GraphLimits
+from engine.device_share import DeviceShare
 from engine.engine import Engine, EngineLimits
 from engine.engine_config import EngineConfig, EngineConfigError, check_weights_fit, resolve_cache_size
 from engine.ep.ep_group import EpGroup
@@ -20,6 +21,7 @@ from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
 from engine.kv_outbox import KvOutbox
 from engine.models import CausalLM, build_model
+from engine.phase_times import PhaseTimes
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.tiers.build import build_lower_tiers
@@ -50,9 +52,12 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
     if config.has_fp8_experts:
         _check_fp8_experts(config.device, model_config, ep_size)
     check_weights_fit(_weight_bytes(config, model_config, dtype, ep_size), config.device)
-    model = _load_model(config, model_config, dtype, ep, progress)
-    size = resolve_cache_size(config, model_config, layout, scheduler_config.max_running)
-    kv_cache = KvCache(layout, size.num_blocks, device=config.device, is_shared=config.shares_kv_cache)
+    times = PhaseTimes()
+    with times.phase("weights"):
+        model = _load_model(config, model_config, dtype, ep, progress)
+    with times.phase("KV cache"):
+        size = resolve_cache_size(config, model_config, layout, scheduler_config.max_running)
+        kv_cache = KvCache(layout, size.num_blocks, device=config.device, is_shared=config.shares_kv_cache)
     limits = EngineLimits(
         max_model_len=size.max_model_len,
         vocab_size=model_config.vocab_size,
@@ -65,9 +70,13 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
     runner = Runner(
         model, kv_cache, sampler, scheduler_config.token_budget, config.device, graph_limits=graph_limits
     )
-    engine = Engine(runner, kv_cache, limits, scheduler_config, ep, build_lower_tiers(config, layout))
-    if num_slots := config.outbox_bytes // layout.block_bytes:
-        engine.send_through(KvOutbox(kv_cache, num_slots))
+    times.seconds |= runner.start_times.seconds
+    with times.phase("host memory"):
+        engine = Engine(runner, kv_cache, limits, scheduler_config, ep, build_lower_tiers(config, layout))
+        if num_slots := config.outbox_bytes // layout.block_bytes:
+            engine.send_through(KvOutbox(kv_cache, num_slots))
+    engine.start_times = times
+    engine.device_share = DeviceShare(config.device_share)
     return engine
 
 

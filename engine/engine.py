@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
+from engine.device_share import DeviceShare
 from engine.ep.ep_group import EpGroup
 from engine.handoffs import Handoffs, OnReady
 from engine.kv_announcer import KvAnnouncer
@@ -26,6 +27,7 @@ from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
 from engine.kv_outbox import KvOutbox
 from engine.outputs import FinishReason, SequenceOutput, StepOutput, TokenLogprobs
+from engine.phase_times import PhaseTimes
 from engine.pins import PinnedRun, Pins
 from engine.runner import Runner, StepResult
 from engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig
@@ -66,6 +68,8 @@ class Engine:
         self.max_running = scheduler_config.max_running
         self.vocab_size = limits.vocab_size
         self.eos_token_ids = limits.eos_token_ids
+        self.start_times = PhaseTimes()
+        self.device_share = DeviceShare(1.0)
         self.ep = ep if ep is not None and ep.size > 1 else None
         self._runner = runner
         self._outbox: KvOutbox | None = None
@@ -98,7 +102,10 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether step() can get anywhere: not while all sequences wait for a hand-off, a load or blocks."""
+        """Whether step() can get anywhere: not while all sequences wait for a hand-off, a load or blocks, and
+        not while it rests."""
+        if self.device_share.rest_s:
+            return False
         if self._has_news or self.next_work_s == 0.0:
             return True
         scheduler = self._scheduler
@@ -107,6 +114,8 @@ class Engine:
     @property
     def next_work_s(self) -> float | None:
         """Seconds until step() should be called though nobody has said anything; None: no need."""
+        if rest_s := self.device_share.rest_s:
+            return rest_s
         recheck_at = self._scheduler.loads.recheck_at
         return None if recheck_at is None else max(0.0, recheck_at - time.monotonic())
 
@@ -213,6 +222,8 @@ class Engine:
             self._scheduler.advance(batch)
             self._tiers.pump()
         now = time.monotonic()
+        if batch.num_tokens > batch.num_decodes and self.ep is None:
+            self.device_share.spent(now - began)
         self._scheduler.loads.planner.observe_step(batch.num_tokens - batch.num_decodes, now - began)
         outputs = [
             self._take_token(seq, token_id, logprobs, now)

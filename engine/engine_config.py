@@ -49,6 +49,7 @@ class EngineConfig:
     outbox_bytes: int = (
         0  # of host memory through which KV of hand-offs leaves; 0: it leaves the cache itself
     )
+    device_share: float = 1.0  # of the time, for steps with prompt tokens; not in a group
     uses_graphs: bool = True  # steps of decodes as CUDA graphs, where the model can
     has_fp8_experts: bool = False  # experts' weights and their inputs in block-scaled FP8, on CUDA
 

@@ -43,6 +43,9 @@ class WorkerSettings:
     token_budget: int | None = setting(
         None, doc="most tokens computed in one step; unset: the engine's choice"
     )
+    device_share: float = setting(
+        1.0, doc="of the time, at most, for steps with prompts, where another worker has the same GPU"
+    )
     max_running: int | None = setting(None, doc="most sequences in one step; unset: the engine's choice")
     max_requests: int = setting(1024, doc="requests held, running and waiting; more are refused")
     num_threads: int | None = setting(None, doc="torch threads; unset: half of the usable processors")
@@ -73,6 +76,8 @@ class WorkerSettings:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"num_threads must be 1 or more, got {self.num_threads}")
+        if not 0 < self.device_share <= 1:
+            raise ValueError(f"device_share must be over 0 and at most 1, got {self.device_share}")
         if not self.drain_s >= 0:
             raise ValueError(f"drain_s must be 0 or more, got {self.drain_s}")
 

@@ -81,6 +81,8 @@ def test_all_parts_run_on_a_stack_of_processes(tmp_path: Path, capsys: pytest.Ca
     assert found["sweep"][0]["failed"] == 0
     assert found["isolation"][1]["long prompts"] >= 1
     assert found["handoff"][0]["MB"] > 0
+    assert found["handoff"][0]["carrier"] == "shared_memory"
+    assert {row["process"] for row in found["start"]} == {"prefill-0", "decode-0"}
 
 
 def test_a_topology_that_fails_is_told_with_its_logs(
