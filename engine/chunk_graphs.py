@@ -93,21 +93,33 @@ class ChunkGraphs:
     @torch.inference_mode()
     def run(self, batch: ForwardBatch, num_wanted: int) -> torch.Tensor:
         """Logits [num_wanted, V] of the first of the batch's logits rows, in the model's dtype."""
+        size = next(size for size in self._ladder if size >= batch.num_tokens)
+        self.fill(batch, size, num_wanted)
+        graph = self._graphs.get(size)
+        if graph is None:
+            self._step(size)
+        else:
+            graph.replay()
+        return self.logits(num_wanted)
+
+    @property
+    def max_tokens(self) -> int:
+        return self._ladder[-1] if self._ladder else 0
+
+    def fill(self, batch: ForwardBatch, size: int, num_wanted: int) -> None:
+        """Copies the inputs of a step of so many tokens in, for the logits of num_wanted rows."""
         assert batch.device_plan is not None and batch.device_plan.chunks is not None
         num_tokens = batch.num_tokens
-        size = next(size for size in self._ladder if size >= num_tokens)
         self._rows_3T[0, :num_tokens] = batch.token_ids_T
         self._rows_3T[1, :num_tokens] = batch.positions_T
         self._rows_3T[2, :num_tokens] = batch.slot_mapping_T
         self._rows_3T[2, num_tokens:size] = -1
         self._starts_S.fill_(num_tokens)
         self._starts_S[: batch.num_seqs + 1] = batch.device_plan.chunks.query_start
+        self._wanted_S.zero_()  # what a larger run wanted may be no row of this one
         self._wanted_S[:num_wanted] = batch.logits_rows_N[:num_wanted]
-        graph = self._graphs.get(size)
-        if graph is None:
-            self._step(size)
-        else:
-            graph.replay()
+
+    def logits(self, num_wanted: int) -> torch.Tensor:
         return self._logits_SV[:num_wanted]
 
     def computed(self, layer: int) -> torch.cuda.Event | None:
@@ -131,6 +143,14 @@ class ChunkGraphs:
 
     @torch.inference_mode()
     def _step(self, size: int, layer_done: LayerDone | None = None) -> None:
+        self.finish(self._model.forward(self.batch(size), self._kv_cache, layer_done))
+
+    def finish(self, hidden_TD: torch.Tensor) -> None:
+        """The logits of the wanted rows."""
+        self._model.logits_into(self._logits_SV, hidden_TD.index_select(0, self._wanted_S))
+
+    def batch(self, size: int) -> ForwardBatch:
+        """Of the rows that fill() fills."""
         token_ids_T, positions_T, slots_T = self._rows_3T[:, :size].unbind()
         plan = DevicePlan(
             positions_T=positions_T,
@@ -140,7 +160,7 @@ class ChunkGraphs:
             context_len_S=torch.empty(0, dtype=torch.int32, device=token_ids_T.device),
             chunks=ChunkRows(self._starts_S, self._starts_S, None),
         )
-        batch = ForwardBatch(
+        return ForwardBatch(
             token_ids_T=token_ids_T,
             positions_T=positions_T,
             slot_mapping_T=slots_T,
@@ -151,5 +171,3 @@ class ChunkGraphs:
             logits_rows_N=self._wanted_S,
             device_plan=plan,
         )
-        hidden_TD = self._model.forward(batch, self._kv_cache, layer_done)
-        self._model.logits_into(self._logits_SV, hidden_TD.index_select(0, self._wanted_S))

@@ -10,11 +10,14 @@ import torch
 from engine.batch_tensors import BatchTensors
 from engine.chunk_graphs import ChunkGraphs
 from engine.decode_graphs import DecodeGraphs, DecodeLaunch, GraphLimits
+from engine.forward_batch import ForwardBatch
 from engine.grammar.step_masks import GrammarTimes
 from engine.kv_cache import KvCache
 from engine.logits_edits import needs_edits
 from engine.logprobs import token_logprobs
+from engine.mixed_graphs import MixedGraphs
 from engine.outputs import TokenLogprobs
+from engine.phase_times import PhaseTimes
 from engine.sampler import GREEDY_BELOW, Sampler
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
@@ -45,6 +48,15 @@ class _PromptRows:
     next_token_ids: list[int]
 
 
+@dataclass(slots=True)
+class _Prepared:
+    """A batch as tensors, which hold until the next one is prepared."""
+
+    last_rows: list[tuple[Sequence, int]]
+    prompt_rows: list[_PromptRows]
+    batch: ForwardBatch
+
+
 class Runner:
     def __init__(
         self,
@@ -67,9 +79,16 @@ class Runner:
         self._num_steps = 0
         self._graphs: DecodeGraphs | None = None
         self._chunk_graphs: ChunkGraphs | None = None
+        self._mixed_graphs: MixedGraphs | None = None
+        self.start_times = PhaseTimes()  # of the graphs, compiling their kernels included
         if graph_limits is not None and model.uses_kernels:
-            self._graphs = DecodeGraphs(model, kv_cache, graph_limits)
-            self._chunk_graphs = ChunkGraphs(model, kv_cache, token_budget)
+            with self.start_times.phase("decode graphs"):
+                self._graphs = DecodeGraphs(model, kv_cache, graph_limits)
+            with self.start_times.phase("chunk graphs"):
+                self._chunk_graphs = ChunkGraphs(model, kv_cache, token_budget)
+            with self.start_times.phase("mixed graphs"):
+                self._mixed_graphs = MixedGraphs(model, kv_cache, self._graphs, self._chunk_graphs)
+        self.merges_steps = True  # decodes and chunks in one pass, where a graph fits
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch, layer_done: LayerDone | None = None) -> StepResult:
@@ -93,23 +112,27 @@ class Runner:
         batch: ScheduledBatch,
         layer_done: LayerDone | None,
     ) -> StepResult:
-        """The chunks are launched behind the decodes, before anybody waits. Without chunks the next step is,
-        too: it holds unless a sequence joins, and one that ends costs a row."""
-        ahead = graphs.take_ahead(decodes)
-        launches = [] if ahead is None else [ahead]
-        others = decodes if ahead is None else [seq for seq in decodes if not ahead.has(seq)]
-        if others:
-            launches.append(graphs.launch(others))
+        """Chunks go through the layers together with the decodes, unless these were run ahead; else they are
+        launched behind them, before anybody waits. Without chunks the next step is, too: it holds unless a
+        sequence joins, and one that ends costs a row."""
         chunks = ScheduledBatch(
             seqs=batch.seqs[batch.num_decodes :],
             num_scheduled_tokens=batch.num_scheduled_tokens[batch.num_decodes :],
         )
+        ahead = graphs.take_ahead(decodes)
+        if ahead is None and self._mixed_graphs is not None and self._can_merge(self._mixed_graphs, chunks):
+            return self._run_merged(graphs, self._mixed_graphs, decodes, self._prepare(chunks), layer_done)
+        launches = [] if ahead is None else [ahead]
+        others = decodes if ahead is None else [seq for seq in decodes if not ahead.has(seq)]
+        if others:
+            launches.append(graphs.launch(others))
         result = StepResult()
         if chunks.seqs:
             result = self._run_eagerly(chunks, layer_done)
         else:
             self._announce_layers(layer_done)
-            if len(launches) == 1 and len(launches[0].seqs) == len(decodes) and _may_run_ahead(decodes):
+            is_whole = len(launches) == 1 and len(launches[0].seqs) == len(decodes)
+            if is_whole and _may_run_ahead(decodes, somebody_may_end=not self.merges_steps):
                 graphs.run_ahead(launches[0])
         wanted = {seq for seq in decodes if seq.num_remaining_tokens == 1}  # else: a row of a longer prompt
         for launch in launches:
@@ -133,18 +156,12 @@ class Runner:
                 result.logprobs.append(logprob)
 
     def _run_eagerly(self, batch: ScheduledBatch, layer_done: LayerDone | None) -> StepResult:
-        last_rows, prompt_rows = _wanted_rows(batch)
-        rows = [row for _, row in last_rows]
-        for part in prompt_rows:
-            rows.extend(range(part.begin, part.end))
-        forward_batch = self._tensors.build(batch, rows)
+        prepared = self._prepare(batch)
+        last_rows, prompt_rows, forward_batch = prepared.last_rows, prepared.prompt_rows, prepared.batch
         if self._chunk_graphs is not None and not prompt_rows and self._chunk_graphs.fits(forward_batch):
             logits_NV = self._chunk_graphs.run(forward_batch, len(last_rows))
             self._announce_layers(layer_done, self._chunk_graphs)
-            result = StepResult(seqs=[seq for seq, _ in last_rows])
-            if last_rows:
-                result.token_ids, result.logprobs = self._sampler.sample(logits_NV.float(), result.seqs)
-            return result
+            return self._sampled_rows(logits_NV, last_rows)
         hidden_TD = self._model.forward(forward_batch, self._kv_cache, layer_done)
         result = StepResult()
         for part in prompt_rows:
@@ -155,6 +172,42 @@ class Runner:
             is_all = len(last_rows) == forward_batch.num_tokens
             logits_NV = self._model.logits(hidden_TD if is_all else hidden_TD.index_select(0, rows_N))
             result.token_ids, result.logprobs = self._sampler.sample(logits_NV, result.seqs)
+        return result
+
+    def _run_merged(
+        self,
+        graphs: DecodeGraphs,
+        mixed: MixedGraphs,
+        decodes: list[Sequence],
+        chunks: _Prepared,
+        layer_done: LayerDone | None,
+    ) -> StepResult:
+        launch, logits_NV = mixed.launch(decodes, chunks.batch, len(chunks.last_rows))
+        self._announce_layers(layer_done)
+        result = self._sampled_rows(logits_NV, chunks.last_rows)
+        wanted = {seq for seq in decodes if seq.num_remaining_tokens == 1}
+        self._take_tokens(graphs, launch, wanted, result)
+        return result
+
+    def _can_merge(self, mixed: MixedGraphs, chunks: ScheduledBatch) -> bool:
+        return (
+            self.merges_steps
+            and mixed.takes(len(chunks.seqs), chunks.num_tokens)
+            and not any(seq.num_computed_tokens or seq.wants_prompt_logprobs for seq in chunks.seqs)
+        )
+
+    def _prepare(self, batch: ScheduledBatch) -> _Prepared:
+        last_rows, prompt_rows = _wanted_rows(batch)
+        rows = [row for _, row in last_rows]
+        for part in prompt_rows:
+            rows.extend(range(part.begin, part.end))
+        return _Prepared(last_rows, prompt_rows, self._tensors.build(batch, rows))
+
+    def _sampled_rows(self, logits_NV: torch.Tensor, last_rows: list[tuple[Sequence, int]]) -> StepResult:
+        """logits of the last rows, in order."""
+        result = StepResult(seqs=[seq for seq, _ in last_rows])
+        if last_rows:
+            result.token_ids, result.logprobs = self._sampler.sample(logits_NV.float(), result.seqs)
         return result
 
     def _announce_layers(self, layer_done: LayerDone | None, graphs: ChunkGraphs | None = None) -> None:
@@ -191,10 +244,12 @@ def _is_plain_greedy(seq: Sequence) -> bool:
     return sampling.temperature < GREEDY_BELOW and sampling.num_logprobs is None and not needs_edits(seq)
 
 
-def _may_run_ahead(seqs: list[Sequence]) -> bool:
-    """Greedy tokens are final as the device finds them; and somebody must go on."""
-    return all(seq.num_remaining_tokens == 1 and _is_plain_greedy(seq) for seq in seqs) and any(
-        seq.num_output_tokens + 1 < seq.max_output_tokens for seq in seqs
+def _may_run_ahead(seqs: list[Sequence], *, somebody_may_end: bool) -> bool:
+    """Greedy tokens are final as the device finds them; and somebody must go on. Where one ends the next
+    prompt often follows at once, and then its chunks should share the step with the decodes."""
+    go_on = [seq.num_output_tokens + 1 < seq.max_output_tokens for seq in seqs]
+    return (any(go_on) if somebody_may_end else all(go_on)) and all(
+        seq.num_remaining_tokens == 1 and _is_plain_greedy(seq) for seq in seqs
     )
 
 
