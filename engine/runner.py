@@ -105,7 +105,9 @@ class Runner:
         if self._drafter is not None and draft_limits is not None:
             with self.start_times.phase("draft graphs"):
                 draft_graphs = DraftGraphs(self._model, self._kv_cache, limits, draft_limits.num_tokens)
-            self._graphed_drafts = GraphedDecodes(draft_graphs, self._drafter.planner, self._sampler)
+            self._graphed_drafts = GraphedDecodes(
+                draft_graphs, self._drafter.planner, self._sampler, limits.max_seqs
+            )
             return
         with self.start_times.phase("decode graphs"):
             self._graphs = DecodeGraphs(self._model, self._kv_cache, limits)
@@ -184,6 +186,9 @@ class Runner:
         if not drafting.seqs:
             self._sampler.begin(_sampled(batch))
             return self._run_eagerly(batch, layer_done)
+        if not others.seqs and all(map(is_plain_greedy, drafting.seqs)):
+            self._announce_layers(layer_done)
+            return StepResult(graphed.run_greedily(main_rows(drafting, speculates=True)))
         graphed.start(main_rows(drafting, speculates=True))
         self._sampler.begin(drafting.seqs)
         result = StepResult(graphed.verify())

@@ -41,6 +41,7 @@ class SchedulerConfig:
     growth_tokens: int = 128  # of further output that admission expects of each sequence
     lookahead_tokens: int = 0  # 0 or 1: a decode also has the place of its next token, for steps run ahead
     num_speculative_tokens: int = 0  # drafts of a decode that a step checks, at most
+    max_model_len: int | None = None  # no sequence has places for more tokens; None: as many as there are
 
     def check(self, block_size: int) -> None:
         """ValueError when some sequence could starve."""
@@ -264,12 +265,16 @@ class Scheduler:
     def _schedule_drafts(self, batch: ScheduledBatch) -> None:
         """Drafts take what nobody else wants: of the budget what leaves a prompt its block, and free
         blocks."""
-        spare = self.config.token_budget - self.block_size - len(self.running)
+        config = self.config
+        spare = config.token_budget - self.block_size - len(self.running)
+        num_ahead = config.lookahead_tokens * (1 + config.num_speculative_tokens)
+        num_possible = config.max_model_len or self.pool.num_blocks * self.block_size
         for i, seq in enumerate(batch.seqs):
             num_remaining = seq.max_output_tokens - seq.num_output_tokens
             num_drafts = max(0, min(len(seq.draft.token_ids), spare, num_remaining - 1))
             # The place behind the last draft is for the draft layer's row of the token that comes there.
-            num_places = self._grow_for_drafts(seq, num_drafts + (num_remaining > num_drafts + 1))
+            num_wanted = min(num_drafts + 1 + num_ahead, num_remaining - 1, num_possible - seq.num_tokens)
+            num_places = self._grow_for_drafts(seq, num_wanted)
             num_drafts = min(num_drafts, num_places)
             batch.num_scheduled_tokens[i] += num_drafts
             spare -= num_drafts

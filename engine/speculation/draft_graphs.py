@@ -24,8 +24,9 @@ from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KvCache
 from engine.models.causal_lm import CausalLM
 from engine.models.mtp import FIRST_TOKEN
+from engine.sequence import Sequence
 
-_IDS, _POSITIONS = 0, 1
+IDS, POSITIONS = 0, 1
 
 
 class DraftGraphs:
@@ -61,6 +62,11 @@ class DraftGraphs:
         self._drafts_KN = torch.zeros(num_drafts, most, dtype=torch.int64, device=device)
         self._main_graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._draft_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._turn_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # Next tokens, right drafts, drafts, as GreedyLaunch reads them.
+        self._results = torch.zeros(most, 2 * width, dtype=torch.int64, device=device)
+        self._limits_host = torch.zeros(most, dtype=torch.int64, pin_memory=is_cuda)
+        self._uploaded: torch.cuda.Event | None = None
         if is_cuda:
             self._capture()
 
@@ -68,6 +74,7 @@ class DraftGraphs:
     def run_main(self, parts: list[SequenceRows]) -> list[SequenceRows]:
         """Starts the main model's pass over these, whose rows are their last token and drafts. They come back
         in the order of their rows, which are numbered as hidden_RD and logits() are."""
+        self._wait_for_upload()
         placed, has_changed = self._host.update([part.seq for part in parts], len(parts))
         part_of = {part.seq: part for part in parts}
         ordered = [part_of[seq] for seq in placed]
@@ -75,14 +82,42 @@ class DraftGraphs:
             self._tables_NB[: len(parts)].copy_(self._host.tables_NB[: len(parts)], non_blocking=True)
         rows = self._main_host.numpy()
         size = self._size(len(parts))
-        rows[_POSITIONS, :size] = -1
+        rows[POSITIONS, :size] = -1
         for n, part in enumerate(ordered):
             part.begin = n * self.width
-            rows[_IDS, n, : part.num_rows] = part.token_ids()
-            rows[_POSITIONS, n, : part.num_rows] = np.arange(part.first, part.end_position)
+            rows[IDS, n, : part.num_rows] = part.token_ids()
+            rows[POSITIONS, n, : part.num_rows] = np.arange(part.first, part.end_position)
         self._main.copy_(self._main_host, non_blocking=True)
+        self._note_upload()
         self._run(self._main_graphs, self._main_pass, size)
         return ordered
+
+    def run_main_ahead(self, seqs: list[Sequence]) -> list[int]:
+        """Starts the main model's pass over what run_turn() left for these, the sequences of the last pass.
+        Their numbers of places now."""
+        self._wait_for_upload()
+        if self._host.write_tables():
+            self._tables_NB[: len(seqs)].copy_(self._host.tables_NB[: len(seqs)], non_blocking=True)
+        limits = self.upload_limits(seqs)
+        self._run(self._main_graphs, self._main_pass, self._size(len(seqs)))
+        return limits
+
+    def upload_limits(self, seqs: list[Sequence]) -> list[int]:
+        """For run_turn(): how many tokens the blocks of each have places for."""
+        self._wait_for_upload()
+        limits = [len(seq.block_table) * self._block_size for seq in seqs]
+        self._limits_host[: len(seqs)] = torch.tensor(limits)
+        self._draft[POSITIONS, :, -1].copy_(self._limits_host, non_blocking=True)
+        self._note_upload()
+        return limits
+
+    def run_turn(self, num_seqs: int) -> None:
+        """Starts what a greedy step does behind the main model's pass: compares, drafts, and leaves the rows
+        of the next pass and results()."""
+        self._run(self._turn_graphs, self._turn_pass, self._size(num_seqs))
+
+    def results(self, num_seqs: int) -> torch.Tensor:
+        return self._results[:num_seqs]
 
     def next_ids(self, num_seqs: int) -> list[int]:
         """The likeliest token behind each row. Waits for them."""
@@ -97,16 +132,18 @@ class DraftGraphs:
     def run_drafts(self, parts: list[SequenceRows]) -> None:
         """Starts the layer's passes over these, in the order of run_main(): part n has one row for each of
         its first places, that follow each other."""
+        self._wait_for_upload()
         rows = self._draft_host.numpy()
         size = self._size(len(parts))
-        rows[_POSITIONS, :size] = -1
-        rows[_IDS, :size, -1] = 0
+        rows[POSITIONS, :size] = -1
+        rows[IDS, :size, -1] = 0
         for n, part in enumerate(parts):
-            rows[_IDS, n, : part.num_rows] = part.token_ids()
-            rows[_POSITIONS, n, : part.num_rows] = np.arange(part.first, part.end_position)
-            rows[_IDS, n, -1] = max(0, part.num_rows - 1)
-            rows[_POSITIONS, n, -1] = len(part.seq.block_table) * self._block_size
+            rows[IDS, n, : part.num_rows] = part.token_ids()
+            rows[POSITIONS, n, : part.num_rows] = np.arange(part.first, part.end_position)
+            rows[IDS, n, -1] = max(0, part.num_rows - 1)
+            rows[POSITIONS, n, -1] = len(part.seq.block_table) * self._block_size
         self._draft.copy_(self._draft_host, non_blocking=True)
+        self._note_upload()
         self._run(self._draft_graphs, self._draft_pass, size)
 
     def drafts(self, num_seqs: int) -> list[list[int]]:
@@ -117,6 +154,16 @@ class DraftGraphs:
     def draft_logits(self, sequences: list[int]) -> torch.Tensor:
         """float32 [sequences, V] of the first draft, a copy."""
         return self._draft_logits_NV[torch.tensor(sequences, device=self._draft_logits_NV.device)].float()
+
+    def _wait_for_upload(self) -> None:
+        """Then the host's buffers may change."""
+        if self._uploaded is not None:
+            self._uploaded.synchronize()
+
+    def _note_upload(self) -> None:
+        if self._is_cuda:
+            self._uploaded = torch.cuda.Event()
+            self._uploaded.record()
 
     def _size(self, num_seqs: int) -> int:
         return next(size for size in self._ladder if size >= num_seqs)
@@ -160,6 +207,29 @@ class DraftGraphs:
             self._model.logits_into(more_NV, made_ND)
             self._greedy_tokens(more_NV, self._drafts_KN[k, :num_seqs])
 
+    @torch.inference_mode()
+    def _turn_pass(self, num_seqs: int) -> None:
+        width = self.width
+        ids_NW, positions_NW = self._main[:, :num_seqs]
+        next_NW = self._next_R[: num_seqs * width].view(num_seqs, width)
+        limit_N1 = self._draft[POSITIONS, :num_seqs, width:]
+        first_N1 = positions_NW[:, :1]
+        is_right = (next_NW[:, :-1] == ids_NW[:, 1:]) & (positions_NW[:, 1:] >= 0)
+        num_right_N1 = is_right.to(torch.int64).cumprod(1).sum(1, keepdim=True)
+        place_W = torch.arange(width, device=next_NW.device)
+        follows_NW = first_N1 + 1 + place_W
+        is_row = (place_W <= num_right_N1) & (first_N1 >= 0) & (follows_NW < limit_N1)
+        self._draft[IDS, :num_seqs, :width] = next_NW
+        self._draft[IDS, :num_seqs, width:] = num_right_N1
+        self._draft[POSITIONS, :num_seqs, :width] = torch.where(is_row, follows_NW, -1)
+        self._draft_pass(num_seqs)
+        drafts_NK = self._drafts_KN[:, :num_seqs].t()
+        self._results[:num_seqs] = torch.cat((next_NW, num_right_N1, drafts_NK), dim=1)
+        follows_NW = first_N1 + num_right_N1 + 1 + place_W
+        is_row = (first_N1 >= 0) & (follows_NW < limit_N1)
+        self._main[IDS, :num_seqs] = torch.cat((next_NW.gather(1, num_right_N1), drafts_NK), dim=1)
+        self._main[POSITIONS, :num_seqs] = torch.where(is_row, follows_NW, -1)
+
     def _row_tables(self, num_seqs: int) -> torch.Tensor:
         return self._tables_NB[:num_seqs].unsqueeze(1).expand(-1, self.width, -1).flatten(0, 1)
 
@@ -194,15 +264,16 @@ class DraftGraphs:
 
     def _capture(self) -> None:
         self._main.fill_(-1)
-        self._main[_IDS] = 0
-        self._draft.copy_(self._main[:, :, :1].expand_as(self._draft))
-        self._draft[_IDS, :, -1] = 0
+        self._main[IDS] = 0
+        self._draft.fill_(-1)
+        self._draft[IDS] = 0
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         for size in reversed(self._ladder):  # the largest first: the others fit in its memory
             for graphs, step in (
                 (self._main_graphs, self._main_pass),
                 (self._draft_graphs, self._draft_pass),
+                (self._turn_graphs, self._turn_pass),
             ):
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):

@@ -11,16 +11,18 @@ from engine.sequence import Sequence
 from engine.speculation.draft_graphs import DraftGraphs
 from engine.speculation.draft_plan import DraftPart, DraftPlanner
 from engine.speculation.draft_state import DraftState
+from engine.speculation.greedy_steps import GreedySteps
 from engine.speculation.verification import NewTokens, appended, logits_rows, verify
 
 
 class GraphedDecodes:
     """start(), verify() and finish() in each step that has such sequences; collect() before the next step."""
 
-    def __init__(self, graphs: DraftGraphs, planner: DraftPlanner, sampler: Sampler) -> None:
+    def __init__(self, graphs: DraftGraphs, planner: DraftPlanner, sampler: Sampler, max_seqs: int) -> None:
         self._graphs = graphs
         self._planner = planner
         self._sampler = sampler
+        self._greedy_steps = GreedySteps(graphs, planner, max_seqs)
         self._rows: list[SequenceRows] = []
         self._parts: list[DraftPart] = []
         self._awaited: dict[int, DraftState] = {}  # by number of the sequence in the passes
@@ -29,7 +31,16 @@ class GraphedDecodes:
     def can_run(seq: Sequence) -> bool:
         return seq.draft.is_ahead and seq.num_remaining_tokens == 1 and not seq.wants_prompt_logprobs
 
+    def run_greedily(self, rows: list[SequenceRows]) -> list[NewTokens]:
+        """A whole step of plain greedy sequences, in place of the other calls. The next one is started too,
+        if some sequence goes on."""
+        goes_on = any(
+            part.seq.num_output_tokens + self._graphs.width < part.seq.max_output_tokens for part in rows
+        )
+        return self._greedy_steps.run(rows, may_run_ahead=goes_on)
+
     def start(self, rows: list[SequenceRows]) -> None:
+        self._greedy_steps.forget()
         self._rows = self._graphs.run_main(rows)
 
     def verify(self) -> list[NewTokens]:

@@ -98,7 +98,11 @@ def build(config_dir: Path, device: str, num_drafts: int, *, uses_graphs: bool) 
     )
     limits = EngineLimits(max_model_len=MAX_MODEL_LEN, vocab_size=config.vocab_size, eos_token_ids=no_eos)
     scheduler = SchedulerConfig(
-        token_budget=TOKEN_BUDGET, max_running=MAX_RUNNING, num_speculative_tokens=num_drafts
+        token_budget=TOKEN_BUDGET,
+        max_running=MAX_RUNNING,
+        lookahead_tokens=int(uses_graphs),
+        num_speculative_tokens=num_drafts,
+        max_model_len=MAX_MODEL_LEN,
     )
     return Engine(runner, cache, limits, scheduler)
 
