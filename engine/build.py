@@ -14,13 +14,16 @@ from engine.checkpoint.model_config import ModelConfig, load_model_config
 from engine.checkpoint.mtp_weights import has_mtp_layer
 from engine.checkpoint.weights import model_fingerprint, open_weights
 from engine.decode_graphs import GraphLimits
+from engine.device_share import DeviceShare
 from engine.engine import Engine, EngineLimits
 from engine.engine_config import EngineConfig, EngineConfigError, check_weights_fit, resolve_cache_size
 from engine.ep.ep_group import EpGroup
 from engine.kernels.support import has_kernels
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
+from engine.kv_outbox import KvOutbox
 from engine.models import CausalLM, build_model
+from engine.phase_times import PhaseTimes
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.speculation.draft_plan import DraftLimits
@@ -55,10 +58,13 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
     if config.has_fp8_experts:
         _check_fp8_experts(config.device, model_config, ep_size)
     check_weights_fit(_weight_bytes(config, model_config, dtype, ep_size, has_mtp=has_mtp), config.device)
-    model = _load_model(config, model_config, dtype, ep, progress, has_mtp=has_mtp)
-    size = resolve_cache_size(config, model_config, layout, scheduler_config.max_running)
-    scheduler_config = replace(scheduler_config, max_model_len=size.max_model_len)
-    kv_cache = KvCache(layout, size.num_blocks, device=config.device, is_shared=config.shares_kv_cache)
+    times = PhaseTimes()
+    with times.phase("weights"):
+        model = _load_model(config, model_config, dtype, ep, progress, has_mtp=has_mtp)
+    with times.phase("KV cache"):
+        size = resolve_cache_size(config, model_config, layout, scheduler_config.max_running)
+        scheduler_config = replace(scheduler_config, max_model_len=size.max_model_len)
+        kv_cache = KvCache(layout, size.num_blocks, device=config.device, is_shared=config.shares_kv_cache)
     limits = EngineLimits(
         max_model_len=size.max_model_len,
         vocab_size=model_config.vocab_size,
@@ -84,7 +90,14 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
         graph_limits=graph_limits,
         draft_limits=draft_limits,
     )
-    return Engine(runner, kv_cache, limits, scheduler_config, ep, build_lower_tiers(config, layout))
+    times.seconds |= runner.start_times.seconds
+    with times.phase("host memory"):
+        engine = Engine(runner, kv_cache, limits, scheduler_config, ep, build_lower_tiers(config, layout))
+        if num_slots := config.outbox_bytes // layout.block_bytes:
+            engine.send_through(KvOutbox(kv_cache, num_slots))
+    engine.start_times = times
+    engine.device_share = DeviceShare(config.device_share)
+    return engine
 
 
 def num_parameters(config: ModelConfig, ep_size: int = 1, *, has_mtp: bool = False) -> int:

@@ -19,12 +19,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
+from engine.device_share import DeviceShare
 from engine.ep.ep_group import EpGroup
 from engine.handoffs import Handoffs, OnReady
 from engine.kv_announcer import KvAnnouncer
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
+from engine.kv_outbox import KvOutbox
 from engine.outputs import FinishReason, SequenceOutput, StepOutput, TokenLogprobs
+from engine.phase_times import PhaseTimes
 from engine.pins import PinnedRun, Pins
 from engine.runner import Runner, StepResult
 from engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig
@@ -68,9 +71,12 @@ class Engine:
         self.max_running = scheduler_config.max_running
         self.vocab_size = limits.vocab_size
         self.eos_token_ids = limits.eos_token_ids
+        self.start_times = PhaseTimes()
+        self.device_share = DeviceShare(1.0)
         self.ep = ep if ep is not None and ep.size > 1 else None
         self._runner = runner
-        self._announcer = KvAnnouncer(layout)
+        self._outbox: KvOutbox | None = None
+        self._announcer = KvAnnouncer(kv_cache)
         self._pool = BlockPool(kv_cache.num_blocks)
         self._tiers = TierStore(self._pool, kv_cache, tiers or LowerTiers())
         self._pins = Pins(self._tiers.places, kv_cache)
@@ -82,6 +88,13 @@ class Engine:
         self._on_news: Callable[[], None] = lambda: None
         self._tiers.on_change = self._scheduler.loads.on_change = self._note_news
 
+    def send_through(self, outbox: KvOutbox) -> None:
+        """Owns it from now on: KV of hand-offs from here leaves through it. Before the first sequence."""
+        assert self._outbox is None and not self._seqs
+        self._outbox = outbox
+        self._announcer = KvAnnouncer(self.kv_cache, outbox)
+        outbox.on_failure = self._note_news
+
     @property
     def kv_layout(self) -> KvLayout:
         return self.kv_cache.layout
@@ -92,7 +105,10 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether step() can get anywhere: not while all sequences wait for a hand-off, a load or blocks."""
+        """Whether step() can get anywhere: not while all sequences wait for a hand-off, a load or blocks, and
+        not while it rests."""
+        if self.device_share.rest_s:
+            return False
         if self._has_news or self.next_work_s == 0.0:
             return True
         scheduler = self._scheduler
@@ -101,6 +117,8 @@ class Engine:
     @property
     def next_work_s(self) -> float | None:
         """Seconds until step() should be called though nobody has said anything; None: no need."""
+        if rest_s := self.device_share.rest_s:
+            return rest_s
         recheck_at = self._scheduler.loads.recheck_at
         return None if recheck_at is None else max(0.0, recheck_at - time.monotonic())
 
@@ -111,6 +129,8 @@ class Engine:
     def close(self) -> None:
         """Ends the threads of the tiers; what they are doing is finished. No step may follow. Idempotent."""
         self._tiers.close()
+        if self._outbox is not None:
+            self._outbox.close()
 
     def add(self, seq: Sequence) -> None:
         """ValueError for what can never run."""
@@ -124,6 +144,7 @@ class Engine:
         if seq is not None:
             self._scheduler.remove(seq)
             self._handoffs.forget(seq)
+            self._announcer.forget(seq)
             self._blocks_came_back()
 
     def abort_all(self) -> None:
@@ -195,6 +216,8 @@ class Engine:
         began = time.monotonic()
         self._has_news = False
         self._tiers.poll()
+        if self._outbox is not None:
+            self._outbox.poll()
         batch = self._scheduler.schedule()
         self._start_sequences(batch, began)
         self._handoffs.grant()
@@ -208,6 +231,8 @@ class Engine:
             self._scheduler.advance(batch, {new.seq: new.num_rejected for new in result.new})
             self._tiers.pump()
         now = time.monotonic()
+        if batch.num_prefill_tokens and self.ep is None:
+            self.device_share.spent(now - began)
         self._scheduler.loads.planner.observe_step(batch.num_prefill_tokens, now - began)
         outputs = [
             self._take_tokens(new, finish_reason, now)
@@ -242,6 +267,8 @@ class Engine:
         references.update(b for seq in self._seqs.values() for b in seq.block_table)
         self._pool.check_integrity(references)
         self._tiers.places.check_integrity()
+        if self._outbox is not None:
+            self._outbox.check_integrity([seq.outbox_slots for seq in self._seqs.values()])
         scheduler = self._scheduler
         listed = [
             *scheduler.waiting,

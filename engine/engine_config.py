@@ -47,6 +47,10 @@ class EngineConfig:
     token_budget: int | None = None  # tokens of one step
     max_running: int | None = None  # sequences of one step
     shares_kv_cache: bool = False  # with other processes of this host
+    outbox_bytes: int = (
+        0  # of host memory through which KV of hand-offs leaves; 0: it leaves the cache itself
+    )
+    device_share: float = 1.0  # of the time, for steps with prompt tokens; not in a group
     uses_graphs: bool = True  # steps of decodes as CUDA graphs, where the model can
     num_speculative_tokens: int | None = None  # drafted for each sequence in a step; 0: none
     has_fp8_experts: bool = False  # experts' weights and their inputs in block-scaled FP8, on CUDA

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from engine.kv_cache import KvCache
 from proto.kv_pb2 import FetchRequest, FetchStarted
 from proto.prefill_pb2 import PrefillRequest, PrefillStarted
 from servicekit.rpc import ChannelFactory, build_channel
@@ -49,9 +50,12 @@ class TransferEnvironment:
     def accepts_shared_memory_of(self, address: str) -> bool:
         return self.accepts_shared_memory and self.shared_caches.can_attach(address)
 
-    def sending_carrier(self, request_pb: PrefillRequest | FetchRequest) -> KvCarrier:
+    def sending_carrier(
+        self, request_pb: PrefillRequest | FetchRequest, origin: KvCache | None = None
+    ) -> KvCarrier:
+        """For blocks of `origin`, or of the engine's cache."""
         is_shared = request_pb.accepts_shared_memory and request_pb.host_id == self.host_id
-        return sending_carrier(self.engine.engine.kv_cache, is_shared=is_shared)
+        return sending_carrier(origin or self.engine.engine.kv_cache, is_shared=is_shared)
 
     @contextmanager
     def receiving_carrier(

@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="of each worker (default: a role splits the cores)"
     )
+    parser.add_argument(
+        "--gpus",
+        metavar="0,1,...",
+        help="with --device cuda: GPUs for the workers, one each in turn, prefill workers first "
+        "(default: all workers on the first one)",
+    )
     parser.add_argument("--policy", metavar="prefix|round_robin|least_loaded", help="how workers are chosen")
     for name, (metavar, text) in _WORKER_OPTIONS.items():
         parser.add_argument("--" + name.replace("_", "-"), metavar=metavar, help=text)
@@ -99,6 +105,7 @@ def _options(args: argparse.Namespace, settings: CommandSettings) -> UpOptions:
             num_decode=args.decode,
             ep_size=args.ep_size,
             threads_per_worker=args.threads,
+            gpus=tuple(args.gpus.split(",")) if args.gpus else (),
             tls_dir=_tls_dir(args.tls),
             router_settings={"POLICY": args.policy} if args.policy else {},
             disk_kv_dir=args.disk_kv_dir.absolute() if args.disk_kv_dir else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -13,7 +12,12 @@ if TYPE_CHECKING:
     from engine.kv_cache import KvCache
     from engine.models.mtp import MtpLayer
 
-LayerDone = Callable[[int], None]
+
+class LayerDone(Protocol):
+    def __call__(self, layer: int, computed: torch.cuda.Event | None = None) -> None:
+        """On CUDA the layer is computed when `computed` is reached, or, without it, when everything that was
+        launched so far is done."""
+        ...
 
 
 class CausalLM(Protocol):

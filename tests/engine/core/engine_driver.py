@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.engine import Engine
+from engine.kv_cache import KvCache
 from engine.outputs import SequenceOutput, StepOutput, TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -40,12 +41,14 @@ class CopyingListener:
         self.receiver = receiver
         self.num_held_blocks = num_held_blocks
         self.block_ids: list[int] = []
+        self.origin = sender.kv_cache
         self.announced: list[tuple[int, int, int, int]] = []  # first layer, layers, first block, blocks
         self.num_started = 0
         self.num_hit_tokens = 0
 
-    def started(self, num_blocks: int, num_hit_tokens: int, queue_s: float) -> None:
+    def started(self, num_blocks: int, num_hit_tokens: int, queue_s: float, origin: KvCache) -> None:
         assert queue_s >= 0.0
+        self.origin = origin
         self.num_started += 1
         self.num_hit_tokens = num_hit_tokens
 
@@ -55,7 +58,7 @@ class CopyingListener:
         wanted = block_ids[skipped:]
         if not wanted:
             return
-        payload = self.sender.kv_cache.read_blocks(first_layer, num_layers, wanted)
+        payload = self.origin.read_blocks(first_layer, num_layers, wanted)
         start = first_block + skipped
         targets = self.block_ids[start : start + len(wanted)]
         self.receiver.kv_cache.write_blocks(first_layer, num_layers, targets, payload)
