@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from kvstore import keys
 from kvstore.block_hash import HASH_SIZE_BYTES, BlockHash, BlockTier
+from kvstore.block_order import place_bytes
 from kvstore.store import Outage, Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ _START_OVER, _REPLACED = 0, -1
 @dataclass(frozen=True, slots=True)
 class _Event:
     sequence: int
-    placed: tuple[bytes, ...] = (b"",) * len(BlockTier)  # joined hashes by tier
+    placed: tuple[bytes, ...] = (b"", b"") * len(BlockTier)  # by tier: joined hashes, their joined places
     removed: bytes = b""
     is_reset: bool = False
 
@@ -54,6 +55,8 @@ class RedisIndex:
         self._incarnation = incarnation
         self._lease_s = lease_s
         self._held: dict[BlockHash, BlockTier] = {}
+        self._places: dict[BlockHash, int] = {}  # of all that is held, see block_order.py
+        self._last_place = 0
         self._pending: dict[BlockHash, BlockTier | None] = {}  # None: removed
         self._sequence = 0  # of the last event made; never used twice
         self._unanswered: _Event | None = None
@@ -92,12 +95,15 @@ class RedisIndex:
         for block_hash in hashes:
             if self._held.get(block_hash) is not tier:
                 self._held[block_hash] = self._pending[block_hash] = tier
+                self._last_place += 1
+                self._places.setdefault(block_hash, self._last_place)
         self._changes_noted()
 
     def evict(self, hashes: Iterable[BlockHash]) -> None:
         """The worker holds these blocks no longer, in no tier."""
         for block_hash in hashes:
             if self._held.pop(block_hash, None) is not None:
+                del self._places[block_hash]
                 self._pending[block_hash] = None
         self._changes_noted()
 
@@ -167,14 +173,22 @@ class RedisIndex:
             return self._unanswered
         if self._pending:
             num_changes = min(len(self._pending), keys.MAX_EVENT_HASHES)
-            # From the end, where taking costs nothing, and in order: prompts will follow these blocks so.
-            batch = [self._pending.popitem() for _ in range(num_changes)][::-1]
+            # From the end, where taking costs nothing.
+            batch = [self._pending.popitem() for _ in range(num_changes)]
             self._sequence += 1
-            placed = tuple(b"".join(h for h, now in batch if now is tier) for tier in BlockTier)
+            placed: list[bytes] = []
+            for tier in BlockTier:
+                placed += self._in_order(block_hash for block_hash, now in batch if now is tier)
             removed = b"".join(block_hash for block_hash, now in batch if now is None)
-            self._unanswered = _Event(self._sequence, placed, removed)
+            self._unanswered = _Event(self._sequence, tuple(placed), removed)
             return self._unanswered
         return _Event(self._sequence)
+
+    def _in_order(self, hashes: Iterable[BlockHash]) -> tuple[bytes, bytes]:
+        """As prompts will follow these blocks: joined hashes and joined places."""
+        places = self._places
+        ordered = sorted(hashes, key=places.__getitem__)
+        return b"".join(ordered), b"".join(place_bytes(places[block_hash]) for block_hash in ordered)
 
     async def _apply(self, event: _Event) -> None:
         takes_over = event.is_reset and not self._has_started
