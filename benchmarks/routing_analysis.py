@@ -18,12 +18,14 @@ COLUMNS = (
     "TTFT mean ms",
     "TPOT p50 ms",
     "E2E mean ms",
+    "prefilled by decode",
     "hit tokens",
     "hit rate",
     "predicted hit",
     "all tok/s",
 )
 PREFIX = "prefix"
+LOCAL = "prefilled by decode"  # a counter: requests
 GOAL_SHARED = 3.0  # times round_robin's TTFT p50 over prefix's, at 80 % shared
 GOAL_UNSHARED = 1.05  # times prefix's TTFT p50 over that of the best simple policy
 
@@ -95,6 +97,7 @@ def _row(load: str, policy: str, runs: Sequence[Run]) -> dict[str, Any]:
         "TTFT mean ms": total.ttft_ms and total.ttft_ms.mean,
         "TPOT p50 ms": total.tpot_ms and total.tpot_ms.p50,
         "E2E mean ms": total.e2e_ms and total.e2e_ms.mean,
+        LOCAL: sum(run.counters.get(LOCAL, 0.0) for run in runs) / len(pooled),
         "hit tokens": total.num_hit_tokens,
         "hit rate": total.num_hit_tokens / max(1, total.num_prompt_tokens),
         "predicted hit": predicted / max(1, total.num_prompt_tokens),
