@@ -296,7 +296,8 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 def plot(tier: str, rows: list[dict[str, Any]]) -> Path:
     lines = {mode: [(row["prompt"], row[f"{mode} ms"]) for row in rows] for mode in MODES}
     path = result_path(f"kv-load-{tier.replace(' ', '').replace('/', '-').lower()}", ".png")
-    return plot_lines(path, f"Prefix from {tier}", lines, ("prompt tokens", "ms to the first token"))
+    labels = ("prompt tokens", "ms to the first token")
+    return plot_lines(path, f"Prefix from {tier}", lines, labels, log_y=True)
 
 
 def _prompts(num_prompts: int, prompt_len: int, seed: int) -> Iterator[list[int]]:
