@@ -80,13 +80,15 @@ def one_by_one(case: Case) -> Iterator[Piece]:
 def as_a_snapshot(case: Case) -> Iterator[Piece]:
     """As a mirror takes it from Redis: scanned in no order, put in order by place."""
     for worker in range(case.num_workers):
-        hashes = [block_hash for prompt in range(case.num_prompts) for block_hash in prompt_hashes(prompt)]
-        found = [(block_hash, b"0" + place_bytes(place)) for place, block_hash in enumerate(hashes)]
-        random.Random(worker).shuffle(found)
-        scanned = ScannedBlocks()
-        for start in range(0, len(found), 1000):
-            scanned.add(dict(found[start : start + 1000]))
-        del hashes, found
+        scanned, place = ScannedBlocks(), 0
+        for first in range(0, case.num_prompts, 10):  # of so many prompts at a time no order is left
+            several = range(first, min(first + 10, case.num_prompts))
+            hashes = [block_hash for prompt in several for block_hash in prompt_hashes(prompt)]
+            found = [(block_hash, b"0" + place_bytes(place + i)) for i, block_hash in enumerate(hashes)]
+            random.Random(first).shuffle(found)
+            place += len(found)
+            for start in range(0, len(found), 1000):
+                scanned.add(dict(found[start : start + 1000]))
         for batch in scanned.batches():
             for tier, ordered in batch:
                 yield worker, ordered, tier

@@ -26,6 +26,7 @@ COLUMNS = (
 )
 PREFIX = "prefix"
 LOCAL = "prefilled by decode"  # a counter: requests
+GOAL_LOADS = ("shared prefix", "no sharing")
 GOAL_SHARED = 3.0  # times round_robin's TTFT p50 over prefix's, at 80 % shared
 GOAL_UNSHARED = 1.05  # times prefix's TTFT p50 over that of the best simple policy
 

@@ -27,6 +27,7 @@ from kvstore.store import Outage, Store, StoreUnavailable
 log = logging.getLogger(__name__)
 
 _START_OVER, _REPLACED = 0, -1
+_TIERS = tuple(BlockTier)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,8 @@ class RedisIndex:
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._lease_s = lease_s
-        self._held: dict[BlockHash, BlockTier] = {}
-        self._places: dict[BlockHash, int] = {}  # of all that is held, see block_order.py
+        # place (block_order.py) * number of tiers + tier: integers, which no garbage collection visits
+        self._held: dict[BlockHash, int] = {}
         self._last_place = 0
         self._pending: dict[BlockHash, BlockTier | None] = {}  # None: removed
         self._sequence = 0  # of the last event made; never used twice
@@ -93,17 +94,22 @@ class RedisIndex:
     def publish(self, hashes: Iterable[BlockHash], tier: BlockTier = BlockTier.DEVICE) -> None:
         """The worker holds these blocks now, and `tier` is the fastest where it has them."""
         for block_hash in hashes:
-            if self._held.get(block_hash) is not tier:
-                self._held[block_hash] = self._pending[block_hash] = tier
+            held = self._held.get(block_hash)
+            if held is None:
                 self._last_place += 1
-                self._places.setdefault(block_hash, self._last_place)
+                place = self._last_place
+            else:
+                place, now = divmod(held, len(_TIERS))
+                if now == tier:
+                    continue
+            self._held[block_hash] = place * len(_TIERS) + tier
+            self._pending[block_hash] = tier
         self._changes_noted()
 
     def evict(self, hashes: Iterable[BlockHash]) -> None:
         """The worker holds these blocks no longer, in no tier."""
         for block_hash in hashes:
             if self._held.pop(block_hash, None) is not None:
-                del self._places[block_hash]
                 self._pending[block_hash] = None
         self._changes_noted()
 
@@ -167,7 +173,9 @@ class RedisIndex:
             return self._unanswered
         if self._starts_over:
             self._starts_over = False
-            self._pending = dict(self._held)
+            self._pending = {
+                block_hash: _TIERS[held % len(_TIERS)] for block_hash, held in self._held.items()
+            }
             self._sequence += 1
             self._unanswered = _Event(self._sequence, is_reset=True)
             return self._unanswered
@@ -186,9 +194,9 @@ class RedisIndex:
 
     def _in_order(self, hashes: Iterable[BlockHash]) -> tuple[bytes, bytes]:
         """As prompts will follow these blocks: joined hashes and joined places."""
-        places = self._places
-        ordered = sorted(hashes, key=places.__getitem__)
-        return b"".join(ordered), b"".join(place_bytes(places[block_hash]) for block_hash in ordered)
+        held = self._held
+        ordered = sorted(hashes, key=held.__getitem__)
+        return b"".join(ordered), b"".join(place_bytes(held[h] // len(_TIERS)) for h in ordered)
 
     async def _apply(self, event: _Event) -> None:
         takes_over = event.is_reset and not self._has_started

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -580,3 +581,11 @@ async def test_stopping_while_redis_is_away_ends_at_once(
         server.kill()
         async with asyncio.timeout(2):
             await index.stop()
+
+
+async def test_the_garbage_collector_does_not_visit_what_a_writer_holds(store: Store) -> None:
+    async with writing(store) as index:
+        index.publish(blocks(*range(100)))
+        index.publish(blocks(*range(50)), BlockTier.DISK)
+        await flushed(index)
+        assert not gc.is_tracked(index._held)
