@@ -107,8 +107,7 @@ def choose(
         return _choose_simply(config, request, decode, prefill, turn)
     holders = _holders([*decode, *prefill], turn)
     seats = [seat_at(request, worker) for worker in decode]
-    coming = _coming(decode, prefill)
-    alone = [_alone(request, seat, holders, coming) for seat in seats]
+    alone = [_alone(request, seat, holders) for seat in seats]
     pairing = _Pairing(request, [prompt_on(request, worker, holders) for worker in prefill], turn)
     barred = _barred(decode)
     allowed = [not is_barred for is_barred in barred]
@@ -181,18 +180,10 @@ class _Pairing:
         return seat.total_s + handoff_cost_s(self._request, best, seat, best.load_s + best.compute_s)
 
 
-def _alone(request: RouteRequest, seat: Seat, holders: list[Candidate], coming: float = 0.0) -> Option:
+def _alone(request: RouteRequest, seat: Seat, holders: list[Candidate]) -> Option:
     prompt = prompt_on(request, seat.worker, holders)
-    terms = terms_local(prompt, seat, coming)
+    terms = terms_local(prompt, seat)
     return Option(seat, prompt, terms, terms.total_s)
-
-
-def _coming(decode: Sequence[Candidate], prefill: Sequence[Candidate]) -> float:
-    """The share of the requests that are handed off now whose prompts end while another one is computed: one
-    at each prefill worker, as if all were equally long. So a queue there does not keep prompts off the decode
-    workers that could help."""
-    num_handing_off = sum(worker.num_handing_off for worker in decode)
-    return min(1.0, len(prefill) / num_handing_off) if num_handing_off else 0.0
 
 
 def _holders(workers: Sequence[Candidate], turn: int) -> list[Candidate]:

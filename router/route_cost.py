@@ -146,13 +146,12 @@ def seat_at(request: RouteRequest, worker: Candidate) -> Seat:
     return Seat(worker, num_missing, room_s, decode_s, horizon * others_s)
 
 
-def terms_local(prompt: Prompt, seat: Seat, coming: float) -> Terms:
-    """The decode worker prefills by itself: its steps do both. `coming`: the share of the requests on their
-    way to it that arrive meanwhile, and are held up for half of the time on average."""
+def terms_local(prompt: Prompt, seat: Seat) -> Terms:
+    """The decode worker prefills by itself: its steps do both."""
     rates = seat.worker.rates
     num_others = seat.worker.num_requests - seat.worker.num_handing_off
-    num_held_up = max(num_others + coming * seat.worker.num_handing_off / 2, EXPECTED_SEQUENCES)
-    held_up_s = prompt.num_computed_tokens * rates.prefill_token_s * seat.worker.slowdown * num_held_up
+    num_held_up = max(num_others, EXPECTED_SEQUENCES)
+    held_up_s = prompt.num_computed_tokens * rates.prefill_token_s * num_held_up
     return Terms(
         prompt.wait_s + seat.room_s,
         prompt.load_s,

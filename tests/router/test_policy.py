@@ -20,7 +20,7 @@ from router.policy import (
     PolicyName,
     choose,
 )
-from router.route_cost import EXPECTED_SEQUENCES, RouteRequest
+from router.route_cost import RouteRequest
 from router.worker_rates import KvCost, WorkerRates
 
 NO_FETCH = KvCost(100.0, 0.0)
@@ -123,27 +123,6 @@ def test_requests_that_wait_for_their_own_prompt_are_not_held_up_by_another() ->
     queued = prefill("p", num_waiting_tokens=2000)
     assert decide([waiting], [queued]).prefill_reason == "local"
     assert decide([replace(waiting, num_handing_off=0)], [queued]).prefill_id == "p"
-
-
-def test_requests_whose_prompts_are_nearly_done_are_held_up_for_half_of_a_local_one() -> None:
-    """As many as the prefill workers can finish meanwhile, shared out among the decode workers."""
-    idle = decode("d", num_requests=3, num_handing_off=3)
-    other = decode("e", num_requests=1, num_handing_off=1)
-    without = decide([decode("d")]).terms
-    for num_prefill, num_coming in ((1, 3 / 4), (2, 6 / 4), (4, 3), (9, 3)):
-        helpers = [prefill(f"p{i}", layout_fingerprint="b") for i in range(num_prefill)]
-        options = decide([idle, other], helpers).options
-        [terms] = [option.terms for option in options if option.ids == ("d", "")]
-        decoding_s = 3 * RATES.decode_seq_s * 64  # slower steps for the horizon
-        assert terms.disturb_s - decoding_s == pytest.approx(num_coming / 2 * 1.0)
-    assert without.disturb_s == pytest.approx(EXPECTED_SEQUENCES * 1.0)
-
-
-def test_a_decode_worker_that_is_about_to_get_a_sequence_is_left_alone_for_a_short_queue() -> None:
-    queued = prefill("p", num_waiting_tokens=300)
-    assert decide([decode("d")], [queued]).prefill_reason == "local"
-    about_to_decode = decode("d", num_requests=1, num_handing_off=1)
-    assert decide([about_to_decode], [queued]).prefill_id == "p"
 
 
 def test_a_short_suffix_is_prefilled_by_the_decode_worker() -> None:
