@@ -9,7 +9,7 @@ each load; and a source of a fixed speed, which is what a peer behind such a net
 
 The goal: "both" takes at most 1.05 times what the better one of the other two takes. A row is measured in
 pairs, one after the other on the same prompt, in turns which comes first, until the 99 % interval of the
-median ratio is on one side of 1.05 or the row's time is up. TMPDIR should be on a real disk.
+median ratio is on one side of 1.05 or the row's share of the time is up. TMPDIR should be on a real disk.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ COLUMNS = (
 MODES = ("compute", "load", "both")
 GOAL = 1.05  # times the better one of compute and load that both may take
 PAIRS_OF_A_PROMPT = 4  # from own tiers, which are quick
-MAX_PROMPTS = 40
+MAX_PROMPTS = 200
 BLOCK_SIZE = 16
 TIMEOUT_S = 120.0
 
@@ -148,11 +148,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kv_load", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--prompt-lens", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--row-s", type=float, default=36.0, help="most time of a row (default %(default)s)")
+    parser.add_argument("--total-s", type=float, default=480.0, help="for all rows (default %(default)s)")
     parser.add_argument("--source-mb-per-s", type=float, nargs="+", default=[5.0, 20.0])
     parser.add_argument("--quick", action="store_true", help="a few pairs a row, no result file")
     args = parser.parse_args()
-    row_s = 2.0 if args.quick else args.row_s
+    ends_at = perf_counter() + (20.0 if args.quick else args.total_s)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -168,7 +168,10 @@ def main() -> None:
             bytes_per_s = None if tiers else float(tier.split()[0]) * 1e6
             with running(checkpoint, max(args.prompt_lens), tiers, bytes_per_s) as bench:
                 for prompt_len in args.prompt_lens:
-                    rows.append(measure(bench, tier, prompt_len, row_s))
+                    num_left = len(choices) * len(args.prompt_lens) - len(rows)
+                    left_s = ends_at - perf_counter()
+                    # Most rows need less than their share, so one that needs more may have twice that.
+                    rows.append(measure(bench, tier, prompt_len, min(left_s, 2 * left_s / num_left)))
                     print("\n".join(table(COLUMNS, rows)[-1:]), flush=True)
     print(*(counts := summary(rows)), sep="\n")
     if args.quick:
