@@ -104,6 +104,7 @@ def _row(load: str, policy: str, runs: Sequence[Run]) -> dict[str, Any]:
         "predicted hit": predicted / max(1, total.num_prompt_tokens),
         "all tok/s": sum(s.total_tokens_per_s for s in each) / len(each),
         "TTFT p50 ms by repeat": [s.ttft_ms and s.ttft_ms.p50 for s in each],
+        "TTFT ms": [round(m.ttft_s * 1000, 1) for m in pooled if m.is_ok],
         "router hit tokens": sum(run.counters.get("baton_router_hit_tokens_total", 0.0) for run in runs),
         "errors": total.errors,
     }

@@ -39,6 +39,7 @@ def test_a_row_pools_the_requests_of_all_repeats():
     assert (row["requests"], row["failed"]) == (3, 0)
     assert row["TTFT p50 ms"] == pytest.approx(200)
     assert row["TTFT p50 ms by repeat"] == pytest.approx([150, 600])
+    assert row["TTFT ms"] == pytest.approx([100, 200, 600])
     assert row["hit rate"] == pytest.approx(0.5)
     assert row["predicted hit"] == pytest.approx(0.4)
     assert row["prefilled by decode"] == pytest.approx(1 / 3)
