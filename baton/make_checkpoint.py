@@ -11,7 +11,7 @@ from baton.subprocess_module import run_module
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", type=Path, help="where to write it")
     parser.add_argument("--arch", required=True, choices=("deepseek_v3", "deepseek_v2", "llama"))
-    parser.add_argument("--preset", choices=("tiny", "small576"), default="tiny")
+    parser.add_argument("--preset", choices=("tiny", "small576", "tiny_mtp"), default="tiny")
     parser.add_argument(
         "--fp8", action="store_true", help="store linear weights as FP8 with 128x128 block scales"
     )

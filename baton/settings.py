@@ -25,5 +25,6 @@ def load_command_settings() -> CommandSettings:
         redis_url=os.environ.get("REDIS_URL") or None,
         cache_dir=cache_root / "baton",
         state_dir=state_root / "baton",
-        environment=dict(os.environ),
+        # Kernels are compiled once for all runs.
+        environment={"TRITON_CACHE_DIR": str(cache_root / "baton" / "triton"), **os.environ},
     )

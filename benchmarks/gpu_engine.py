@@ -1,6 +1,7 @@
 """The engine on one GPU, in process, with DeepSeek-V2-Lite's shape and made-up weights.
 
-    python -m benchmarks.gpu_engine table   [--rows 0 4 7] [--json FILE]   the table of rates
+    python -m benchmarks.gpu_engine table   [--rows 0 4 7] [--json FILE]   the table of rates; with --steps
+                                            merged apart once each way: chunks and decodes in one pass or two
     python -m benchmarks.gpu_engine profile [--streams 1 32 256]           what a step's time goes to
     python -m benchmarks.gpu_engine check                                  same tokens as the plain CPU form
     python -m benchmarks.gpu_engine publish FILE                           a page of benchmarks/results/
@@ -12,6 +13,7 @@ prompt, greedy, to its full length. Times are wall-clock from Engine.add() to th
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -42,7 +44,16 @@ ROWS = (  # concurrency, prompt, output, requests
     (16, 4096, 1, 64),
     (1, 4096, 1, 8),
 )
-COLUMNS = ("concurrency", "prompt", "output", "output tok/s", "prompt tok/s", "TTFT p50 ms", "TPOT p50 ms")
+COLUMNS = (
+    "steps",
+    "concurrency",
+    "prompt",
+    "output",
+    "output tok/s",
+    "prompt tok/s",
+    "TTFT p50 ms",
+    "TPOT p50 ms",
+)
 VOCAB_SIZE = 102400
 SMALL = {
     "num_hidden_layers": 4,
@@ -147,14 +158,15 @@ def build(directory: Path, *, uses_graphs: bool = True, token_budget: int = 8192
     return engine
 
 
-def table(engine: Engine, rows: list[int], path: Path | None) -> None:
+def table(engine: Engine, rows: list[int], steps: list[str], path: Path | None) -> None:
     loop = ClosedLoop(engine)
     loop.run(8, 1024, 8, 16)  # kernels of chunks are compiled
     loop.run(2, 4096, 4, 4)
     found: list[dict[str, Any]] = []
     print("| " + " | ".join(COLUMNS) + " |", flush=True)
-    for i in rows:
-        columns = loop.run(*ROWS[i]).columns()
+    for i, mode in itertools.product(rows, steps):
+        engine._runner.merges_steps = mode == "merged"  # one engine: to build two takes minutes
+        columns = {"steps": mode, **loop.run(*ROWS[i]).columns()}
         found.append(columns)
         print("| " + " | ".join(str(columns[name]) for name in COLUMNS) + " |", flush=True)
         if path is not None:
@@ -289,6 +301,7 @@ def main() -> None:
     modes = parser.add_subparsers(dest="mode", required=True)
     tables = modes.add_parser("table")
     tables.add_argument("--rows", type=int, nargs="+", default=list(range(len(ROWS))))
+    tables.add_argument("--steps", nargs="+", choices=("merged", "apart"), default=["merged"])
     tables.add_argument("--json", type=Path)
     profiles = modes.add_parser("profile")
     profiles.add_argument("--streams", type=int, nargs="+", default=[1, 32, 256])
@@ -299,7 +312,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / "model"
         if args.mode == "table":
-            table(build(directory), args.rows, args.json)
+            table(build(directory), args.rows, args.steps, args.json)
         elif args.mode == "profile":
             profile(build(directory), args.streams, args.kernels)
         elif args.mode == "check":

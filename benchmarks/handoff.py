@@ -115,9 +115,15 @@ async def measure_carrier(carrier: str, server: Server, args: argparse.Namespace
     return rows
 
 
-async def sample(client: HttpClient, target: Target, server: Server, prompt_ids: list[int]) -> Sample:
+async def sample(
+    client: HttpClient,
+    target: Target,
+    server: Server,
+    prompt_ids: list[int],
+    output_len: int | None = None,
+) -> Sample:
     before = worker_counters(server)
-    measured = await measure(client, target, prompt_ids)
+    measured = await measure(client, target, prompt_ids, output_len)
     if measured.error:
         raise RuntimeError(measured.error)
     after = worker_counters(server)

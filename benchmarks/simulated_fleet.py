@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from engine.engine import Engine
+from engine.kv_cache import KvCache
 from engine.outputs import SequenceOutput, StepOutput, TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -67,7 +68,7 @@ class _Carrier:
         self._block_ids = block_ids
         self._num_held = num_held_blocks
 
-    def started(self, num_blocks: int, num_hit_tokens: int, queue_s: float) -> None:
+    def started(self, num_blocks: int, num_hit_tokens: int, queue_s: float, origin: KvCache) -> None:
         self._request.num_hit_tokens = num_hit_tokens
 
     def kv_ready(self, first_layer: int, num_layers: int, first_block: int, block_ids: list[int]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from engine.kv_cache import KvCache
@@ -10,18 +12,28 @@ from worker.cancellation import run_in_thread
 from worker.kv_carrier import KvCarrier
 from worker.kv_chunks import INLINE_BYTES, ChunkTally, num_chunk_bytes, verified_bytes
 
+if TYPE_CHECKING:
+    import torch
+
 
 class ChunkReceiver:
     """Raises ValueError, saying what was expected and found, for anything but each rectangle exactly once."""
 
     def __init__(
-        self, kv_cache: KvCache, carrier: KvCarrier, block_ids: list[int], num_held_blocks: int
+        self,
+        kv_cache: KvCache,
+        carrier: KvCarrier,
+        block_ids: list[int],
+        num_held_blocks: int,
+        fence: torch.cuda.Event | None = None,
     ) -> None:
-        """block_ids: of the whole sequence; the leading num_held_blocks of them must not be written."""
+        """block_ids: of the whole sequence; the leading num_held_blocks of them must not be written. fence:
+        of the cache, when the blocks were given."""
         self._tally = ChunkTally()
         self._kv_cache = kv_cache
         self._carrier = carrier
         self._block_ids = block_ids
+        self._fence = fence
         # [layer, block of the sequence]
         self._is_covered = np.zeros((kv_cache.layout.num_layers, len(block_ids)), dtype=bool)
         self._is_covered[:, :num_held_blocks] = True
@@ -67,6 +79,9 @@ class ChunkReceiver:
         part[:] = True
 
     def _write(self, chunk_pb: KvChunk, payload: memoryview) -> None:
-        kv_bytes = verified_bytes(self._carrier, chunk_pb, payload, self._kv_cache.layout)
+        layout = self._kv_cache.layout
         block_ids = self._block_ids[chunk_pb.first_block : chunk_pb.first_block + chunk_pb.num_blocks]
-        self._kv_cache.write_blocks(chunk_pb.first_layer, chunk_pb.num_layers, block_ids, kv_bytes)
+        first_layer, num_layers = chunk_pb.first_layer, chunk_pb.num_layers
+        with self._kv_cache.landing(num_chunk_bytes(chunk_pb, layout)) as landing:
+            kv_bytes = verified_bytes(self._carrier, chunk_pb, payload, layout, landing)
+            self._kv_cache.write_blocks(first_layer, num_layers, block_ids, kv_bytes, self._fence)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import TYPE_CHECKING, NamedTuple
 
 import grpc.aio
 
@@ -27,6 +28,7 @@ from decode_svc.chunk_receiver import ChunkReceiver
 from engine.engine import Engine
 from engine.outputs import SequenceOutput, TokenLogprobs
 from engine.sequence import Sequence
+from engine.speculation.handed_draft import HandedDraft
 from proto import common_pb2
 from proto.link_pb2 import RequestTimings, Submit
 from proto.prefill_pb2 import KvChunk, PrefillCommitted, PrefillFinished, PrefillRequest, PrefillStarted
@@ -35,7 +37,7 @@ from servicekit.frames import Frame
 from servicekit.logging import get_logger
 from servicekit.rpc import error_from_rpc
 from worker.cancellation import check_cancelled
-from worker.conversions import layout_to_pb, logprobs_from_pb
+from worker.conversions import draft_from_pb, layout_to_pb, logprobs_from_pb
 from worker.deadline import Deadline
 from worker.kv_carrier import KvCarrier
 from worker.kv_frames import (
@@ -50,6 +52,9 @@ from worker.kv_frames import (
 )
 from worker.sequence_spec import num_prompt_blocks, reserve_sequence
 from worker.transfers import TransferEnvironment
+
+if TYPE_CHECKING:
+    import torch
 
 _CLOSE_S = 2.0  # for the prefill worker to see the commit before the call is cancelled
 
@@ -71,6 +76,14 @@ class FirstToken:
     prompt_logprobs_pb: list[common_pb2.TokenLogprobs]
     timings_pb: RequestTimings
     is_last: bool  # no KV came with it, nothing was committed
+    draft: HandedDraft | None = None
+
+
+class _Granted(NamedTuple):
+    """Blocks of the whole sequence."""
+
+    block_ids: list[int]
+    fence: torch.cuda.Event | None  # what comes from outside is written behind it
 
 
 OnCommit = Callable[[FirstToken, SequenceOutput | None], None]
@@ -189,9 +202,10 @@ class Handoff:
     ) -> PrefillFinished:
         if started_pb.num_blocks != self._num_blocks:
             raise ValueError(f"expected {self._num_blocks} blocks, it computes {started_pb.num_blocks}")
-        block_ids = [] if self.needs_no_kv else await self._extend()
+        granted = _Granted([], None) if self.needs_no_kv else await self._extend()
+        block_ids = granted.block_ids[: self._num_blocks]
         receiver = ChunkReceiver(
-            self._engine.engine.kv_cache, carrier, block_ids[: self._num_blocks], self._num_held_blocks
+            self._engine.engine.kv_cache, carrier, block_ids, self._num_held_blocks, granted.fence
         )
         first_chunk_at: float | None = None
         try:
@@ -207,12 +221,13 @@ class Handoff:
         receiver.verify_finished(finished_pb)
         return finished_pb
 
-    async def _extend(self) -> list[int]:
+    async def _extend(self) -> _Granted:
         """Waits for room, in the engine's queue."""
-        blocks: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        blocks: asyncio.Future[_Granted] = asyncio.get_running_loop().create_future()
 
         def on_ready(block_ids: list[int]) -> None:
-            self._engine.in_loop(_resolve, blocks, block_ids)
+            granted = _Granted(block_ids, self._engine.engine.kv_cache.fence())
+            self._engine.in_loop(_resolve, blocks, granted)
 
         await self._engine.call(lambda engine: engine.extend(self._seq.seq_id, on_ready))
         return await blocks
@@ -224,7 +239,7 @@ class Handoff:
             on_commit(first, ended)
 
         def commit(engine: Engine) -> None:
-            ended = engine.commit(self._seq.seq_id, first.logprobs)
+            ended = engine.commit(self._seq.seq_id, first.logprobs, first.draft)
             self._engine.in_loop(committed, ended)
 
         if self.needs_no_kv:
@@ -237,6 +252,7 @@ class Handoff:
             num_blocks=self._num_blocks,
             num_held_blocks=self._num_held_blocks,
             num_bytes=self.num_bytes,
+            carrier=self.carrier_name,
             handoff_s=first.timings_pb.handoff_s,
         )
 
@@ -268,6 +284,7 @@ class Handoff:
             prompt_logprobs_pb=list(finished_pb.prompt_logprobs),
             timings_pb=timings_pb,
             is_last=self.needs_no_kv,
+            draft=draft_from_pb(finished_pb.draft) if finished_pb.HasField("draft") else None,
         )
 
     def _num_hit_tokens(self, started_pb: PrefillStarted, finished_pb: PrefillFinished) -> int:
@@ -291,6 +308,6 @@ async def _tell_committed(call: FrameCall) -> None:
     check_cancelled()
 
 
-def _resolve(future: asyncio.Future[list[int]], block_ids: list[int]) -> None:
+def _resolve(future: asyncio.Future[_Granted], granted: _Granted) -> None:
     if not future.done():
-        future.set_result(block_ids)
+        future.set_result(granted)

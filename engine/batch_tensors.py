@@ -1,4 +1,4 @@
-"""Packs a scheduled batch into the tensors of a forward pass."""
+"""Packs the rows of sequences into the tensors of a forward pass."""
 
 from __future__ import annotations
 
@@ -6,83 +6,101 @@ import numpy as np
 import torch
 
 from engine.attention.device_plan import plan_on_device
+from engine.batch_rows import SequenceRows
 from engine.forward_batch import ForwardBatch
-from engine.scheduler import ScheduledBatch
-from engine.sequence import Sequence
 
 
 class BatchTensors:
     """Keeps its buffers from step to step: a ForwardBatch is good until the next build()."""
 
     def __init__(
-        self, token_budget: int, block_size: int, device: str, *, uses_kernels: bool = False
+        self,
+        max_rows: int,
+        block_size: int,
+        device: str,
+        *,
+        uses_kernels: bool = False,
+        first_token: int = 0,
     ) -> None:
-        """uses_kernels: batches come with a DevicePlan instead of padded block tables."""
+        """uses_kernels: batches come with a DevicePlan instead of padded block tables. first_token: where all
+        contexts begin."""
         self._uses_kernels = uses_kernels
         self._block_size = block_size
         self._device = device
-        self._rows = np.zeros((3, token_budget), dtype=np.int64)  # token ids, positions, slots
+        self._first_token = first_token
+        self._rows = np.zeros((3, max_rows), dtype=np.int64)  # token ids, positions, slots
         self._rows_cpu = torch.from_numpy(self._rows)
-        self._tables: list[list[int]] = []  # of the decodes of the last step
+        self._tables: list[list[int]] = []  # of the decode rows of the last step
         self._table_lengths: list[int] = []
         self._tables_SB: torch.Tensor | None = None
 
-    def build(self, batch: ScheduledBatch, logits_rows: list[int]) -> ForwardBatch:
-        query_start = self._fill_rows(batch)
-        num_tokens = query_start[-1]
-        token_ids_T, positions_T, slots_T = self._rows_cpu[:, :num_tokens].to(self._device).unbind(0)
-        decodes = batch.seqs[: batch.num_decodes]
+    def build(self, rows: list[SequenceRows], num_decoding: int, wanted_rows: list[int]) -> ForwardBatch:
+        """The first num_decoding sequences have decode rows, the others a chunk each. wanted_rows: those
+        whose logits are wanted."""
+        decoding = rows[:num_decoding]
+        num_decodes = sum(part.num_rows for part in decoding)
+        num_rows = self._fill(rows, num_decoding)
+        context_len, tables = _decode_rows(decoding)
+        query_start = list(range(num_decodes + 1))
+        for part in rows[num_decoding:]:
+            query_start.append(part.begin + part.num_rows)
+            context_len.append(part.end_position)
+            tables.append(part.seq.block_table)
+        token_ids_T, positions_T, slots_T = self._rows_cpu[:, :num_rows].to(self._device).unbind(0)
         forward_batch = ForwardBatch(
             token_ids_T=token_ids_T,
             positions_T=positions_T,
             slot_mapping_T=slots_T,
-            num_decodes=batch.num_decodes,
+            num_decodes=num_decodes,
             query_start=query_start,
-            context_len=[
-                seq.num_computed_tokens + num_scheduled
-                for seq, num_scheduled in zip(batch.seqs, batch.num_scheduled_tokens, strict=True)
-            ],
-            block_tables=[seq.block_table for seq in batch.seqs],
-            logits_rows_N=torch.tensor(logits_rows, dtype=torch.int64, device=self._device),
-            block_tables_SB=self._padded_tables(decodes) if decodes and not self._uses_kernels else None,
+            context_len=context_len,
+            block_tables=tables,
+            logits_rows_N=torch.tensor(wanted_rows, dtype=torch.int64, device=self._device),
+            has_unstored_rows=any(map(self._has_unstored_rows, rows)),
+            first_token=self._first_token,
         )
         if self._uses_kernels:
             forward_batch.device_plan = plan_on_device(forward_batch, self._block_size)
+        elif num_decodes:
+            forward_batch.block_tables_SB = self._padded_tables(tables[:num_decodes])
         return forward_batch
 
-    def _fill_rows(self, batch: ScheduledBatch) -> list[int]:
-        """query_start."""
-        size, num_decodes = self._block_size, batch.num_decodes
-        decodes = batch.seqs[:num_decodes]
-        positions = [seq.num_computed_tokens for seq in decodes]
-        self._rows[0, :num_decodes] = [seq.token_ids[seq.num_computed_tokens] for seq in decodes]
-        self._rows[1, :num_decodes] = positions
-        self._rows[2, :num_decodes] = [
-            seq.block_table[position // size] * size + position % size
-            for seq, position in zip(decodes, positions, strict=True)
-        ]
-        query_start = list(range(num_decodes + 1))
-        for seq, num_tokens in zip(
-            batch.seqs[num_decodes:], batch.num_scheduled_tokens[num_decodes:], strict=True
-        ):
-            begin = query_start[-1]
-            self._fill_chunk(seq, begin, num_tokens)
-            query_start.append(begin + num_tokens)
-        return query_start
-
-    def _fill_chunk(self, seq: Sequence, begin: int, num_tokens: int) -> None:
+    def _fill(self, rows: list[SequenceRows], num_decoding: int) -> int:
+        """Number of rows."""
         size = self._block_size
-        first, last = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
-        rows = self._rows[:, begin : begin + num_tokens]
-        rows[0] = seq.token_ids[first:last]
-        rows[1] = np.arange(first, last)
-        first_block = first // size
-        blocks = np.array(seq.block_table[first_block : -(-last // size)], dtype=np.int64)
-        rows[2] = blocks[rows[1] // size - first_block] * size + rows[1] % size
+        num_single = next(
+            (i for i, part in enumerate(rows[:num_decoding]) if part.num_rows != 1 or part.tail), num_decoding
+        )
+        single = rows[:num_single]
+        positions = [part.first for part in single]
+        self._rows[0, :num_single] = [part.seq.token_ids[part.first] for part in single]
+        self._rows[1, :num_single] = positions
+        self._rows[2, :num_single] = [
+            part.seq.block_table[position // size] * size + position % size
+            for part, position in zip(single, positions, strict=True)
+        ]
+        for part in rows[num_single:]:
+            self._fill_part(part)
+        return rows[-1].begin + rows[-1].num_rows if rows else 0
 
-    def _padded_tables(self, decodes: list[Sequence]) -> torch.Tensor:
+    def _fill_part(self, part: SequenceRows) -> None:
+        size = self._block_size
+        first, end = part.first, part.end_position
+        rows = self._rows[:, part.begin : part.begin + part.num_rows]
+        rows[0] = part.token_ids()
+        rows[1] = np.arange(first, end)
+        first_block = first // size
+        blocks = np.array(part.seq.block_table[first_block : -(-end // size)], dtype=np.int64)
+        rows[2] = blocks[rows[1] // size - first_block] * size + rows[1] % size
+        if self._has_unstored_rows(part):
+            rows[2, : part.seq.num_registered_blocks * size - first] = -1
+
+    def _has_unstored_rows(self, part: SequenceRows) -> bool:
+        """A registered block is others' too, and does not change: what is computed again is not stored."""
+        return part.first < part.seq.num_registered_blocks * self._block_size
+
+    def _padded_tables(self, tables: list[list[int]]) -> torch.Tensor:
         """A decode gets a new block once in block_size steps: mostly the last step's tensor still holds."""
-        tables = [seq.block_table for seq in decodes]
         lengths = [len(table) for table in tables]
         is_same = lengths == self._table_lengths and all(
             a is b for a, b in zip(tables, self._tables, strict=True)
@@ -94,3 +112,13 @@ class BatchTensors:
             self._tables, self._table_lengths = tables, lengths
             self._tables_SB = torch.from_numpy(padded).to(self._device)
         return self._tables_SB
+
+
+def _decode_rows(decoding: list[SequenceRows]) -> tuple[list[int], list[list[int]]]:
+    """Context length and block table of each row."""
+    context_len: list[int] = []
+    tables: list[list[int]] = []
+    for part in decoding:
+        context_len += range(part.first + 1, part.end_position + 1)
+        tables += [part.seq.block_table] * part.num_rows
+    return context_len, tables

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import blake2b
 
 import torch
 
 from engine.checkpoint.hub_tensors import hub_tensors
 from engine.checkpoint.model_config import ModelConfig, load_model_config
+from engine.checkpoint.mtp_weights import has_mtp_layer
 from engine.checkpoint.weights import model_fingerprint, open_weights
 from engine.decode_graphs import GraphLimits
+from engine.device_share import DeviceShare
 from engine.engine import Engine, EngineLimits
 from engine.engine_config import EngineConfig, EngineConfigError, check_weights_fit, resolve_cache_size
 from engine.ep.ep_group import EpGroup
 from engine.kernels.support import has_kernels
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
+from engine.kv_outbox import KvOutbox
 from engine.models import CausalLM, build_model
+from engine.phase_times import PhaseTimes
 from engine.runner import Runner
 from engine.sampler import Sampler
+from engine.speculation.draft_plan import DraftLimits
 from engine.tiers.build import build_lower_tiers
 
 Progress = Callable[[int, int], None]
@@ -35,12 +41,15 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
     Raises CheckpointError for the checkpoint and EngineConfigError for the configuration; both are
     ValueErrors of one line. With a group of more than one rank each loads its share of the experts.
     """
-    scheduler_config = config.resolve_scheduler()
-    dtype = config.resolve_dtype()
     model_config = load_model_config(config.model_dir)
+    has_mtp = has_mtp_layer(config.model_dir, config.load_format, model_config)
+    num_speculative_tokens = config.resolve_speculation(has_mtp=has_mtp)
+    has_mtp = num_speculative_tokens > 0
+    scheduler_config = config.resolve_scheduler(num_speculative_tokens)
+    dtype = config.resolve_dtype()
     layout = KvLayout(
-        model_fingerprint=kv_fingerprint(config, dtype),
-        num_layers=model_config.num_layers,
+        model_fingerprint=kv_fingerprint(config, dtype, has_mtp=has_mtp),
+        num_layers=model_config.num_layers + has_mtp,
         token_shape=model_config.kv_token_shape,
         dtype=str(dtype).removeprefix("torch."),
         block_size=config.block_size,
@@ -48,10 +57,14 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
     ep_size = 1 if ep is None else ep.size
     if config.has_fp8_experts:
         _check_fp8_experts(config.device, model_config, ep_size)
-    check_weights_fit(_weight_bytes(config, model_config, dtype, ep_size), config.device)
-    model = _load_model(config, model_config, dtype, ep, progress)
-    size = resolve_cache_size(config, model_config, layout, scheduler_config.max_running)
-    kv_cache = KvCache(layout, size.num_blocks, device=config.device, is_shared=config.shares_kv_cache)
+    check_weights_fit(_weight_bytes(config, model_config, dtype, ep_size, has_mtp=has_mtp), config.device)
+    times = PhaseTimes()
+    with times.phase("weights"):
+        model = _load_model(config, model_config, dtype, ep, progress, has_mtp=has_mtp)
+    with times.phase("KV cache"):
+        size = resolve_cache_size(config, model_config, layout, scheduler_config.max_running)
+        scheduler_config = replace(scheduler_config, max_model_len=size.max_model_len)
+        kv_cache = KvCache(layout, size.num_blocks, device=config.device, is_shared=config.shares_kv_cache)
     limits = EngineLimits(
         max_model_len=size.max_model_len,
         vocab_size=model_config.vocab_size,
@@ -61,16 +74,36 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
     graph_limits = None
     if config.uses_graphs and ep_size == 1:
         graph_limits = GraphLimits(scheduler_config.max_running, size.max_model_len)
+    draft_limits = None
+    if has_mtp:
+        draft_limits = DraftLimits(
+            num_tokens=num_speculative_tokens,
+            max_model_len=size.max_model_len,
+            eos_token_ids=model_config.eos_token_ids,
+        )
     runner = Runner(
-        model, kv_cache, sampler, scheduler_config.token_budget, config.device, graph_limits=graph_limits
+        model,
+        kv_cache,
+        sampler,
+        scheduler_config.token_budget,
+        config.device,
+        graph_limits=graph_limits,
+        draft_limits=draft_limits,
     )
-    return Engine(runner, kv_cache, limits, scheduler_config, ep, build_lower_tiers(config, layout))
+    times.seconds |= runner.start_times.seconds
+    with times.phase("host memory"):
+        engine = Engine(runner, kv_cache, limits, scheduler_config, ep, build_lower_tiers(config, layout))
+        if num_slots := config.outbox_bytes // layout.block_bytes:
+            engine.send_through(KvOutbox(kv_cache, num_slots))
+    engine.start_times = times
+    engine.device_share = DeviceShare(config.device_share)
+    return engine
 
 
-def num_parameters(config: ModelConfig, ep_size: int = 1) -> int:
+def num_parameters(config: ModelConfig, ep_size: int = 1, *, has_mtp: bool = False) -> int:
     """Held by one rank; routed experts are shared out over the group."""
     routed, others = 0, 0
-    for name, shape in hub_tensors(config).items():
+    for name, shape in hub_tensors(config, has_mtp=has_mtp).items():
         if ".mlp.experts." in name:
             routed += math.prod(shape)
         else:
@@ -78,20 +111,25 @@ def num_parameters(config: ModelConfig, ep_size: int = 1) -> int:
     return others + -(-routed // ep_size)
 
 
-def kv_fingerprint(config: EngineConfig, dtype: torch.dtype) -> str:
-    """16 hex digits. Workers whose experts differ in their bits do not share KV."""
+def kv_fingerprint(config: EngineConfig, dtype: torch.dtype, *, has_mtp: bool = False) -> str:
+    """16 hex digits. Workers whose experts differ in their bits do not share KV. Nor do those of which only
+    one has the layer of multi-token prediction: its KV is in the blocks."""
     fingerprint = model_fingerprint(config.model_dir, config.load_format, dtype)
-    if not config.has_fp8_experts:
-        return fingerprint
-    return blake2b(f"{fingerprint}|FP8 experts".encode(), digest_size=8).hexdigest()
+    differences = ["FP8 experts"] * config.has_fp8_experts + ["MTP layer"] * has_mtp
+    for difference in differences:
+        fingerprint = blake2b(f"{fingerprint}|{difference}".encode(), digest_size=8).hexdigest()
+    return fingerprint
 
 
-def _weight_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, ep_size: int) -> int:
-    num_bytes = num_parameters(model, ep_size) * dtype.itemsize
+def _weight_bytes(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, ep_size: int, *, has_mtp: bool
+) -> int:
+    num_bytes = num_parameters(model, ep_size, has_mtp=has_mtp) * dtype.itemsize
     if not config.has_fp8_experts:
         return num_bytes
     is_expert = (".mlp.experts.", ".mlp.shared_experts.")
-    shapes = [s for name, s in hub_tensors(model).items() if any(part in name for part in is_expert)]
+    tensors = hub_tensors(model, has_mtp=has_mtp)
+    shapes = [s for name, s in tensors.items() if any(part in name for part in is_expert)]
     return num_bytes - sum(map(math.prod, shapes)) * (dtype.itemsize - 1)
 
 
@@ -111,6 +149,8 @@ def _load_model(
     dtype: torch.dtype,
     ep: EpGroup | None,
     progress: Progress | None,
+    *,
+    has_mtp: bool,
 ) -> CausalLM:
     dispatcher = None
     if ep is not None and ep.size > 1:
@@ -128,4 +168,5 @@ def _load_model(
             dtype,
             torch.device(config.device),
             has_fp8_experts=config.has_fp8_experts,
+            has_mtp=has_mtp,
         )

@@ -15,10 +15,45 @@ import torch
 from engine.attention.device_plan import ChunkRows, DevicePlan
 from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KvCache
-from engine.models.causal_lm import CausalLM
+from engine.models.causal_lm import CausalLM, LayerDone
 
 LADDER = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 MAX_CHUNKS = 16
+_LAYERS_PER_EVENT = 4  # KV of so many layers can leave while the next ones are computed
+
+
+def has_graph_events() -> bool:
+    """Whether an event recorded inside a graph can be waited for outside of it."""
+    event, graph, stream = torch.cuda.Event(external=True), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    value = torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            value += 1
+            event.record()
+        graph.replay()
+        torch.cuda.Stream().wait_event(event)
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+class LayerEvents:
+    """Records events that a captured graph reaches anew whenever it is replayed, after every few layers.
+    Graphs that are replayed one after another share them."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._events = [torch.cuda.Event(external=True) for _ in range(0, num_layers, _LAYERS_PER_EVENT)]
+        self._num_layers = num_layers
+
+    def __call__(self, layer: int, computed: torch.cuda.Event | None = None) -> None:
+        if (layer + 1) % _LAYERS_PER_EVENT == 0 or layer + 1 == self._num_layers:
+            self.of(layer).record()
+
+    def of(self, layer: int) -> torch.cuda.Event:
+        """The first one behind the layer."""
+        return self._events[layer // _LAYERS_PER_EVENT]
 
 
 class ChunkGraphs:
@@ -37,6 +72,9 @@ class ChunkGraphs:
         self._wanted_S = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=device)
         self._logits_SV = torch.empty(MAX_CHUNKS, model.vocab_size, dtype=kv_cache.data.dtype, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._layer_events: LayerEvents | None = None
+        if device.type == "cuda" and has_graph_events():
+            self._layer_events = LayerEvents(kv_cache.layout.num_layers)
         if device.type == "cuda":
             self._capture()
 
@@ -55,22 +93,38 @@ class ChunkGraphs:
     @torch.inference_mode()
     def run(self, batch: ForwardBatch, num_wanted: int) -> torch.Tensor:
         """Logits [num_wanted, V] of the first of the batch's logits rows, in the model's dtype."""
+        size = next(size for size in self._ladder if size >= batch.num_tokens)
+        self.fill(batch, size, num_wanted)
+        graph = self._graphs.get(size)
+        if graph is None:
+            self._step(size)
+        else:
+            graph.replay()
+        return self.logits(num_wanted)
+
+    @property
+    def max_tokens(self) -> int:
+        return self._ladder[-1] if self._ladder else 0
+
+    def fill(self, batch: ForwardBatch, size: int, num_wanted: int) -> None:
+        """Copies the inputs of a step of so many tokens in, for the logits of num_wanted rows."""
         assert batch.device_plan is not None and batch.device_plan.chunks is not None
         num_tokens = batch.num_tokens
-        size = next(size for size in self._ladder if size >= num_tokens)
         self._rows_3T[0, :num_tokens] = batch.token_ids_T
         self._rows_3T[1, :num_tokens] = batch.positions_T
         self._rows_3T[2, :num_tokens] = batch.slot_mapping_T
         self._rows_3T[2, num_tokens:size] = -1
         self._starts_S.fill_(num_tokens)
         self._starts_S[: batch.num_seqs + 1] = batch.device_plan.chunks.query_start
+        self._wanted_S.zero_()  # what a larger run wanted may be no row of this one
         self._wanted_S[:num_wanted] = batch.logits_rows_N[:num_wanted]
-        graph = self._graphs.get(size)
-        if graph is None:
-            self._step(size)
-        else:
-            graph.replay()
+
+    def logits(self, num_wanted: int) -> torch.Tensor:
         return self._logits_SV[:num_wanted]
+
+    def computed(self, layer: int) -> torch.cuda.Event | None:
+        """Reached when the layer of the last run is. None: nobody knows before its end."""
+        return None if self._layer_events is None else self._layer_events.of(layer)
 
     def _capture(self) -> None:
         pool = torch.cuda.graph_pool_handle()
@@ -82,13 +136,21 @@ class ChunkGraphs:
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
-                self._step(size)
+                self._step(size, self._layer_events)
             self._graphs[size] = graph
         torch.cuda.synchronize()
         self._model.take_expert_load()
 
     @torch.inference_mode()
-    def _step(self, size: int) -> None:
+    def _step(self, size: int, layer_done: LayerDone | None = None) -> None:
+        self.finish(self._model.forward(self.batch(size), self._kv_cache, layer_done))
+
+    def finish(self, hidden_TD: torch.Tensor) -> None:
+        """The logits of the wanted rows."""
+        self._model.logits_into(self._logits_SV, hidden_TD.index_select(0, self._wanted_S))
+
+    def batch(self, size: int) -> ForwardBatch:
+        """Of the rows that fill() fills."""
         token_ids_T, positions_T, slots_T = self._rows_3T[:, :size].unbind()
         plan = DevicePlan(
             positions_T=positions_T,
@@ -98,7 +160,7 @@ class ChunkGraphs:
             context_len_S=torch.empty(0, dtype=torch.int32, device=token_ids_T.device),
             chunks=ChunkRows(self._starts_S, self._starts_S, None),
         )
-        batch = ForwardBatch(
+        return ForwardBatch(
             token_ids_T=token_ids_T,
             positions_T=positions_T,
             slot_mapping_T=slots_T,
@@ -109,5 +171,3 @@ class ChunkGraphs:
             logits_rows_N=self._wanted_S,
             device_plan=plan,
         )
-        hidden_TD = self._model.forward(batch, self._kv_cache)
-        self._model.logits_into(self._logits_SV, hidden_TD.index_select(0, self._wanted_S))

@@ -75,6 +75,7 @@ class DecodeGraphs:
         self._model = model
         self._kv_cache = kv_cache
         self._block_size = kv_cache.layout.block_size
+        self.max_seqs = limits.max_seqs
         self._ladder = batch_ladder(limits.max_seqs)
         max_blocks = -(-limits.max_model_len // self._block_size)
         self._is_cuda = is_cuda = device.type == "cuda"
@@ -98,15 +99,28 @@ class DecodeGraphs:
     @torch.inference_mode()
     def launch(self, seqs: list[Sequence]) -> DecodeLaunch:
         """Starts the step from what the host knows."""
-        self._ahead = None
         num_rows = next(size for size in self._ladder if size >= len(seqs))
+        placed = self.place(seqs, num_rows)
+        return self._start(placed, [seq.num_computed_tokens for seq in placed])
+
+    def place(self, seqs: list[Sequence], num_rows: int) -> list[Sequence]:
+        """Copies the inputs of a step of so many rows in; the sequences in the order of their rows."""
+        self._ahead = None
         self._wait_for_upload()
         placed, has_changed = self._host.update(seqs, num_rows)
         self._tokens_2N.copy_(self._host.tokens_2N, non_blocking=True)
         if has_changed:
             self._upload_tables(len(placed))
         self._uploaded = self._event()
-        return self._start(placed, [seq.num_computed_tokens for seq in placed])
+        return placed
+
+    def launched(self, placed: list[Sequence], positions: list[int]) -> DecodeLaunch:
+        """Behind the start of a step that ends in finish(): its tokens are copied out."""
+        num_seqs = len(placed)
+        self._num_launches += 1
+        results_N = self._results_3N[self._num_launches % 3]
+        results_N[:num_seqs].copy_(self._next_N[:num_seqs], non_blocking=True)
+        return DecodeLaunch(placed, positions, results_N, self._event())
 
     @torch.inference_mode()
     def run_ahead(self, last: DecodeLaunch) -> None:
@@ -152,10 +166,7 @@ class DecodeGraphs:
             self._step(num_rows)
         else:
             graph.replay()
-        self._num_launches += 1
-        results_N = self._results_3N[self._num_launches % 3]
-        results_N[:num_rows].copy_(self._next_N[:num_rows], non_blocking=True)
-        return DecodeLaunch(placed, positions, results_N, self._event())
+        return self.launched(placed, positions)
 
     def _event(self) -> torch.cuda.Event | None:
         if not self._is_cuda:
@@ -181,6 +192,16 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def _step(self, num_rows: int) -> None:
+        self.finish(num_rows, self._model.forward(self.batch(num_rows), self._kv_cache))
+
+    def finish(self, num_rows: int, hidden_ND: torch.Tensor) -> None:
+        """The logits of these rows, and their greedy tokens."""
+        logits_NV = self._logits_NV[:num_rows]
+        self._model.logits_into(logits_NV, hidden_ND)
+        self._pick(logits_NV, self._next_N[:num_rows])
+
+    def batch(self, num_rows: int) -> ForwardBatch:
+        """Of the rows that place() fills: views of them, and what follows from them on the device."""
         token_ids_N, positions_N = self._tokens_2N[:, :num_rows].unbind()
         tables_NB = self._tables_NB[:num_rows]
         is_padding = positions_N < 0
@@ -196,7 +217,7 @@ class DecodeGraphs:
             context_len_S=(positions_N + 1).to(torch.int32),
             chunks=None,
         )
-        batch = ForwardBatch(
+        return ForwardBatch(
             token_ids_T=token_ids_N,
             positions_T=positions_N,
             slot_mapping_T=slots_N,
@@ -207,9 +228,6 @@ class DecodeGraphs:
             logits_rows_N=token_ids_N,
             device_plan=plan,
         )
-        logits_NV = self._logits_NV[:num_rows]
-        self._model.logits_into(logits_NV, self._model.forward(batch, self._kv_cache))
-        self._pick(logits_NV, self._next_N[:num_rows])
 
 
 def batch_ladder(max_seqs: int) -> list[int]:

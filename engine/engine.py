@@ -19,16 +19,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
+from engine.device_share import DeviceShare
 from engine.ep.ep_group import EpGroup
 from engine.handoffs import Handoffs, OnReady
 from engine.kv_announcer import KvAnnouncer
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
+from engine.kv_outbox import KvOutbox
 from engine.outputs import FinishReason, SequenceOutput, StepOutput, TokenLogprobs
+from engine.phase_times import PhaseTimes
 from engine.pins import PinnedRun, Pins
 from engine.runner import Runner, StepResult
 from engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig
 from engine.sequence import Sequence, SequenceStatus
+from engine.speculation.draft_state import DraftState
+from engine.speculation.handed_draft import HandedDraft, pack_draft
+from engine.speculation.verification import NewTokens
 from engine.step_stats import EngineLoad, build_stats, measure_load
 from engine.tiers.tier_store import LowerTiers, TierStore
 from kvstore.block_hash import BlockHash, HashChain
@@ -65,9 +71,12 @@ class Engine:
         self.max_running = scheduler_config.max_running
         self.vocab_size = limits.vocab_size
         self.eos_token_ids = limits.eos_token_ids
+        self.start_times = PhaseTimes()
+        self.device_share = DeviceShare(1.0)
         self.ep = ep if ep is not None and ep.size > 1 else None
         self._runner = runner
-        self._announcer = KvAnnouncer(layout)
+        self._outbox: KvOutbox | None = None
+        self._announcer = KvAnnouncer(kv_cache)
         self._pool = BlockPool(kv_cache.num_blocks)
         self._tiers = TierStore(self._pool, kv_cache, tiers or LowerTiers())
         self._pins = Pins(self._tiers.places, kv_cache)
@@ -78,6 +87,13 @@ class Engine:
         self._has_news = bool(self._tiers.places.hashes())  # for the next step; set by any thread
         self._on_news: Callable[[], None] = lambda: None
         self._tiers.on_change = self._scheduler.loads.on_change = self._note_news
+
+    def send_through(self, outbox: KvOutbox) -> None:
+        """Owns it from now on: KV of hand-offs from here leaves through it. Before the first sequence."""
+        assert self._outbox is None and not self._seqs
+        self._outbox = outbox
+        self._announcer = KvAnnouncer(self.kv_cache, outbox)
+        outbox.on_failure = self._note_news
 
     @property
     def kv_layout(self) -> KvLayout:
@@ -95,7 +111,10 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether step() can get anywhere: not while all sequences wait for a hand-off, a load or blocks."""
+        """Whether step() can get anywhere: not while all sequences wait for a hand-off, a load or blocks, and
+        not while it rests."""
+        if self.device_share.rest_s:
+            return False
         if self._has_news or self.next_work_s == 0.0:
             return True
         scheduler = self._scheduler
@@ -104,6 +123,8 @@ class Engine:
     @property
     def next_work_s(self) -> float | None:
         """Seconds until step() should be called though nobody has said anything; None: no need."""
+        if rest_s := self.device_share.rest_s:
+            return rest_s
         recheck_at = self._scheduler.loads.recheck_at
         return None if recheck_at is None else max(0.0, recheck_at - time.monotonic())
 
@@ -114,6 +135,8 @@ class Engine:
     def close(self) -> None:
         """Ends the threads of the tiers; what they are doing is finished. No step may follow. Idempotent."""
         self._tiers.close()
+        if self._outbox is not None:
+            self._outbox.close()
 
     def add(self, seq: Sequence) -> None:
         """ValueError for what can never run."""
@@ -127,6 +150,7 @@ class Engine:
         if seq is not None:
             self._scheduler.remove(seq)
             self._handoffs.forget(seq)
+            self._announcer.forget(seq)
             self._blocks_came_back()
 
     def abort_all(self) -> None:
@@ -146,15 +170,19 @@ class Engine:
         seq = self._expect(seq_id, SequenceStatus.RESERVED)
         self._handoffs.extend(seq, on_ready)
 
-    def commit(self, seq_id: int, first_token: TokenLogprobs) -> SequenceOutput | None:
-        """All blocks of the prompt are written and the first token is known. The sequence runs from the next
-        step on, or the returned output says that this token was its last."""
+    def commit(
+        self, seq_id: int, first_token: TokenLogprobs, draft: HandedDraft | None = None
+    ) -> SequenceOutput | None:
+        """All blocks of the prompt are written, the first token is known, and perhaps a draft of the next
+        one. The sequence runs from the next step on, or the returned output says that this token was its
+        last."""
         seq = self._expect(seq_id, SequenceStatus.EXTENDED)
         if not 0 <= first_token.token_id < self.vocab_size:
             raise ValueError(
                 f"first token {first_token.token_id} is not in the vocabulary of {self.vocab_size}"
             )
-        self._handoffs.commit(seq, first_token.token_id)
+        state = DraftState() if draft is None else self._runner.unpack_draft(draft, seq.num_tokens + 1)
+        self._handoffs.commit(seq, first_token.token_id, state)
         self._is_stalled = False
         finish_reason = seq.finish_reason_after(self.eos_token_ids, self.max_model_len)
         if finish_reason is None:
@@ -194,21 +222,27 @@ class Engine:
         began = time.monotonic()
         self._has_news = False
         self._tiers.poll()
+        if self._outbox is not None:
+            self._outbox.poll()
         batch = self._scheduler.schedule()
         self._start_sequences(batch, began)
         self._handoffs.grant()
         self._is_stalled = not batch.seqs
         must_run = bool(batch.seqs) if self.ep is None else self.ep.agree(batch.num_tokens)
         result = StepResult()
+        judged: list[FinishReason | None] = []
         if must_run:
             result = self._runner.run(batch, self._announcer.layer_done(batch))
-            self._scheduler.advance(batch)
+            judged = [self._append(new) for new in result.new]
+            self._scheduler.advance(batch, {new.seq: new.num_rejected for new in result.new})
             self._tiers.pump()
         now = time.monotonic()
-        self._scheduler.loads.planner.observe_step(batch.num_tokens - batch.num_decodes, now - began)
+        if batch.num_prefill_tokens and self.ep is None:
+            self.device_share.spent(now - began)
+        self._scheduler.loads.planner.observe_step(batch.num_prefill_tokens, now - began)
         outputs = [
-            self._take_token(seq, token_id, logprobs, now)
-            for seq, token_id, logprobs in zip(result.seqs, result.token_ids, result.logprobs, strict=True)
+            self._take_tokens(new, finish_reason, now)
+            for new, finish_reason in zip(result.new, judged, strict=True)
         ]
         if any(output.finish_reason for output in outputs):
             self._blocks_came_back()
@@ -239,6 +273,8 @@ class Engine:
         references.update(b for seq in self._seqs.values() for b in seq.block_table)
         self._pool.check_integrity(references)
         self._tiers.places.check_integrity()
+        if self._outbox is not None:
+            self._outbox.check_integrity([seq.outbox_slots for seq in self._seqs.values()])
         scheduler = self._scheduler
         listed = [
             *scheduler.waiting,
@@ -297,29 +333,40 @@ class Engine:
         for met in batch.met:
             self._announcer.announce_blocks(met.seq, met.first_block, met.end_block)
 
-    def _take_token(
-        self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None, now: float
-    ) -> SequenceOutput:
+    def _append(self, new: NewTokens) -> FinishReason | None:
+        """The sequence gets its new tokens, up to one that ends it; `new` keeps no others."""
+        seq = new.seq
         if seq.matcher is not None and seq.matcher.error is not None:
-            self._finish(seq)
-            return SequenceOutput(
-                seq_id=seq.seq_id, token_ids=(), finish_reason=FinishReason.ABORTED, error=seq.matcher.error
-            )
-        seq.token_ids.append(token_id)
-        finish_reason = seq.finish_reason_after(self.eos_token_ids, self.max_model_len)
+            new.cut(0)
+            return FinishReason.ABORTED
+        for i, token_id in enumerate(new.token_ids):
+            seq.token_ids.append(token_id)
+            finish_reason = seq.finish_reason_after(self.eos_token_ids, self.max_model_len)
+            if finish_reason is not None:
+                new.cut(i + 1)
+                return finish_reason
+        return None
+
+    def _take_tokens(self, new: NewTokens, finish_reason: FinishReason | None, now: float) -> SequenceOutput:
+        seq = new.seq
         if finish_reason is not None:
             self._finish(seq)
-        logprobs_tuple = () if logprobs is None else (logprobs,)
+        if not new.token_ids:
+            assert seq.matcher is not None
+            return SequenceOutput(
+                seq_id=seq.seq_id, token_ids=(), finish_reason=finish_reason, error=seq.matcher.error
+            )
+        token_ids, logprobs = tuple(new.token_ids), tuple(new.logprobs)
         if seq.has_emitted:
             return SequenceOutput(
-                seq_id=seq.seq_id, token_ids=(token_id,), logprobs=logprobs_tuple, finish_reason=finish_reason
+                seq_id=seq.seq_id, token_ids=token_ids, logprobs=logprobs, finish_reason=finish_reason
             )
         seq.has_emitted = True
         assert seq.times.scheduled is not None
         return SequenceOutput(
             seq_id=seq.seq_id,
-            token_ids=(token_id,),
-            logprobs=logprobs_tuple,
+            token_ids=token_ids,
+            logprobs=logprobs,
             finish_reason=finish_reason,
             num_hit_tokens=seq.num_hit_tokens,
             queue_s=seq.times.scheduled - seq.times.added,
@@ -328,6 +375,7 @@ class Engine:
             num_loaded_tokens=seq.loaded.num_loaded_tokens,
             num_fetched_tokens=seq.loaded.num_fetched_tokens,
             load_s=seq.loaded.load_s,
+            draft=pack_draft(seq.draft) if seq.keeps_blocks else None,
         )
 
     def _note_news(self) -> None:

@@ -18,6 +18,7 @@ DEFAULT_MAX_RUNNING = 64
 # One step of a 135 M model prefills this many tokens in about a second on two slow cores: no decode waits
 # longer.
 DEFAULT_TOKEN_BUDGET = 512
+MAX_SPECULATIVE_TOKENS = 8
 MAX_DEFAULT_KV_BYTES = 4 << 30
 DEFAULT_DISK_KV_BYTES = 8 << 30
 DEFAULT_KV_SHARE = {"cpu": 0.25, "cuda": 0.9}  # of the memory that is free once the weights are loaded
@@ -46,7 +47,12 @@ class EngineConfig:
     token_budget: int | None = None  # tokens of one step
     max_running: int | None = None  # sequences of one step
     shares_kv_cache: bool = False  # with other processes of this host
+    outbox_bytes: int = (
+        0  # of host memory through which KV of hand-offs leaves; 0: it leaves the cache itself
+    )
+    device_share: float = 1.0  # of the time, for steps with prompt tokens; not in a group
     uses_graphs: bool = True  # steps of decodes as CUDA graphs, where the model can
+    num_speculative_tokens: int | None = None  # drafted for each sequence in a step; 0: none
     has_fp8_experts: bool = False  # experts' weights and their inputs in block-scaled FP8, on CUDA
 
     def resolve_dtype(self) -> torch.dtype:
@@ -55,18 +61,37 @@ class EngineConfig:
         except ValueError as error:
             raise EngineConfigError(str(error)) from error
 
-    def resolve_scheduler(self) -> SchedulerConfig:
+    def resolve_speculation(self, *, has_mtp: bool) -> int:
+        """Drafts a step; has_mtp: the checkpoint has a layer that makes them. EngineConfigError when it has
+        none and drafts are asked for."""
+        asked = self.num_speculative_tokens
+        if asked is None:
+            return int(has_mtp)
+        if not 0 <= asked <= MAX_SPECULATIVE_TOKENS:
+            raise EngineConfigError(
+                f"num_speculative_tokens must be between 0 and {MAX_SPECULATIVE_TOKENS}, got {asked}"
+            )
+        if asked and not has_mtp:
+            raise EngineConfigError(
+                f"num_speculative_tokens is {asked}, and {self.model_dir} has no layer of multi-token "
+                "prediction"
+            )
+        return asked
+
+    def resolve_scheduler(self, num_speculative_tokens: int = 0) -> SchedulerConfig:
         """EngineConfigError for a budget that starves somebody."""
         if self.block_size < 1:
             raise EngineConfigError(f"block_size must be 1 or more, got {self.block_size}")
         max_running = DEFAULT_MAX_RUNNING if self.max_running is None else self.max_running
         token_budget = self.token_budget
         if token_budget is None:
-            token_budget = max(DEFAULT_TOKEN_BUDGET, max_running + self.block_size)
+            most_decodes = max_running * (1 + num_speculative_tokens)
+            token_budget = max(DEFAULT_TOKEN_BUDGET, most_decodes + self.block_size)
         config = SchedulerConfig(
             token_budget=token_budget,
             max_running=max_running,
             lookahead_tokens=int(torch.device(self.device).type == "cuda"),
+            num_speculative_tokens=num_speculative_tokens,
         )
         try:
             config.check(self.block_size)

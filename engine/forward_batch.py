@@ -15,15 +15,16 @@ from engine.attention.device_plan import DevicePlan
 
 @dataclass(slots=True)
 class ForwardBatch:
-    """Rows of all sequences packed without padding: one row of each decoding sequence, then the chunks.
+    """Rows of all sequences packed without padding: the decode rows, each a sequence here, then the chunks.
 
     Sequence s owns rows query_start[s] .. query_start[s + 1]. Its context is everything in the cache up to
-    and with those rows: context_len[s] = num_computed_tokens + scheduled tokens.
+    and with those rows, context_len[s], but for the tokens before first_token. A decoding sequence with
+    drafts has several decode rows, each a sequence here with a context that is longer by one.
     """
 
     token_ids_T: torch.Tensor  # int64
     positions_T: torch.Tensor  # int64
-    slot_mapping_T: torch.Tensor  # int64, block_id * block_size + offset of each row
+    slot_mapping_T: torch.Tensor  # int64, block_id * block_size + offset of each row; -1: not to be stored
     num_decodes: int  # the first num_decodes sequences have one row each
     query_start: list[int]  # S + 1 entries
     context_len: list[int]  # S entries, tokens
@@ -31,6 +32,8 @@ class ForwardBatch:
     logits_rows_N: torch.Tensor  # int64, rows of T whose logits are wanted
     block_tables_SB: torch.Tensor | None = None  # int64, padded with 0: of the decoding sequences
     device_plan: DevicePlan | None = None  # for models whose attention is kernels
+    has_unstored_rows: bool = False
+    first_token: int = 0
 
     @property
     def num_tokens(self) -> int:

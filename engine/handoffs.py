@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceStatus
+from engine.speculation.draft_state import DraftState
 
 OnReady = Callable[[list[int]], None]
 
@@ -58,13 +59,14 @@ class Handoffs:
             scheduler.num_extended += 1
             self._callbacks.pop(seq.seq_id)(list(seq.block_table))
 
-    def commit(self, seq: Sequence, first_token_id: int) -> None:
+    def commit(self, seq: Sequence, first_token_id: int, draft: DraftState) -> None:
         """All blocks are written: the sequence runs."""
         scheduler = self._scheduler
         del scheduler.reserved[seq.seq_id]
         scheduler.num_extended -= 1
         seq.num_computed_tokens = seq.num_tokens
         scheduler.register_blocks(seq)
+        seq.draft = draft
         seq.token_ids.append(first_token_id)
         seq.has_emitted = True
         scheduler.join(seq)

@@ -8,16 +8,20 @@ long as somebody maps it.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from engine.block_runs import runs
+from engine.device_writes import DeviceWrites
 from engine.kv_layout import KvLayout
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +59,7 @@ class KvCache:
             self.data = torch.zeros(shape, dtype=dtype, device=device, pin_memory=is_pinned)
         self._rows = [layer.view(-1, *layout.token_shape) for layer in self.data.unbind()]
         self._bytes_LBX = self._byte_view() if device == "cpu" else None
+        self._device_writes = DeviceWrites(self.data) if self.data.device.type == "cuda" else None
 
     @classmethod
     def attach(cls, name: str, layout: KvLayout, num_blocks: int) -> AttachedKvCache:
@@ -73,19 +78,39 @@ class KvCache:
         """rows [T, *token_shape] go to their slots."""
         self._rows[layer].index_copy_(0, slot_mapping_T, rows)
 
-    def read_blocks(self, first_layer: int, num_layers: int, block_ids: list[int]) -> memoryview:
-        """A copy of the bytes, [layer][block][token in block][token_shape]."""
+    def fence(self) -> torch.cuda.Event | None:
+        """On the engine thread, when blocks are given to somebody who writes them from outside: these writes
+        go behind what was launched so far. None on the CPU, where nothing is under way between steps."""
+        return None if self._device_writes is None else self._device_writes.fence()
+
+    def views(self, first_layer: int, num_layers: int, block_ids: list[int]) -> Iterator[memoryview]:
+        """What read_blocks() would copy, piece by piece where it lies. On the CPU only."""
+        assert self._bytes_LBX is not None, "a cache on a device, or closed"
+        return piecewise(self._bytes_LBX[first_layer : first_layer + num_layers], block_ids)
+
+    def read_blocks(
+        self, first_layer: int, num_layers: int, block_ids: list[int], into: memoryview | None = None
+    ) -> memoryview:
+        """A copy of the bytes, [layer][block][token in block][token_shape]; it may lie in `into`, when that
+        is just as large."""
         layers = slice(first_layer, first_layer + num_layers)
         if self._bytes_LBX is not None:
-            return gather(self._bytes_LBX[layers], block_ids)
+            return gather(self._bytes_LBX[layers], block_ids, into)
         index = torch.tensor(block_ids, device=self.data.device)
         picked = self.data[layers].index_select(1, index).cpu().contiguous()
         return picked.view(-1).view(torch.uint8).numpy().data
 
     def write_blocks(
-        self, first_layer: int, num_layers: int, block_ids: list[int], payload: memoryview | bytes
+        self,
+        first_layer: int,
+        num_layers: int,
+        block_ids: list[int],
+        payload: memoryview | bytes,
+        after: torch.cuda.Event | None = None,
     ) -> None:
-        """The reverse of read_blocks. ValueError when the payload has not exactly that size."""
+        """The reverse of read_blocks. ValueError when the payload has not exactly that size. On CUDA behind
+        `after`, a fence(), or without one behind all that was launched so far; never on the stream of the
+        forward passes."""
         layers = slice(first_layer, first_layer + num_layers)
         expected = num_layers * len(block_ids) * self._layer_block_bytes
         if memoryview(payload).nbytes != expected:
@@ -93,21 +118,29 @@ class KvCache:
                 f"{num_layers} layers of {len(block_ids)} blocks are {expected} bytes, "
                 f"got {memoryview(payload).nbytes}"
             )
-        source = np.frombuffer(payload, dtype=np.uint8).reshape(num_layers, len(block_ids), -1)
-        if self._bytes_LBX is not None:
-            target = self._bytes_LBX[layers]
-            for start, first_id, length in runs(block_ids):
-                target[:, first_id : first_id + length] = source[:, start : start + length]
+        if self._device_writes is not None:
+            self._device_writes.write(layers, block_ids, payload, after)
             return
-        values = torch.from_numpy(source.copy()).view(self.data.dtype).to(self.data.device)
-        index = torch.tensor(block_ids, device=self.data.device)
-        shape = (num_layers, len(block_ids), *self.data.shape[2:])
-        self.data[layers].index_copy_(1, index, values.view(shape))
+        assert self._bytes_LBX is not None, "closed"
+        source = np.frombuffer(payload, dtype=np.uint8).reshape(num_layers, len(block_ids), -1)
+        target = self._bytes_LBX[layers]
+        for start, first_id, length in runs(block_ids):
+            target[:, first_id : first_id + length] = source[:, start : start + length]
+
+    @contextmanager
+    def landing(self, num_bytes: int) -> Iterator[memoryview | None]:
+        """On CUDA, memory from which write_blocks() copies without a detour, inside the block."""
+        if self._device_writes is None:
+            yield None
+            return
+        with self._device_writes.landing(num_bytes) as memory:
+            yield memory
 
     def close(self) -> None:
         """Give the memory back; tensors of this cache must not be used afterwards. Idempotent."""
         self._bytes_LBX = None
         self._rows = []
+        self._device_writes = None
         self.data = torch.empty(0)
         close_map(self._map)
         self._map = None
@@ -153,10 +186,17 @@ class AttachedKvCache:
             layout.num_layers, num_blocks, -1
         )
 
-    def read_blocks(self, first_layer: int, num_layers: int, block_ids: list[int]) -> memoryview:
-        """As KvCache.read_blocks."""
+    def views(self, first_layer: int, num_layers: int, block_ids: list[int]) -> Iterator[memoryview]:
+        """As KvCache.views."""
         assert self._bytes_LBX is not None, "closed"
-        return gather(self._bytes_LBX[first_layer : first_layer + num_layers], block_ids)
+        return piecewise(self._bytes_LBX[first_layer : first_layer + num_layers], block_ids)
+
+    def read_blocks(
+        self, first_layer: int, num_layers: int, block_ids: list[int], into: memoryview | None = None
+    ) -> memoryview:
+        """As KvCache.read_blocks; the copy lies in `into`, when it is given and just as large."""
+        assert self._bytes_LBX is not None, "closed"
+        return gather(self._bytes_LBX[first_layer : first_layer + num_layers], block_ids, into)
 
     def close(self) -> None:
         self._bytes_LBX = None
@@ -164,21 +204,25 @@ class AttachedKvCache:
         self._map = None
 
 
-def runs(block_ids: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(index of the first, its block id, length) of each run of consecutive ids."""
-    start = 0
-    for i in range(1, len(block_ids) + 1):
-        if i == len(block_ids) or block_ids[i] != block_ids[i - 1] + 1:
-            yield start, block_ids[start], i - start
-            start = i
-
-
-def gather(source: np.ndarray[Any, np.dtype[np.uint8]], block_ids: list[int]) -> memoryview:
+def gather(
+    source: np.ndarray[Any, np.dtype[np.uint8]], block_ids: list[int], into: memoryview | None = None
+) -> memoryview:
     """Blocks of [layers, blocks, bytes], contiguous."""
-    picked = np.empty((source.shape[0], len(block_ids), source.shape[2]), dtype=np.uint8)
+    shape = (source.shape[0], len(block_ids), source.shape[2])
+    if into is not None and into.nbytes == math.prod(shape):
+        picked = np.frombuffer(into, dtype=np.uint8).reshape(shape)
+    else:
+        picked = np.empty(shape, dtype=np.uint8)
     for start, first_id, length in runs(block_ids):
         picked[:, start : start + length] = source[:, first_id : first_id + length]
     return picked.reshape(-1).data
+
+
+def piecewise(source: np.ndarray[Any, np.dtype[np.uint8]], block_ids: list[int]) -> Iterator[memoryview]:
+    """The same bytes in the same order, without a copy."""
+    for layer in source:
+        for _, first_id, length in runs(block_ids):
+            yield layer[first_id : first_id + length].reshape(-1).data
 
 
 def close_map(mapping: mmap.mmap | None) -> None:

@@ -19,6 +19,7 @@ from engine.kv_load import KvLoad, KvSource, LoadedPrefix, SequenceLoad
 from engine.load_planner import LoadPlanner
 from engine.outputs import LoadOutcome, LoadStats
 from engine.sequence import Sequence
+from engine.speculation.draft_state import DraftState
 
 if TYPE_CHECKING:
     from engine.tiers.tier_store import TierStore
@@ -149,6 +150,7 @@ class Loads:
         seq.load = None
         self._loading.remove(seq)
         seq.num_computed_tokens = load.end_block * self._block_size
+        seq.draft = DraftState()  # what it has is of the token before the load
         load_s = time.monotonic() - began
         num_hit_tokens = seq.num_hit_tokens
         if num_blocks and not seq.has_emitted:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engine.grammar.step_masks import GrammarTimes
 from kvstore.block_hash import BlockHash, BlockTier
+
+if TYPE_CHECKING:
+    from engine.speculation.handed_draft import HandedDraft
 
 
 class FinishReason(enum.Enum):
@@ -45,6 +49,7 @@ class SequenceOutput:
     num_loaded_tokens: int = 0  # of num_hit_tokens: from host memory or disk; set with the first token
     num_fetched_tokens: int = 0  # of num_hit_tokens: from a peer; set with the first token
     load_s: float = 0.0  # first scheduled -> the last of those was there; set with the first token
+    draft: HandedDraft | None = None  # of a keeps_blocks sequence, for the engine that goes on with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +91,23 @@ class LoadStats:
     load_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class SpeculationStats:
+    """Drafts that a step checked."""
+
+    num_drafts: int = 0  # sequences that had any
+    num_draft_tokens: int = 0
+    num_accepted_at: tuple[int, ...] = ()  # accepted tokens by place in the draft
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        return sum(self.num_accepted_at)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
     num_prefill_tokens: int  # computed in this step
-    num_decode_tokens: int
+    num_decode_tokens: int  # of decoding sequences, one each: without drafts
     num_running: int
     num_waiting: int  # added but not scheduled, or preempted
     num_waiting_tokens: int  # still to compute for the sequences not yet past their prompt
@@ -103,6 +121,7 @@ class StepStats:
     step_s: float
     is_idle_step: bool = False
     grammar: GrammarTimes = field(default_factory=GrammarTimes)
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
     expert_load: tuple[tuple[int, ...], ...] = ()  # [moe layer][logical expert] tokens routed in this step
     tiers: tuple[TierStats, ...] = ()  # below the device
     loads: tuple[LoadStats, ...] = ()  # that ended in this step, or since the last one

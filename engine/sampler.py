@@ -17,13 +17,19 @@ from engine.sequence import Sequence
 GREEDY_BELOW = 1e-5  # temperatures below are greedy: dividing by them would overflow
 
 
+def is_plain_greedy(seq: Sequence) -> bool:
+    """Its token is the likeliest, and nothing else is wanted."""
+    sampling = seq.sampling
+    return sampling.temperature < GREEDY_BELOW and sampling.num_logprobs is None and not needs_edits(seq)
+
+
 class Sampler:
     def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self._eos_token_ids = eos_token_ids
         self._masks = MaskComputer()
 
     def begin(self, seqs: Iterable[Sequence]) -> None:
-        """These will be sampled in this step: what needs no logits is computed beside the forward pass."""
+        """These will be sampled next: what needs no logits is computed beside the forward pass."""
         self._masks.begin(seqs)
 
     def take_grammar_times(self) -> GrammarTimes:
@@ -37,9 +43,7 @@ class Sampler:
         (seed, position of the new token): the same wherever and whenever this sequence runs."""
         logprob_rows = [row for row, seq in enumerate(seqs) if seq.sampling.num_logprobs is not None]
         raw_MV = logits_NV[logprob_rows] if logprob_rows else None  # a copy
-        if any(map(needs_edits, seqs)):
-            edit_logits(logits_NV, seqs, self._eos_token_ids, self._masks.take())
-        token_ids = self._draw(logits_NV, seqs)
+        token_ids = self.choose(logits_NV, seqs)
         logprobs: list[TokenLogprobs | None] = [None] * len(seqs)
         if raw_MV is not None:
             drawn = [token_ids[row] for row in logprob_rows]
@@ -47,6 +51,12 @@ class Sampler:
             for row, entry in zip(logprob_rows, token_logprobs(raw_MV, drawn, num_top), strict=True):
                 logprobs[row] = entry
         return token_ids, logprobs
+
+    def choose(self, logits_NV: torch.Tensor, seqs: list[Sequence]) -> list[int]:
+        """As sample(), without logprobs."""
+        if any(map(needs_edits, seqs)):
+            edit_logits(logits_NV, seqs, self._eos_token_ids, self._masks.take())
+        return self._draw(logits_NV, seqs)
 
     def _draw(self, logits_NV: torch.Tensor, seqs: list[Sequence]) -> list[int]:
         random_rows = [row for row, seq in enumerate(seqs) if seq.sampling.temperature >= GREEDY_BELOW]

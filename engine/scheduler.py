@@ -18,7 +18,9 @@ The receiving side of a hand-off comes in by engine.handoffs instead of 1 to 3. 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from engine.block_pool import BlockPool
@@ -38,6 +40,8 @@ class SchedulerConfig:
     max_running: int  # sequences that run or have all blocks of a hand-off
     growth_tokens: int = 128  # of further output that admission expects of each sequence
     lookahead_tokens: int = 0  # 0 or 1: a decode also has the place of its next token, for steps run ahead
+    num_speculative_tokens: int = 0  # drafts of a decode that a step checks, at most
+    max_model_len: int | None = None  # no sequence has places for more tokens; None: as many as there are
 
     def check(self, block_size: int) -> None:
         """ValueError when some sequence could starve."""
@@ -53,7 +57,8 @@ class SchedulerConfig:
 
 @dataclass(slots=True)
 class ScheduledBatch:
-    """Sequences of one step: first those with one token to compute, then the longer chunks."""
+    """Sequences of one step: first those with one token to compute, then the longer chunks. Behind its one
+    token a decode may have drafts, which count as scheduled."""
 
     seqs: list[Sequence] = field(default_factory=list)
     num_scheduled_tokens: list[int] = field(default_factory=list)
@@ -65,6 +70,21 @@ class ScheduledBatch:
     @property
     def num_tokens(self) -> int:
         return sum(self.num_scheduled_tokens)
+
+    def split(self, is_first: Callable[[Sequence], bool]) -> tuple[ScheduledBatch, ScheduledBatch]:
+        """The decodes of which is_first is true, and everybody else."""
+        parts = ScheduledBatch(), ScheduledBatch()
+        for i, (seq, num_tokens) in enumerate(zip(self.seqs, self.num_scheduled_tokens, strict=True)):
+            is_decode = i < self.num_decodes
+            part = parts[0] if is_decode and is_first(seq) else parts[1]
+            part.seqs.append(seq)
+            part.num_scheduled_tokens.append(num_tokens)
+            part.num_decodes += is_decode
+        return parts
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens[self.num_decodes :])
 
 
 class Scheduler:
@@ -113,7 +133,10 @@ class Scheduler:
         batch = ScheduledBatch(met=self.loads.settle())
         for met in batch.met:
             self.register_blocks(met.seq)
-        budget = self.config.token_budget - self._schedule_decodes(batch)
+        self._schedule_decodes(batch)
+        if self.config.num_speculative_tokens:
+            self._schedule_drafts(batch)
+        budget = self.config.token_budget - batch.num_tokens
         chunks: list[tuple[Sequence, int]] = []
         for seq in self.running:
             if seq.num_remaining_tokens > 1 and (num_tokens := self._chunk_tokens(seq, budget)):
@@ -128,10 +151,13 @@ class Scheduler:
             batch.num_decodes += num_tokens == 1
         return batch
 
-    def advance(self, batch: ScheduledBatch) -> None:
-        """The batch is computed: full blocks enter the prefix cache."""
+    def advance(
+        self, batch: ScheduledBatch, num_rejected: Mapping[Sequence, int] = MappingProxyType({})
+    ) -> None:
+        """The batch is computed: full blocks enter the prefix cache. num_rejected: scheduled drafts that are
+        not what follows; the KV of the others is, and their sequences have their tokens."""
         for seq, num_tokens in zip(batch.seqs, batch.num_scheduled_tokens, strict=True):
-            seq.num_computed_tokens += num_tokens
+            seq.num_computed_tokens += num_tokens - num_rejected.get(seq, 0)
             self.register_blocks(seq)
 
     def register_blocks(self, seq: Sequence) -> None:
@@ -224,7 +250,7 @@ class Scheduler:
         expected = seq.num_tokens + min(remaining, self.config.growth_tokens) - 1
         return max(0, self.num_blocks_of(expected) - self.num_blocks_of(seq.num_tokens))
 
-    def _schedule_decodes(self, batch: ScheduledBatch) -> int:
+    def _schedule_decodes(self, batch: ScheduledBatch) -> None:
         """Oldest first, so that a victim of preemption is never one already scheduled."""
         i = 0
         while i < len(self.running):
@@ -235,7 +261,32 @@ class Scheduler:
             i += i < len(self.running) and self.running[i] is seq
         batch.num_decodes = len(batch.seqs)
         batch.num_scheduled_tokens = [1] * batch.num_decodes
-        return batch.num_decodes
+
+    def _schedule_drafts(self, batch: ScheduledBatch) -> None:
+        """Drafts take what nobody else wants: of the budget what leaves a prompt its block, and free
+        blocks."""
+        config = self.config
+        spare = config.token_budget - self.block_size - len(self.running)
+        num_ahead = config.lookahead_tokens * (1 + config.num_speculative_tokens)
+        num_possible = config.max_model_len or self.pool.num_blocks * self.block_size
+        for i, seq in enumerate(batch.seqs):
+            num_remaining = seq.max_output_tokens - seq.num_output_tokens
+            num_drafts = max(0, min(len(seq.draft.token_ids), spare, num_remaining - 1))
+            # The place behind the last draft is for the draft layer's row of the token that comes there.
+            num_wanted = min(num_drafts + 1 + num_ahead, num_remaining - 1, num_possible - seq.num_tokens)
+            num_places = self._grow_for_drafts(seq, num_wanted)
+            num_drafts = min(num_drafts, num_places)
+            batch.num_scheduled_tokens[i] += num_drafts
+            spare -= num_drafts
+
+    def _grow_for_drafts(self, seq: Sequence, num_tokens: int) -> int:
+        """Places that it has behind its tokens, wanted num_tokens."""
+        table = seq.block_table
+        num_missing = self.num_blocks_of(seq.num_tokens + num_tokens) - len(table)
+        num_new = min(num_missing, self.pool.num_available)
+        if num_new > 0 and not seq.keeps_blocks:
+            table += self.pool.allocate(num_new, after=table[-1])
+        return len(table) * self.block_size - seq.num_tokens
 
     def _grow(self, seq: Sequence, batch: ScheduledBatch) -> bool:
         """A block for the newest token, if need be at the cost of the youngest. False: that was `seq`."""

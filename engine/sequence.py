@@ -6,21 +6,27 @@ import enum
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from engine.grammar.matcher import GrammarMatcher
 from engine.kv_load import KvSource, LoadedPrefix, SequenceLoad
 from engine.outputs import FinishReason, TokenLogprobs
 from engine.sampling_params import SamplingParams
+from engine.speculation.draft_state import DraftState
 from kvstore.block_hash import BlockHash, HashChain
+
+if TYPE_CHECKING:
+    from engine.kv_cache import KvCache
 
 
 class KvListener(Protocol):
-    """Hears when KV of one sequence is final. Called on the engine thread, between or during forward passes;
-    it must return at once and must not raise (what it raises is a failed step)."""
+    """Hears when KV of one sequence is final. Called on the engine thread, between or during forward passes,
+    or, when the KV is copied off a device, on one other thread, perhaps after the output; it must return at
+    once and must not raise (what it raises is a failed step)."""
 
-    def started(self, num_blocks: int, num_hit_tokens: int, queue_s: float) -> None:
-        """First scheduled; a keeps_blocks sequence now has all its blocks and is never preempted."""
+    def started(self, num_blocks: int, num_hit_tokens: int, queue_s: float, origin: KvCache) -> None:
+        """First scheduled; a keeps_blocks sequence now has all its blocks and is never preempted. Block ids
+        of kv_ready() are those of `origin`: the engine's cache, or copies of it in host memory."""
         ...
 
     def kv_ready(self, first_layer: int, num_layers: int, first_block: int, block_ids: list[int]) -> None:
@@ -82,6 +88,7 @@ class Sequence:
         "arrival",
         "block_table",
         "cache_salt",
+        "draft",
         "has_emitted",
         "has_started",
         "keeps_blocks",
@@ -95,6 +102,7 @@ class Sequence:
         "num_hit_tokens",
         "num_prompt_tokens",
         "num_registered_blocks",
+        "outbox_slots",
         "prefix",
         "prompt_logprobs",
         "sampling",
@@ -139,7 +147,9 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_hit_tokens = 0
         self.block_table: list[int] = []
+        self.outbox_slots: range | None = None  # of its blocks' copies in the outbox
         self.num_registered_blocks = 0  # leading blocks that the prefix cache knows, or was offered
+        self.draft = DraftState()
         self.prefix: PrefixHashes | None = None  # set when the engine takes the sequence
         self.arrival = 0  # order of joining the engine; the largest is the youngest
         self.has_started = False  # was scheduled at least once
@@ -175,6 +185,7 @@ class Sequence:
         self.block_table = []
         self.num_computed_tokens = 0
         self.num_registered_blocks = 0
+        self.draft = DraftState()
         self.prompt_logprobs = []
 
     def finish_reason_after(self, eos_token_ids: frozenset[int], max_model_len: int) -> FinishReason | None:

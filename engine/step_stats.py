@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from engine.outputs import StepStats, TierStats
+from engine.outputs import SpeculationStats, StepStats, TierStats
 from engine.runner import StepResult
 from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import Sequence
@@ -47,7 +47,7 @@ def build_stats(
     """After the step; `began` is its start in monotonic seconds."""
     pool = scheduler.pool
     return StepStats(
-        num_prefill_tokens=batch.num_tokens - batch.num_decodes,
+        num_prefill_tokens=batch.num_prefill_tokens,
         num_decode_tokens=batch.num_decodes,
         num_running=len(scheduler.running),
         num_waiting=len(scheduler.waiting),
@@ -63,8 +63,18 @@ def build_stats(
         is_idle_step=is_idle_step,
         expert_load=result.expert_load,
         grammar=result.grammar,
+        speculation=_count_drafts(result, scheduler.config.num_speculative_tokens),
         tiers=tiers,
         loads=scheduler.loads.take_ended(),
+    )
+
+
+def _count_drafts(result: StepResult, most: int) -> SpeculationStats:
+    checked = [new for new in result.new if new.draft_ids]
+    return SpeculationStats(
+        num_drafts=len(checked),
+        num_draft_tokens=sum(len(new.draft_ids) for new in checked),
+        num_accepted_at=tuple(sum(new.num_accepted > place for new in checked) for place in range(most)),
     )
 
 

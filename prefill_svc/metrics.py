@@ -37,4 +37,5 @@ class PrefillMetrics:
             self._prefill_seconds.observe(call.finished.prefill_s)
             self._ttft_seconds.observe(call.finished.queue_s + call.finished.prefill_s)
             self._prompt_tokens.inc(call.num_prompt_tokens)
-        self._sent_bytes.labels(call.carrier_name).inc(call.num_bytes)
+        if call.carrier_name is not None:
+            self._sent_bytes.labels(call.carrier_name).inc(call.num_bytes)

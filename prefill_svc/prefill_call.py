@@ -4,7 +4,9 @@
 2. Started: all its blocks are allocated; STARTED goes out.
 3. Computing: the engine announces rectangles of the cache as they become final. Only these announcements are
    queued; bytes are read when the stream has room for them, so a slow receiver holds blocks and no copies.
-4. Finished: counts, checksum and the first token go out.
+   On a device they are copies in host memory already (engine.kv_outbox).
+4. Finished: counts, checksum and the first token go out, once all rectangles have: copies off a device may
+   end after the step that gave the token.
 5. Committed, or the call ended: the blocks become ordinary prefix cache.
 
 A call that ends before 4 aborts its sequence.
@@ -19,6 +21,7 @@ from typing import Any
 
 import grpc.aio
 
+from engine.kv_cache import KvCache
 from engine.kv_load import KvSource
 from engine.outputs import SequenceOutput
 from prefill_svc.prefill_trace import PrefillTrace
@@ -26,12 +29,13 @@ from proto.prefill_pb2 import PrefillFinished, PrefillRequest, PrefillStarted
 from servicekit.errors import InvalidRequest
 from servicekit.logging import get_logger
 from worker.async_engine import AsyncEngine
-from worker.conversions import all_logprobs_to_pb, logprobs_to_pb
+from worker.conversions import all_logprobs_to_pb, draft_to_pb, logprobs_to_pb
 from worker.kv_carrier import KvCarrier, SharedMemoryCarrier, shared_cache_pb
 from worker.kv_chunks import ChunkTally
 from worker.kv_frames import FrameKind, pack_frame, read_frame
 from worker.kv_rectangle import TARGET_CHUNK_BYTES, KvRectangle
 from worker.sequence_spec import add_sequence, prefill_sequence
+from worker.transfers import TransferEnvironment
 
 log = get_logger(__name__)
 
@@ -43,20 +47,22 @@ class Started:
     num_blocks: int
     num_hit_tokens: int
     queue_s: float
+    origin: KvCache
 
 
 PrefillEvent = Started | KvRectangle | SequenceOutput
 
 
 class PrefillEvents:
-    """What the engine says about one sequence, in order. The KvListener methods come on the engine thread."""
+    """What the engine says about one sequence, in order. The KvListener methods come on threads of the
+    engine."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._queue: asyncio.Queue[PrefillEvent] = asyncio.Queue()
 
-    def started(self, num_blocks: int, num_hit_tokens: int, queue_s: float) -> None:
-        self._engine.in_loop(self._queue.put_nowait, Started(num_blocks, num_hit_tokens, queue_s))
+    def started(self, num_blocks: int, num_hit_tokens: int, queue_s: float, origin: KvCache) -> None:
+        self._engine.in_loop(self._queue.put_nowait, Started(num_blocks, num_hit_tokens, queue_s, origin))
 
     def kv_ready(self, first_layer: int, num_layers: int, first_block: int, block_ids: list[int]) -> None:
         rectangle = KvRectangle(first_layer, num_layers, first_block, tuple(block_ids))
@@ -76,24 +82,30 @@ class PrefillEvents:
 class PrefillCall:
     def __init__(
         self,
-        engine: AsyncEngine,
+        transfers: TransferEnvironment,
         worker_id: str,
-        carrier: KvCarrier,
         request_pb: PrefillRequest,
         trace: PrefillTrace,
     ) -> None:
         self.started: Started | None = None
         self.finished: SequenceOutput | None = None
-        self.carrier_name = carrier.name
-        self._engine = engine
+        self._transfers = transfers
+        self._engine = engine = transfers.engine
         self._trace = trace
         self._worker_id = worker_id
         self._request_pb = request_pb
-        self._kv_cache = engine.engine.kv_cache
-        self._carrier = carrier
+        self._layout = engine.engine.kv_layout
+        self._carrier: KvCarrier | None = None  # once it has started
+        self._num_missing = 0  # blocks of a layer that were not announced yet
+        self._output: SequenceOutput | None = None
         self._tally = ChunkTally()
         self._pending: KvRectangle | None = None
         self._events = PrefillEvents(engine)
+
+    @property
+    def carrier_name(self) -> str | None:
+        """None before it has started."""
+        return None if self._carrier is None else self._carrier.name
 
     @property
     def num_bytes(self) -> int:
@@ -128,11 +140,14 @@ class PrefillCall:
         elif isinstance(event, KvRectangle):
             rectangle = event.without_leading(self._request_pb.num_held_blocks)
             if rectangle is not None:
+                self._num_missing -= rectangle.num_layers * rectangle.num_blocks
                 yield from self._join(rectangle)
         else:
-            self.finished = event
+            self._output = event
             if event.error is not None:
                 raise InvalidRequest(event.error)
+        if self._num_missing == 0:
+            self.finished = self._output
         # Small neighbours share a message, but nothing waits for a neighbour that is not there yet.
         if self._pending is not None and (self.finished or self._events.is_empty):
             yield from self._flush()
@@ -142,6 +157,9 @@ class PrefillCall:
 
     def _on_started(self, started: Started) -> None:
         self.started = started
+        self._carrier = self._transfers.sending_carrier(self._request_pb, started.origin)
+        num_wanted = max(0, started.num_blocks - self._request_pb.num_held_blocks)
+        self._num_missing = self._layout.num_layers * num_wanted
         self._trace.started(started.num_blocks, started.num_hit_tokens)
         log.info(
             "prefill_started",
@@ -157,14 +175,14 @@ class PrefillCall:
             yield from self._flush()
             joined = rectangle
         self._pending = joined
-        if joined.num_bytes(self._kv_cache.layout) >= TARGET_CHUNK_BYTES:
+        if joined.num_bytes(self._layout) >= TARGET_CHUNK_BYTES:
             yield from self._flush()
 
     def _flush(self) -> Iterator[bytes]:
-        assert self._pending is not None
+        assert self._pending is not None and self._carrier is not None
         pending, self._pending = self._pending, None
-        for piece in pending.pieces(self._kv_cache.layout):
-            yield self._pack_chunk(piece)
+        for piece in pending.pieces(self._layout, self._carrier.max_chunk_bytes):
+            yield self._pack_chunk(self._carrier, piece)
 
     def _pack_started(self, started: Started) -> bytes:
         started_pb = PrefillStarted(
@@ -174,11 +192,11 @@ class PrefillCall:
             queue_s=started.queue_s,
         )
         if isinstance(self._carrier, SharedMemoryCarrier):
-            started_pb.shared_kv_cache.CopyFrom(shared_cache_pb(self._kv_cache))
+            started_pb.shared_kv_cache.CopyFrom(shared_cache_pb(started.origin))
         return pack_frame(FrameKind.PREFILL_STARTED, started_pb)
 
-    def _pack_chunk(self, piece: KvRectangle) -> bytes:
-        packed = self._carrier.pack(piece)
+    def _pack_chunk(self, carrier: KvCarrier, piece: KvRectangle) -> bytes:
+        packed = carrier.pack(piece)
         self._tally.add(packed.num_bytes, packed.checksum)
         self._trace.chunk(piece.num_layers, len(piece.block_ids), packed.num_bytes)
         return packed.frame
@@ -195,6 +213,7 @@ class PrefillCall:
             num_loaded_tokens=output.num_loaded_tokens,
             num_fetched_tokens=output.num_fetched_tokens,
             load_s=output.load_s,
+            draft=None if output.draft is None else draft_to_pb(output.draft),
         )
         return pack_frame(FrameKind.PREFILL_FINISHED, finished_pb)
 

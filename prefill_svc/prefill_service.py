@@ -77,12 +77,11 @@ class PrefillService:
         difference = layout_difference(self._transfers.engine.engine.kv_layout, request_pb.kv_layout)
         if difference is not None:
             raise HandoffFailed(f"KV layouts differ (prefill != decode): {difference}", state="RESERVED")
-        carrier = self._transfers.sending_carrier(request_pb)
         started_at = time.monotonic()
         with self._admission.admit():
             deadline = Deadline(request_pb.sequence.time_left_s)
             async with deadline.enforced():
-                call = PrefillCall(self._transfers.engine, self._worker_id, carrier, request_pb, trace)
+                call = PrefillCall(self._transfers, self._worker_id, request_pb, trace)
                 try:
                     with self._fetcher.offered(request_pb, deadline) as source:
                         is_committed = await call.run(context, source)

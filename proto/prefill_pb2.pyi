@@ -80,7 +80,7 @@ class KvChunk(_message.Message):
     def __init__(self, first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., checksum: _Optional[int] = ..., source_block_ids: _Optional[_Iterable[int]] = ..., is_in_host_memory: _Optional[bool] = ...) -> None: ...
 
 class PrefillFinished(_message.Message):
-    __slots__ = ("num_chunks", "num_bytes", "checksum", "first_token_id", "first_token_logprobs", "prompt_logprobs", "prefill_s", "num_loaded_tokens", "num_fetched_tokens", "load_s")
+    __slots__ = ("num_chunks", "num_bytes", "checksum", "first_token_id", "first_token_logprobs", "prompt_logprobs", "prefill_s", "num_loaded_tokens", "num_fetched_tokens", "load_s", "draft")
     NUM_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +91,7 @@ class PrefillFinished(_message.Message):
     NUM_LOADED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_FETCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_FIELD_NUMBER: _ClassVar[int]
     num_chunks: int
     num_bytes: int
     checksum: int
@@ -101,7 +102,16 @@ class PrefillFinished(_message.Message):
     num_loaded_tokens: int
     num_fetched_tokens: int
     load_s: float
-    def __init__(self, num_chunks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., first_token_id: _Optional[int] = ..., first_token_logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., prefill_s: _Optional[float] = ..., num_loaded_tokens: _Optional[int] = ..., num_fetched_tokens: _Optional[int] = ..., load_s: _Optional[float] = ...) -> None: ...
+    draft: DraftState
+    def __init__(self, num_chunks: _Optional[int] = ..., num_bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., first_token_id: _Optional[int] = ..., first_token_logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., prefill_s: _Optional[float] = ..., num_loaded_tokens: _Optional[int] = ..., num_fetched_tokens: _Optional[int] = ..., load_s: _Optional[float] = ..., draft: _Optional[_Union[DraftState, _Mapping]] = ...) -> None: ...
+
+class DraftState(_message.Message):
+    __slots__ = ("token_ids", "hidden")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    hidden: bytes
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., hidden: _Optional[bytes] = ...) -> None: ...
 
 class PrefillCommitted(_message.Message):
     __slots__ = ()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
+
+import psutil
 
 from engine.build import build_engine
 from engine.checkpoint.model_config import load_model_config
@@ -40,7 +43,11 @@ def resolve_membership(settings: WorkerSettings, asked: EpMembership) -> EpMembe
 def build_worker_engine(settings: WorkerSettings, membership: EpMembership) -> Engine:
     """Loads weights, seconds to minutes. ValueError for a checkpoint or settings that cannot work."""
     group = _join(membership) if membership.size > 1 else None
+    # Since the process's first moment: interpreter, torch.
+    phases = {"imports": time.time() - psutil.Process().create_time()}
     engine = build_engine(_engine_config(settings), group, _LoadProgress())
+    for phase, elapsed_s in (phases | engine.start_times.seconds).items():
+        log.info("start_phase", phase=phase, elapsed_s=elapsed_s)
     if group is not None:
         group.wait_for_peers(_PEERS_TIMEOUT_S)
     return engine
@@ -52,9 +59,10 @@ def _join(membership: EpMembership) -> EpGroup:
 
 
 def _engine_config(settings: WorkerSettings) -> EngineConfig:
+    names = ("kv_cache_bytes", "num_blocks", "max_model_len", "token_budget", "max_running")
     optional: dict[str, Any] = {
         name: getattr(settings, name)
-        for name in ("kv_cache_bytes", "num_blocks", "max_model_len", "token_budget", "max_running")
+        for name in (*names, "num_speculative_tokens")
         if getattr(settings, name) is not None
     }
     if settings.host_kv_bytes:
@@ -68,6 +76,9 @@ def _engine_config(settings: WorkerSettings) -> EngineConfig:
         device=settings.device,
         block_size=settings.block_size,
         shares_kv_cache=settings.shared_memory,
+        device_share=settings.device_share,
+        outbox_bytes=settings.outbox_bytes or 0,
+        has_fp8_experts=settings.fp8_experts,
         **optional,
     )
 

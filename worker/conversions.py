@@ -8,6 +8,7 @@ from engine.grammar.grammar import Grammar, GrammarKind
 from engine.kv_layout import KvLayout
 from engine.outputs import FinishReason, TokenLogprobs
 from engine.sampling_params import SamplingParams
+from engine.speculation.handed_draft import HandedDraft
 from proto import common_pb2, prefill_pb2
 from servicekit.errors import HandoffFailed, InvalidRequest, Overloaded, ServingError, WorkerLost
 
@@ -124,6 +125,14 @@ def logprobs_from_pb(logprobs_pb: common_pb2.TokenLogprobs) -> TokenLogprobs:
 
 def all_logprobs_to_pb(logprobs: Iterable[TokenLogprobs]) -> list[common_pb2.TokenLogprobs]:
     return [logprobs_to_pb(entry) for entry in logprobs]
+
+
+def draft_to_pb(draft: HandedDraft) -> prefill_pb2.DraftState:
+    return prefill_pb2.DraftState(token_ids=draft.token_ids, hidden=draft.hidden)
+
+
+def draft_from_pb(draft_pb: prefill_pb2.DraftState) -> HandedDraft:
+    return HandedDraft(tuple(draft_pb.token_ids), draft_pb.hidden)
 
 
 def finish_reason_to_pb(reason: FinishReason | None) -> common_pb2.FinishReason:

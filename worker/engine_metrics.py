@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from engine.grammar.step_masks import GrammarTimes
-from engine.outputs import StepOutput, StepStats
+from engine.outputs import SpeculationStats, StepOutput, StepStats
 from engine.step_stats import EngineLoad
 from servicekit.metrics import SECONDS_BUCKETS, TokenHistogram
 from worker.tier_metrics import TierMetrics
@@ -51,6 +51,7 @@ class EngineMetrics:
         self.experts = ExpertLoadMetrics(registry)
         self.grammars = GrammarMetrics(registry)
         self.tiers = TierMetrics(registry)
+        self._speculation = SpeculationMetrics(registry)
 
     def observe(self, step: StepOutput) -> None:
         stats = step.stats
@@ -65,6 +66,9 @@ class EngineMetrics:
         self._step_seconds.observe(stats.step_s)
         if stats.num_decode_tokens:
             self._itl_seconds.observe(stats.step_s, stats.num_decode_tokens)
+        if stats.speculation.num_accepted_tokens:  # they come with another token: no gap
+            self._itl_seconds.observe(0.0, stats.speculation.num_accepted_tokens)
+        self._speculation.observe(stats.speculation)
         self.experts.observe(stats)
         self.grammars.observe(stats.grammar)
         self.tiers.observe(stats.tiers, stats.loads)
@@ -112,6 +116,29 @@ class GrammarMetrics:
         self._masks.inc(times.num_masks)
         self._mask_seconds.inc(times.mask_s)
         self._wait_seconds.inc(times.wait_s)
+
+
+class SpeculationMetrics:
+    """Accepted / draft tokens is the acceptance; 1 + accepted tokens / drafts the tokens of a step."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"baton_engine_spec_{name}", text, labels, registry=registry)
+
+        self._drafts = counter("drafts", "times that a sequence had drafts to check")
+        self._draft_tokens = counter("draft_tokens", "drafts checked")
+        self._accepted_tokens = counter("accepted_tokens", "drafts that were right")
+        self._accepted_at = counter(
+            "accepted_tokens_per_pos", "drafts that were right, by place in their draft, from 0", "position"
+        )
+        self._accepted_at.labels("0")  # 0 is a number, no series is none
+
+    def observe(self, stats: SpeculationStats) -> None:
+        self._drafts.inc(stats.num_drafts)
+        self._draft_tokens.inc(stats.num_draft_tokens)
+        self._accepted_tokens.inc(stats.num_accepted_tokens)
+        for position, num_tokens in enumerate(stats.num_accepted_at):
+            self._accepted_at.labels(str(position)).inc(num_tokens)
 
 
 class ExpertLoadMetrics:

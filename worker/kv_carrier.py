@@ -9,8 +9,10 @@ from typing import NamedTuple, Protocol
 
 from engine.kv_cache import AttachedKvCache, KvCache
 from proto.prefill_pb2 import KvChunk, SharedKvCache
-from worker.kv_frames import FrameKind, checksum, pack_frame
-from worker.kv_rectangle import KvRectangle
+from worker.kv_frames import FrameKind, checksum, checksum_of, pack_frame
+from worker.kv_rectangle import TARGET_CHUNK_BYTES, KvRectangle
+
+SHARED_CHUNK_BYTES = 8 << 20  # nothing of it is in the message
 
 BlockSource = KvCache | AttachedKvCache
 
@@ -27,13 +29,18 @@ class KvCarrier(Protocol):
         """For metrics."""
         ...
 
+    @property
+    def max_chunk_bytes(self) -> int:
+        """Larger rectangles are cut."""
+        ...
+
     def pack(self, rectangle: KvRectangle) -> PackedChunk:
         """Sending side: reads the cache now, so the blocks must be final and owned until the call ends."""
         ...
 
-    def unpack(self, chunk_pb: KvChunk, payload: memoryview) -> memoryview:
-        """Receiving side: the chunk's bytes, neither size nor checksum verified. ValueError when the header
-        makes no sense to this carrier."""
+    def unpack(self, chunk_pb: KvChunk, payload: memoryview, landing: memoryview | None = None) -> memoryview:
+        """Receiving side: the chunk's bytes, neither size nor checksum verified, in `landing` if they have
+        to be copied and fit exactly. ValueError when the header makes no sense to this carrier."""
         ...
 
 
@@ -41,6 +48,7 @@ class StreamCarrier:
     """Bytes follow the chunk's header in the frame."""
 
     name = "stream"
+    max_chunk_bytes = TARGET_CHUNK_BYTES
 
     def __init__(self, source: BlockSource) -> None:
         self._source = source
@@ -48,7 +56,7 @@ class StreamCarrier:
     def pack(self, rectangle: KvRectangle) -> PackedChunk:
         return pack_bytes(rectangle, _read(self._source, rectangle))
 
-    def unpack(self, chunk_pb: KvChunk, payload: memoryview) -> memoryview:
+    def unpack(self, chunk_pb: KvChunk, payload: memoryview, landing: memoryview | None = None) -> memoryview:
         if chunk_pb.source_block_ids:
             raise ValueError("a chunk of a stream names source blocks")
         return payload
@@ -60,6 +68,7 @@ class SharedMemoryCarrier:
     same."""
 
     name = "shared_memory"
+    max_chunk_bytes = SHARED_CHUNK_BYTES
 
     def __init__(self, source: BlockSource, host: BlockSource | None = None) -> None:
         self._source = source
@@ -77,7 +86,7 @@ class SharedMemoryCarrier:
         assert self._host is not None
         return _pack_place(self._host, rectangle, is_in_host_memory=True)
 
-    def unpack(self, chunk_pb: KvChunk, payload: memoryview) -> memoryview:
+    def unpack(self, chunk_pb: KvChunk, payload: memoryview, landing: memoryview | None = None) -> memoryview:
         block_ids = list(chunk_pb.source_block_ids)
         if not block_ids:
             return payload
@@ -91,7 +100,7 @@ class SharedMemoryCarrier:
             raise ValueError("source blocks in host memory that was not offered")
         if max(block_ids) >= source.num_blocks:
             raise ValueError(f"source block {max(block_ids)} is outside a cache of {source.num_blocks}")
-        return source.read_blocks(chunk_pb.first_layer, chunk_pb.num_layers, block_ids)
+        return source.read_blocks(chunk_pb.first_layer, chunk_pb.num_layers, block_ids, landing)
 
 
 def sending_carrier(kv_cache: KvCache, host: KvCache | None = None, *, is_shared: bool) -> KvCarrier:
@@ -109,29 +118,30 @@ def shared_cache_pb(kv_cache: KvCache) -> SharedKvCache:
 
 def pack_bytes(rectangle: KvRectangle, payload: memoryview) -> PackedChunk:
     """A chunk that carries its bytes, wherever they are from; its block ids do not matter."""
-    chunk_pb = _header(rectangle, payload)
+    chunk_pb = _header(rectangle, checksum(payload))
     return PackedChunk(pack_frame(FrameKind.KV_CHUNK, chunk_pb, payload), len(payload), chunk_pb.checksum)
 
 
 def _pack_place(
     source: BlockSource, rectangle: KvRectangle, *, is_in_host_memory: bool = False
 ) -> PackedChunk:
-    payload = _read(source, rectangle)
-    chunk_pb = _header(rectangle, payload)
-    chunk_pb.source_block_ids.extend(rectangle.block_ids)
+    block_ids = list(rectangle.block_ids)
+    num_bytes, found = checksum_of(source.views(rectangle.first_layer, rectangle.num_layers, block_ids))
+    chunk_pb = _header(rectangle, found)
+    chunk_pb.source_block_ids.extend(block_ids)
     chunk_pb.is_in_host_memory = is_in_host_memory
-    return PackedChunk(pack_frame(FrameKind.KV_CHUNK, chunk_pb), len(payload), chunk_pb.checksum)
+    return PackedChunk(pack_frame(FrameKind.KV_CHUNK, chunk_pb), num_bytes, found)
 
 
 def _read(source: BlockSource, rectangle: KvRectangle) -> memoryview:
     return source.read_blocks(rectangle.first_layer, rectangle.num_layers, list(rectangle.block_ids))
 
 
-def _header(rectangle: KvRectangle, payload: memoryview) -> KvChunk:
+def _header(rectangle: KvRectangle, found_checksum: int) -> KvChunk:
     return KvChunk(
         first_layer=rectangle.first_layer,
         num_layers=rectangle.num_layers,
         first_block=rectangle.first_block,
         num_blocks=rectangle.num_blocks,
-        checksum=checksum(payload),
+        checksum=found_checksum,
     )

@@ -47,10 +47,14 @@ def num_chunk_bytes(chunk_pb: KvChunk, layout: KvLayout) -> int:
 
 
 def verified_bytes(
-    carrier: KvCarrier, chunk_pb: KvChunk, payload: memoryview, layout: KvLayout
+    carrier: KvCarrier,
+    chunk_pb: KvChunk,
+    payload: memoryview,
+    layout: KvLayout,
+    landing: memoryview | None = None,
 ) -> memoryview:
     """[layer][block][token in block][token_shape]. ValueError when size or checksum is wrong."""
-    kv_bytes = carrier.unpack(chunk_pb, payload)
+    kv_bytes = carrier.unpack(chunk_pb, payload, landing)
     expected = num_chunk_bytes(chunk_pb, layout)
     if len(kv_bytes) != expected:
         raise ValueError(f"expected {expected} bytes, got {len(kv_bytes)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -83,6 +83,15 @@ async def read_request(
 
 def checksum(payload: bytes | bytearray | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(payload)
+
+
+def checksum_of(pieces: Iterable[memoryview]) -> tuple[int, int]:
+    """Number of bytes and checksum() of the pieces as if they lay together."""
+    num_bytes, digest = 0, xxhash.xxh3_64()
+    for piece in pieces:
+        num_bytes += piece.nbytes
+        digest.update(piece)
+    return num_bytes, digest.intdigest()
 
 
 def combined_checksum(checksums: Sequence[int]) -> int:

@@ -27,6 +27,7 @@ class WorkerSettings:
     load_format: Literal["safetensors", "dummy"] = setting("safetensors", doc="dummy: made-up weights")
     dtype: str = setting("auto", doc="auto, float32, bfloat16 or float16")
     device: str = setting("cpu", doc="cpu or cuda")
+    fp8_experts: bool = setting(False, doc="experts' weights in block-scaled FP8; needs cuda")
     block_size: int = setting(16, doc="tokens of one KV block")
     kv_cache_bytes: int | None = setting(None, doc="of KV cache; unset: NUM_BLOCKS or from free memory")
     num_blocks: int | None = setting(None, doc="of KV cache; wins over KV_CACHE_BYTES")
@@ -35,14 +36,26 @@ class WorkerSettings:
         None, doc="directory, this worker's alone, for blocks evicted from there; unset: none"
     )
     disk_kv_bytes: int = setting(8 << 30, doc="of files in DISK_KV_DIR, at most")
+    outbox_bytes: int | None = setting(
+        None, doc="host memory through which KV leaves a GPU; unset: 2 GiB for prefill workers with one"
+    )
     max_model_len: int | None = setting(None, doc="longest sequence, tokens; unset: the model's")
     token_budget: int | None = setting(
         None, doc="most tokens computed in one step; unset: the engine's choice"
     )
+    device_share: float = setting(
+        1.0, doc="of the time, at most, for steps with prompts, where another worker has the same GPU"
+    )
     max_running: int | None = setting(None, doc="most sequences in one step; unset: the engine's choice")
+    num_speculative_tokens: int | None = setting(
+        None, doc="tokens drafted for each sequence in a step; unset: 1 if the model can, 0: none"
+    )
     max_requests: int = setting(1024, doc="requests held, running and waiting; more are refused")
     num_threads: int | None = setting(None, doc="torch threads; unset: half of the usable processors")
     shared_memory: bool = setting(True, doc="hand KV over through shared memory inside one host")
+    host_id: str = setting(
+        "", doc="workers with equal ones may open each other's memory; empty: found out from the system"
+    )
     tls_cert: Path | None = setting(
         None, doc="certificate for mutual TLS with routers and workers, PEM; unset: plain"
     )
@@ -61,11 +74,15 @@ class WorkerSettings:
         for name in ("block_size", "max_requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("host_kv_bytes", "disk_kv_bytes"):
-            if getattr(self, name) < 0:
+        for name in ("host_kv_bytes", "disk_kv_bytes", "outbox_bytes"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.num_speculative_tokens is not None and self.num_speculative_tokens < 0:
+            raise ValueError(f"num_speculative_tokens must be 0 or more, got {self.num_speculative_tokens}")
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"num_threads must be 1 or more, got {self.num_threads}")
+        if not 0 < self.device_share <= 1:
+            raise ValueError(f"device_share must be over 0 and at most 1, got {self.device_share}")
         if not self.drain_s >= 0:
             raise ValueError(f"drain_s must be 0 or more, got {self.drain_s}")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+from engine.kv_cache import KvCache
 from proto.kv_pb2 import FetchRequest, FetchStarted
 from proto.prefill_pb2 import PrefillRequest, PrefillStarted
 from servicekit.rpc import ChannelFactory, build_channel
@@ -49,11 +50,14 @@ class TransferEnvironment:
     def accepts_shared_memory_of(self, address: str) -> bool:
         return self.accepts_shared_memory and self.shared_caches.can_attach(address)
 
-    def sending_carrier(self, request_pb: PrefillRequest | FetchRequest) -> KvCarrier:
+    def sending_carrier(
+        self, request_pb: PrefillRequest | FetchRequest, origin: KvCache | None = None
+    ) -> KvCarrier:
+        """For blocks of `origin`, or of the engine's cache."""
         is_shared = request_pb.accepts_shared_memory and request_pb.host_id == self.host_id
         engine = self.engine.engine
         host = engine.host_cache if isinstance(request_pb, FetchRequest) else None
-        return sending_carrier(engine.kv_cache, host, is_shared=is_shared)
+        return sending_carrier(origin or engine.kv_cache, host, is_shared=is_shared)
 
     @contextmanager
     def receiving_carrier(

@@ -18,7 +18,7 @@ import secrets
 import traceback
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
@@ -60,6 +60,7 @@ from worker.worker_metrics import WorkerMetrics
 __all__ = ["EpMembership", "Service", "WorkerParts", "WorkerProcess"]
 
 EXIT_FAILED = 1
+_OUTBOX_BYTES = 2 << 30  # sixteen prompts of 4096 tokens of DeepSeek-V2-Lite
 _STOP_S = 10.0  # for the step in which the engine is
 
 log = get_logger(__name__)
@@ -94,7 +95,7 @@ class WorkerProcess:
         membership: EpMembership | None = None,
     ) -> None:
         self._role = role
-        self._settings = settings
+        self._settings = _with_outbox(settings) if role == "prefill" else settings
         self._build_service = build_service
         self._membership = membership or EpMembership()
         self._worker_id = settings.worker_id or f"{role}-{secrets.token_hex(4)}"
@@ -181,7 +182,7 @@ class WorkerProcess:
             async_engine.subscribe_load(observer.observe_load)
         transfers = TransferEnvironment.build(
             async_engine,
-            host_id(),
+            self._settings.host_id or host_id(),
             accepts_shared_memory=self._settings.shared_memory,
             channels=partial(build_channel, credentials=credentials),
             tracer=tracer,
@@ -299,3 +300,10 @@ def _drain_with_group(engine: AsyncEngine, drain: asyncio.Event) -> None:
             engine.in_loop(drain.set)
 
     ep.subscribe(on_change)
+
+
+def _with_outbox(settings: WorkerSettings) -> WorkerSettings:
+    """Unless it was asked for: KV leaves a device through host memory, and any other memory at once."""
+    if settings.outbox_bytes is not None or settings.device == "cpu":
+        return settings
+    return replace(settings, outbox_bytes=_OUTBOX_BYTES)

@@ -28,6 +28,7 @@ _WORKER_OPTIONS = {
     "max_model_len": ("TOKENS", "longest prompt plus answer (default: the model's)"),
     "max_running": ("N", "sequences in a batch"),
     "token_budget": ("TOKENS", "most tokens of one step"),
+    "num_speculative_tokens": ("N", "drafted for each sequence in a step (default: 1 if the model can)"),
 }
 
 
@@ -49,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="of each worker (default: a role splits the cores)"
+    )
+    parser.add_argument(
+        "--gpus",
+        metavar="0,1,...",
+        help="with --device cuda: GPUs for the workers, one each in turn, prefill workers first "
+        "(default: all workers on the first one)",
     )
     parser.add_argument("--policy", metavar="prefix|round_robin|least_loaded", help="how workers are chosen")
     for name, (metavar, text) in _WORKER_OPTIONS.items():
@@ -98,6 +105,7 @@ def _options(args: argparse.Namespace, settings: CommandSettings) -> UpOptions:
             num_decode=args.decode,
             ep_size=args.ep_size,
             threads_per_worker=args.threads,
+            gpus=tuple(args.gpus.split(",")) if args.gpus else (),
             tls_dir=_tls_dir(args.tls),
             router_settings={"POLICY": args.policy} if args.policy else {},
             disk_kv_dir=args.disk_kv_dir.absolute() if args.disk_kv_dir else None,

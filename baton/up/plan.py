@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ class UpOptions:
     num_decode: int = 1  # groups
     ep_size: int = 1  # processes in each decode group
     threads_per_worker: int | None = None  # None: the cores are split between the workers of a role
+    gpus: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES names them; each worker sees one, in turn
     tls_dir: Path | None = None  # as `baton certs` writes it; None: plain HTTP and gRPC
     disk_kv_dir: Path | None = None  # each worker gets a directory of its own below it
     router_settings: Mapping[str, str] = field(default_factory=dict)  # field name -> value
@@ -43,6 +45,8 @@ class UpOptions:
             raise ValueError(f"--port {self.port}: must be 1 to 65535")
         if self.threads_per_worker is not None and self.threads_per_worker < 1:
             raise ValueError(f"--threads {self.threads_per_worker}: must be at least 1")
+        if not all(self.gpus):
+            raise ValueError("--gpus: must be names or numbers of devices, comma-separated")
 
     @property
     def url(self) -> str:
@@ -113,6 +117,7 @@ class _Planner:
         self._redis_url = redis_url
         self._num_cpus = num_cpus
         self._free_port = free_port
+        self._gpus = itertools.cycle(options.gpus)
 
     def router(self) -> GroupSpec:
         o = self._options
@@ -168,6 +173,8 @@ class _Planner:
             # By name, not by worker id: the next run finds what this one kept.
             own["DISK_KV_DIR"] = o.disk_kv_dir / name
         environment = self._environment(role.upper(), {**own, **settings, **o.worker_settings})
+        if o.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = next(self._gpus)
         return ProcessSpec(
             name=name,
             role=role,

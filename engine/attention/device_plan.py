@@ -32,6 +32,7 @@ class DevicePlan:
     block_tables_SB: torch.Tensor  # int32
     context_len_S: torch.Tensor  # int32; 0: padding
     chunks: ChunkRows | None
+    first_token: int = 0  # of all contexts
 
 
 def plan_on_device(batch: ForwardBatch, block_size: int) -> DevicePlan:
@@ -56,13 +57,15 @@ def plan_on_device(batch: ForwardBatch, block_size: int) -> DevicePlan:
         block_tables_SB=block_tables_SB,
         context_len_S=context_len_S,
         chunks=_plan_chunks(batch, block_size) if batch.num_seqs > num_decodes else None,
+        first_token=batch.first_token,
     )
 
 
 def _plan_chunks(batch: ForwardBatch, block_size: int) -> ChunkRows:
     device = batch.token_ids_T.device
     query_start = np.array(batch.query_start[batch.num_decodes :], dtype=np.int32) - batch.num_decodes
-    lengths = np.array(batch.context_len[batch.num_decodes :], dtype=np.int32)
+    ends = np.array(batch.context_len[batch.num_decodes :], dtype=np.int32)
+    lengths = ends - batch.first_token
     num_queries = np.diff(query_start)
     starts = np.zeros((2, len(query_start)), dtype=np.int32)
     starts[0] = query_start
@@ -71,7 +74,12 @@ def _plan_chunks(batch: ForwardBatch, block_size: int) -> ChunkRows:
     if (lengths > num_queries).any():
         tables = batch.block_tables[batch.num_decodes :]
         slots = torch.from_numpy(
-            np.concatenate([_slots(t, int(n), block_size) for t, n in zip(tables, lengths, strict=True)])
+            np.concatenate(
+                [
+                    _slots(t, int(n), block_size)[batch.first_token :]
+                    for t, n in zip(tables, ends, strict=True)
+                ]
+            )
         ).to(device)
     query_start_here, context_start = torch.from_numpy(starts).to(device).unbind()
     return ChunkRows(query_start_here, context_start, slots)

@@ -39,7 +39,7 @@ class GqaAttention:
         rotate_(
             qkv[:, : num_rotated * self._head_dim].unflatten(-1, (num_rotated, -1)), rotations.unsqueeze(1)
         )
-        write_rows(cache, plan.slot_mapping_T, qkv[:, q_size:])
+        write_rows(cache, plan.slots, qkv[:, q_size:], plan.stored_rows)
         q_TKGQ = qkv[:, :q_size].unflatten(-1, (self._num_kv_heads, -1, self._head_dim))
         return self._out(self.attend(q_TKGQ, cache, plan).flatten(1))
 

@@ -69,7 +69,7 @@ class MlaAttention:
         assert rotations is not None
         self._latent_norm.apply_(rows_T[:, : self._config.kv_lora_rank])
         rotate_(rows_T[:, self._config.kv_lora_rank :], rotations)
-        write_rows(cache, plan.slot_mapping_T, rows_T)
+        write_rows(cache, plan.slots, rows_T, plan.stored_rows)
         heads_THV = self.attend(self._queries(down[:, row_size:], rotations), cache, plan)
         return self._out(heads_THV.flatten(1))
 

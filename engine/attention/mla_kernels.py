@@ -65,7 +65,14 @@ class MlaKernels:
 
         absorbed_HSC = q_SHC[..., : self._rank].transpose(0, 1)
         torch.bmm(q_SHQ[..., : self._nope].transpose(0, 1), self._key_HNC, out=absorbed_HSC)
-        latent_SHC = mla_decode(q_SHC, cache, plan.block_tables_SB, plan.context_len_S, self._rank)
+        latent_SHC = mla_decode(
+            q_SHC,
+            cache,
+            plan.block_tables_SB,
+            plan.context_len_S,
+            self._rank,
+            first_token=plan.first_token,
+        )
         torch.bmm(latent_SHC.transpose(0, 1), self._value_HCV, out=out_SHV.transpose(0, 1))
 
     def _prefill(

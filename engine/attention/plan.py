@@ -21,14 +21,15 @@ class Context:
     num_tokens: int
     first_block: int
     block_ids_B: torch.Tensor | None  # None: the blocks lie one after another from first_block
+    first_token: int = 0  # of the context; those before it are not seen
 
     def rows(self, cache: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, *token_shape] of a layer's cache [num_blocks, block_size, *token_shape]; a view if the
-        blocks are contiguous."""
+        """[num_tokens - first_token, *token_shape] of a layer's cache [num_blocks, block_size, *token_shape];
+        a view if the blocks are contiguous."""
         if self.block_ids_B is not None:
-            return cache.index_select(0, self.block_ids_B).flatten(0, 1)[: self.num_tokens]
+            return cache.index_select(0, self.block_ids_B).flatten(0, 1)[self.first_token : self.num_tokens]
         start = self.first_block * cache.shape[1]
-        return cache.flatten(0, 1)[start : start + self.num_tokens]
+        return cache.flatten(0, 1)[start + self.first_token : start + self.num_tokens]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +49,18 @@ class PaddedDecodes:
     num_seqs: int
     bias_S1L: torch.Tensor | None  # 0 inside a context, -inf beyond; None: all are equally long
     max_tokens: int
+    first_token: int = 0
 
     def rows(self, cache: torch.Tensor) -> torch.Tensor:
         """[S, L, *token_shape]."""
         rows = cache.index_select(0, self.block_ids).flatten(0, 1)
-        return rows.unflatten(0, (self.num_seqs, -1))[:, : self.max_tokens]
+        return rows.unflatten(0, (self.num_seqs, -1))[:, self.first_token : self.max_tokens]
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    slot_mapping_T: torch.Tensor
+    slots: torch.Tensor  # int64, of the stored rows
+    stored_rows: torch.Tensor | None  # int64; None: all
     num_decodes: int
     padded_decodes: PaddedDecodes | None
     decodes: list[Context]  # empty if padded_decodes is given
@@ -76,7 +79,11 @@ def plan_attention(batch: ForwardBatch, cache: torch.Tensor) -> AttentionPlan:
         Chunk(batch.query_start[s], batch.query_start[s + 1], _context(batch, s, cache))
         for s in range(num_decodes, batch.num_seqs)
     ]
-    return AttentionPlan(batch.slot_mapping_T, num_decodes, padded, decodes, chunks)
+    slots_T, stored_rows = batch.slot_mapping_T, None
+    if batch.has_unstored_rows:
+        stored_rows = (slots_T >= 0).nonzero().squeeze(1)
+        slots_T = slots_T[stored_rows]
+    return AttentionPlan(slots_T, stored_rows, num_decodes, padded, decodes, chunks)
 
 
 def _is_padding_cheaper(batch: ForwardBatch, cache: torch.Tensor) -> bool:
@@ -95,10 +102,10 @@ def _context(batch: ForwardBatch, s: int, cache: torch.Tensor) -> Context:
     num_tokens = batch.context_len[s]
     table = batch.block_tables[s][: _num_blocks(num_tokens, cache)]
     if table == list(range(table[0], table[0] + len(table))):
-        return Context(num_tokens, table[0], None)
+        return Context(num_tokens, table[0], None, batch.first_token)
     if s < batch.num_decodes and batch.block_tables_SB is not None:
-        return Context(num_tokens, table[0], batch.block_tables_SB[s, : len(table)])
-    return Context(num_tokens, table[0], torch.tensor(table, device=cache.device))
+        return Context(num_tokens, table[0], batch.block_tables_SB[s, : len(table)], batch.first_token)
+    return Context(num_tokens, table[0], torch.tensor(table, device=cache.device), batch.first_token)
 
 
 def _padded_decodes(batch: ForwardBatch, cache: torch.Tensor) -> PaddedDecodes:
@@ -112,14 +119,19 @@ def _padded_decodes(batch: ForwardBatch, cache: torch.Tensor) -> PaddedDecodes:
         tables_SB = torch.tensor(tables, device=cache.device)
     bias_S1L = None
     if min(lengths) < longest:
-        is_beyond_SL = torch.arange(longest) >= torch.tensor(lengths).unsqueeze(1)
-        bias_SL = torch.zeros(len(lengths), longest, dtype=cache.dtype).masked_fill_(
-            is_beyond_SL, float("-inf")
-        )
+        is_beyond_SL = torch.arange(batch.first_token, longest) >= torch.tensor(lengths).unsqueeze(1)
+        bias_SL = torch.zeros(is_beyond_SL.shape, dtype=cache.dtype).masked_fill_(is_beyond_SL, float("-inf"))
         bias_S1L = bias_SL.unsqueeze(1).to(cache.device)
-    return PaddedDecodes(tables_SB.reshape(-1), len(lengths), bias_S1L, longest)
+    return PaddedDecodes(tables_SB.reshape(-1), len(lengths), bias_S1L, longest, batch.first_token)
 
 
-def write_rows(cache: torch.Tensor, slot_mapping_T: torch.Tensor, rows_T: torch.Tensor) -> None:
-    """Store one row per token; rows_T is [T, row size]."""
-    cache.view(-1, rows_T.shape[-1]).index_copy_(0, slot_mapping_T, rows_T)
+def write_rows(
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    rows_T: torch.Tensor,
+    stored_rows: torch.Tensor | None = None,
+) -> None:
+    """Store the rows [T, row size], or the stored_rows of them, in their slots."""
+    if stored_rows is not None:
+        rows_T = rows_T.index_select(0, stored_rows)
+    cache.view(-1, rows_T.shape[-1]).index_copy_(0, slots, rows_T)

@@ -7,26 +7,40 @@ from engine.checkpoint.model_config import MlaConfig, ModelConfig, MoeConfig
 Shapes = dict[str, tuple[int, ...]]
 
 
-def hub_tensors(config: ModelConfig) -> Shapes:
-    """Without biases (random checkpoints have none) and without the layers of multi-token prediction."""
+def hub_tensors(config: ModelConfig, *, has_mtp: bool = False) -> Shapes:
+    """Without biases: random checkpoints have none. has_mtp: with the first layer of multi-token prediction,
+    without its copies of embedding and head."""
     shapes: Shapes = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
     for i in range(config.num_layers):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = (config.hidden_size,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (config.hidden_size,)
-        shapes |= (
-            _mla(f"{layer}.self_attn", config, config.mla)
-            if config.mla
-            else _gqa(f"{layer}.self_attn", config)
-        )
-        if config.moe is not None and config.is_moe_layer(i):
-            shapes |= _moe(f"{layer}.mlp", config, config.moe)
-        else:
-            shapes |= _mlp(f"{layer}.mlp", config.hidden_size, config.intermediate_size)
+        shapes |= _layer(f"model.layers.{i}", config, config.moe if config.is_moe_layer(i) else None)
+    if has_mtp:
+        shapes |= _mtp_layer(f"model.layers.{config.num_layers}", config)
     shapes["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
     return shapes
+
+
+def _layer(prefix: str, config: ModelConfig, moe: MoeConfig | None) -> Shapes:
+    shapes: Shapes = {
+        f"{prefix}.input_layernorm.weight": (config.hidden_size,),
+        f"{prefix}.post_attention_layernorm.weight": (config.hidden_size,),
+    }
+    attention = f"{prefix}.self_attn"
+    shapes |= _mla(attention, config, config.mla) if config.mla else _gqa(attention, config)
+    if moe is not None:
+        return shapes | _moe(f"{prefix}.mlp", config, moe)
+    return shapes | _mlp(f"{prefix}.mlp", config.hidden_size, config.intermediate_size)
+
+
+def _mtp_layer(prefix: str, config: ModelConfig) -> Shapes:
+    hidden = config.hidden_size
+    return {
+        f"{prefix}.enorm.weight": (hidden,),
+        f"{prefix}.hnorm.weight": (hidden,),
+        f"{prefix}.eh_proj.weight": (hidden, 2 * hidden),
+        f"{prefix}.shared_head.norm.weight": (hidden,),
+    } | _layer(prefix, config, config.moe)
 
 
 def _gqa(prefix: str, config: ModelConfig) -> Shapes:

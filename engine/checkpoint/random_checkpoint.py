@@ -106,10 +106,11 @@ def _fill(hub: dict[str, Any], seed: int, directory: Path) -> None:
     config = load_model_config(directory)
     write_tokenizer(directory, smallest_tokenizer(config.vocab_size, config.max_position_embeddings))
     tensors: list[TensorToWrite] = []
-    for name, shape in hub_tensors(config).items():
+    shapes = hub_tensors(config, has_mtp=config.num_mtp_layers > 0)
+    for name, shape in shapes.items():
         tensors += _tensors_to_write(name, shape, config, DTYPES[hub["torch_dtype"]], seed)
     write_tensors(directory, tensors)
-    _logger.info("%.1f M parameters", sum(math.prod(shape) for shape in hub_tensors(config).values()) / 1e6)
+    _logger.info("%.1f M parameters", sum(map(math.prod, shapes.values())) / 1e6)
 
 
 def _tensors_to_write(

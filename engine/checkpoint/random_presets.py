@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.checkpoint.errors import CheckpointError
+
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
-PRESETS = ("tiny", "small576")
+PRESETS = ("tiny", "small576", "tiny_mtp")  # the last: tiny with a layer of multi-token prediction
 
 _COMMON: dict[str, Any] = {
     "hidden_act": "silu",
@@ -62,7 +64,13 @@ _GATES: dict[str, dict[str, Any]] = {
 
 
 def hub_config(arch: str, preset: str, dtype_name: str) -> dict[str, Any]:
-    """small576 of deepseek_v3 has 64.6 M parameters and the latent (512 + 64) that CPU peers insist on."""
+    """small576 of deepseek_v3 has 64.6 M parameters and the latent (512 + 64) that CPU peers insist on.
+    CheckpointError where the architecture has no such preset."""
+    has_mtp = preset == "tiny_mtp"
+    if has_mtp:
+        if arch != "deepseek_v3":
+            raise CheckpointError(f"{arch} has no layers of multi-token prediction: preset tiny_mtp is of v3")
+        preset = "tiny"
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[arch]],
         "model_type": arch,
@@ -79,4 +87,5 @@ def hub_config(arch: str, preset: str, dtype_name: str) -> dict[str, Any]:
         "moe_layer_freq": 1,
     }
     q_lora_rank = _Q_LORA_RANK[preset] if arch == "deepseek_v3" else None
-    return config | _MLA_SIZES[preset] | {"q_lora_rank": q_lora_rank} | experts | _GATES[arch]
+    config |= _MLA_SIZES[preset] | {"q_lora_rank": q_lora_rank} | experts | _GATES[arch]
+    return config | {"num_nextn_predict_layers": 1} if has_mtp else config

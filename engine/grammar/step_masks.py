@@ -31,6 +31,11 @@ class GrammarTimes:
     mask_s: float = 0.0  # computing them
     wait_s: float = 0.0  # of that, what the forward pass did not hide
 
+    def __add__(self, other: GrammarTimes) -> GrammarTimes:
+        return GrammarTimes(
+            self.num_masks + other.num_masks, self.mask_s + other.mask_s, self.wait_s + other.wait_s
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class StepMasks:
@@ -73,7 +78,7 @@ class MaskComputer:
             began = time.monotonic()
             pending, self._pending = self._pending, None
             self._masks = masks = pending.result()
-            self._times = GrammarTimes(len(masks.rows), masks.mask_s, time.monotonic() - began)
+            self._times += GrammarTimes(len(masks.rows), masks.mask_s, time.monotonic() - began)
         return self._masks
 
     def take_times(self) -> GrammarTimes:

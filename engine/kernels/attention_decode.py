@@ -45,12 +45,14 @@ def mla_decode(
     context_len_S: torch.Tensor,
     rank: int,
     *,
+    first_token: int = 0,
     shares: int | None = None,
     tuning: DecodeTuning = DEFAULT_TUNING,
 ) -> torch.Tensor:
     """Latents [S, H, C] of queries [S, H, C + R] that carry the softmax scale.
 
     cache [num_blocks, block_size, C + R]; block_tables and context_len int32; a context of 0 gives zeros.
+    Tokens before first_token are not seen.
     """
     num_seqs, num_heads, row_size = q_SHC.shape
     shares = shares or num_shares(num_seqs, num_heads, tuning)
@@ -78,6 +80,7 @@ def mla_decode(
         ROPE=row_size - rank,
         BLOCK_SIZE=cache.shape[1],
         HEADS=heads,
+        FIRST=first_token,
         ROWS=tuning.num_rows,
         PRECISION="ieee" if q_SHC.dtype == torch.float32 else "tf32",
         num_warps=tuning.num_warps,
@@ -121,6 +124,7 @@ def _decode_kernel(
     ROPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
+    FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -144,7 +148,7 @@ def _decode_kernel(
     table = tables_ptr + s.to(tl.int64) * table_stride
     for start in range(begin, end, ROWS):
         places = start + tl.arange(0, ROWS)
-        is_row = places < end
+        is_row = (places >= FIRST) & (places < end)
         blocks = tl.load(table + places // BLOCK_SIZE, mask=is_row, other=0).to(tl.int64)
         rows = cache_ptr + (blocks * BLOCK_SIZE + places % BLOCK_SIZE) * (RANK + ROPE)
         latent = tl.load(rows[:, None] + latent_dims[None, :], mask=is_row[:, None], other=0.0)

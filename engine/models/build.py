@@ -14,7 +14,7 @@ from engine.models.llama import build_llama
 from engine.moe.dispatch import Dispatcher, LocalDispatcher
 
 
-def build_model(  # noqa: PLR0913 - two of them are rare and keyword-only
+def build_model(  # noqa: PLR0913 - three of them are rare and keyword-only
     config: ModelConfig,
     weights: WeightSource,
     dispatcher_for: Callable[[int], Dispatcher] | None,
@@ -23,40 +23,32 @@ def build_model(  # noqa: PLR0913 - two of them are rare and keyword-only
     *,
     uses_kernels: bool | None = None,
     has_fp8_experts: bool = False,
+    has_mtp: bool = False,
 ) -> CausalLM:
     """dispatcher_for(layer) gives the dispatcher of each MoE layer; None keeps all experts on this rank.
-    uses_kernels None: where the device has them. FP8 experts need them."""
+    uses_kernels None: where the device has them. FP8 experts need them. has_mtp: with the layer of
+    multi-token prediction."""
     placed = PlacedWeights(weights, dtype, device)
     if uses_kernels is None:
         uses_kernels = has_kernels(device)
-    model = _build(config, placed, dispatcher_for, device, uses_kernels, has_fp8_experts=has_fp8_experts)
+    model: CausalLM
+    if config.mla is None:
+        model = build_llama(config, placed, device)
+    else:
+        local = LocalDispatcher(config.moe.num_routed_experts if config.moe else 0)
+        model = build_deepseek(
+            config,
+            config.mla,
+            placed,
+            dispatcher_for or (lambda _: local),
+            device,
+            uses_kernels,
+            has_fp8_experts=has_fp8_experts,
+            has_mtp=has_mtp,
+        )
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()  # what loading left over counts as taken when the KV cache is sized
     return model
-
-
-def _build(
-    config: ModelConfig,
-    placed: PlacedWeights,
-    dispatcher_for: Callable[[int], Dispatcher] | None,
-    device: torch.device | str,
-    uses_kernels: bool,
-    *,
-    has_fp8_experts: bool,
-) -> CausalLM:
-    if config.mla is None:
-        return build_llama(config, placed, device)
-    num_experts = config.moe.num_routed_experts if config.moe else 0
-    local = LocalDispatcher(num_experts)
-    return build_deepseek(
-        config,
-        config.mla,
-        placed,
-        dispatcher_for or (lambda _: local),
-        device,
-        uses_kernels,
-        has_fp8_experts=has_fp8_experts,
-    )
 
 
 class PlacedWeights:

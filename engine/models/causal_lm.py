@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -11,12 +10,19 @@ from engine.forward_batch import ForwardBatch
 
 if TYPE_CHECKING:
     from engine.kv_cache import KvCache
+    from engine.models.mtp import MtpLayer
 
-LayerDone = Callable[[int], None]
+
+class LayerDone(Protocol):
+    def __call__(self, layer: int, computed: torch.cuda.Event | None = None) -> None:
+        """On CUDA the layer is computed when `computed` is reached, or, without it, when everything that was
+        launched so far is done."""
+        ...
 
 
 class CausalLM(Protocol):
     vocab_size: int
+    mtp: MtpLayer | None  # drafts tokens; one more layer of the cache
     uses_kernels: bool  # a batch must come with a DevicePlan, and a step of decodes can be a CUDA graph
 
     def forward(
@@ -35,5 +41,6 @@ class CausalLM(Protocol):
         ...
 
     def take_expert_load(self) -> torch.Tensor | None:
-        """int64 [MoE layers, E]: tokens of this rank routed to each logical expert since the last call."""
+        """int64 [MoE layers, E]: tokens of this rank routed to each logical expert since the last call. The
+        last layer is that of multi-token prediction, if there is one."""
         ...

@@ -22,6 +22,7 @@ from engine.moe.moe_layer import CountsExperts
 
 if TYPE_CHECKING:
     from engine.kv_cache import KvCache
+    from engine.models.mtp import MtpLayer
 
 
 class Attention(Protocol):
@@ -56,6 +57,7 @@ class Decoder:
         layers: list[DecoderLayer],
         norm: RmsNorm,
         head: Linear,
+        mtp: MtpLayer | None = None,
     ) -> None:
         self.vocab_size = embedding_VD.shape[0]
         self.uses_kernels = False
@@ -64,9 +66,11 @@ class Decoder:
         self._layers = layers
         self._norm = norm
         self._head = head
+        self.mtp = mtp
+        all_layers = layers if mtp is None else [*layers, mtp.decoder_layer]
         self._moe_layers = [
             cast(CountsExperts, layer.feed_forward)
-            for layer in layers
+            for layer in all_layers
             if isinstance(layer.feed_forward, CountsExperts)
         ]
 
@@ -75,14 +79,7 @@ class Decoder:
         self, batch: ForwardBatch, kv_cache: KvCache, layer_done: LayerDone | None = None
     ) -> torch.Tensor:
         x_TD = functional.embedding(batch.token_ids_T, self._embedding_VD)
-        plan: AttentionPlan | DevicePlan
-        if batch.device_plan is not None:
-            plan, rotations = batch.device_plan, None
-        else:
-            plan, rotations = (
-                plan_attention(batch, kv_cache.layer(0)),
-                self._rotary.rotations(batch.positions_T),
-            )
+        plan, rotations = plan_batch(batch, kv_cache.layer(0), self._rotary)
         normed_TD = self._layers[0].attention_norm(x_TD)
         for i, layer in enumerate(self._layers):
             attended_TD = layer.attention(normed_TD, kv_cache.layer(i), plan, rotations)
@@ -108,15 +105,32 @@ class Decoder:
         return torch.stack([layer.take_load() for layer in self._moe_layers])
 
 
+def plan_batch(
+    batch: ForwardBatch, cache: torch.Tensor, rotary: Rotary
+) -> tuple[AttentionPlan | DevicePlan, torch.Tensor | None]:
+    """What attention needs beside the rows; cache: any layer's."""
+    if batch.device_plan is not None:
+        return batch.device_plan, None
+    return plan_attention(batch, cache), rotary.rotations(batch.positions_T)
+
+
+LoadMtp = Callable[[torch.Tensor], "MtpLayer"]  # from the embedding
+
+
 def load_decoder(
-    config: ModelConfig, weights: WeightSource, load_layer: Callable[[int], DecoderLayer], rotary: Rotary
+    config: ModelConfig,
+    weights: WeightSource,
+    load_layer: Callable[[int], DecoderLayer],
+    rotary: Rotary,
+    load_mtp: LoadMtp | None = None,
 ) -> Decoder:
     shape = (config.vocab_size, config.hidden_size)
     embedding_VD = weights.get("model.embed_tokens.weight", shape)
     layers = [load_layer(i) for i in range(config.num_layers)]
     norm = load_norm(config, weights, "model.norm")
     head = Linear(embedding_VD if config.tie_word_embeddings else weights.get("lm_head.weight", shape))
-    return Decoder(embedding_VD, rotary, layers, norm, head)
+    mtp = None if load_mtp is None else load_mtp(embedding_VD)
+    return Decoder(embedding_VD, rotary, layers, norm, head, mtp)
 
 
 def load_norm(config: ModelConfig, weights: WeightSource, name: str) -> RmsNorm:

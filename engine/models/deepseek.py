@@ -10,16 +10,18 @@ from engine.attention.mla import load_mla_attention
 from engine.attention.mla_kernels import kernels_fit
 from engine.checkpoint.model_config import MlaConfig, ModelConfig, MoeConfig
 from engine.checkpoint.weights import WeightSource
+from engine.layers.linear import Linear
 from engine.layers.mlp import load_gated_mlp
 from engine.layers.rotary import Rotary
 from engine.models.decoder import Decoder, DecoderLayer, FeedForward, load_decoder, load_norm
+from engine.models.mtp import MtpLayer
 from engine.moe.dispatch import Dispatcher, LocalDispatcher
 from engine.moe.experts import load_experts
 from engine.moe.gate import load_gate
 from engine.moe.moe_layer import MoeLayer
 
 
-def build_deepseek(  # noqa: PLR0913 - one of them is rare and keyword-only
+def build_deepseek(  # noqa: PLR0913 - two of them are rare and keyword-only
     config: ModelConfig,
     mla: MlaConfig,
     weights: WeightSource,
@@ -28,13 +30,15 @@ def build_deepseek(  # noqa: PLR0913 - one of them is rare and keyword-only
     has_kernels: bool,
     *,
     has_fp8_experts: bool = False,
+    has_mtp: bool = False,
 ) -> Decoder:
     uses_kernels = has_kernels and kernels_fit(mla)
 
     def load_layer(i: int) -> DecoderLayer:
         prefix = f"model.layers.{i}"
         feed_forward: FeedForward
-        if config.moe is not None and config.is_moe_layer(i):
+        # The layer of multi-token prediction has experts whatever the layers before it have.
+        if config.moe is not None and (config.is_moe_layer(i) or i == config.num_layers):
             dispatcher = dispatcher_for(i)
             if has_kernels and isinstance(dispatcher, LocalDispatcher) and not config.mlp_bias:
                 feed_forward = _load_fused_moe(
@@ -53,7 +57,17 @@ def build_deepseek(  # noqa: PLR0913 - one of them is rare and keyword-only
             feed_forward,
         )
 
-    decoder = load_decoder(config, weights, load_layer, Rotary(config.rope, mla.qk_rope_head_dim, device))
+    rotary = Rotary(config.rope, mla.qk_rope_head_dim, device)
+
+    def load_mtp(embedding_VD: torch.Tensor) -> MtpLayer:
+        i, hidden = config.num_layers, config.hidden_size
+        prefix = f"model.layers.{i}"
+        names = ("enorm", "hnorm", "shared_head.norm")
+        first, second, last = (load_norm(config, weights, f"{prefix}.{name}") for name in names)
+        projection = Linear(weights.get(f"{prefix}.eh_proj.weight", (hidden, 2 * hidden)))
+        return MtpLayer(embedding_VD, rotary, (first, second, last), projection, load_layer(i), i)
+
+    decoder = load_decoder(config, weights, load_layer, rotary, load_mtp if has_mtp else None)
     decoder.uses_kernels = uses_kernels
     return decoder
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.kv_cache import KvCache, runs
+from engine.block_runs import runs
+from engine.kv_cache import KvCache
 
 
 class BlockCopy:

@@ -37,6 +37,14 @@ def test_services_are_told_model_store_and_ports_by_their_own_prefix():
     assert not [name for name in decode.environment if not name.startswith("BATON_DECODE_")]
 
 
+def test_gpus_are_dealt_out_in_turn_and_the_router_gets_none():
+    groups = planned(num_prefill=1, num_decode=2, gpus=("0", "3"))
+    visible = [member.environment.get("CUDA_VISIBLE_DEVICES") for member in members(groups)]
+    assert visible == ["0", "3", "0", None]
+    with pytest.raises(ValueError, match="--gpus"):
+        planned(gpus=("0", ""))
+
+
 def test_with_certificates_every_service_gets_its_own_and_the_router_https():
     prefill, decode, router = members(planned(tls_dir=Path("/pki")))
     for worker, name in ((prefill, "PREFILL"), (decode, "DECODE")):

@@ -31,11 +31,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def oracle(tiny_model: Path) -> Callable[[list[int], int], list[int]]:
+    return greedy_oracle(tiny_model)
+
+
+def greedy_oracle(model_dir: Path) -> Callable[[list[int], int], list[int]]:
     """Greedy tokens by transformers, in float32, never stopping at an end-of-sequence token."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
 
     def generate(prompt: list[int], num_tokens: int) -> list[int]:
         with torch.inference_mode():

@@ -14,6 +14,7 @@ from engine.engine import Engine, EngineLimits
 from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
+from engine.kv_outbox import KvOutbox
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.scheduler import SchedulerConfig
@@ -107,6 +108,7 @@ def build_fake_engine(
     is_shared: bool = False,
     model: FakeModel | None = None,
     tiers: LowerTiers | None = None,
+    outbox_slots: int = 0,
 ) -> Engine:
     layout = fake_kv_layout(block_size)
     kv_cache = KvCache(layout, num_blocks, is_shared=is_shared)
@@ -118,4 +120,7 @@ def build_fake_engine(
     )
     config = SchedulerConfig(token_budget=token_budget, max_running=max_running, growth_tokens=growth_tokens)
     runner = Runner(model, kv_cache, Sampler(limits.eos_token_ids), token_budget, "cpu")
-    return Engine(runner, kv_cache, limits, config, tiers=tiers)
+    engine = Engine(runner, kv_cache, limits, config, tiers=tiers)
+    if outbox_slots:
+        engine.send_through(KvOutbox(kv_cache, outbox_slots))
+    return engine

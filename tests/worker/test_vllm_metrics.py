@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from decode_svc.metrics import DecodeMetrics
-from engine.outputs import StepOutput, StepStats
+from engine.outputs import SpeculationStats, StepOutput, StepStats
 from prefill_svc.metrics import PrefillMetrics
 from proto.link_pb2 import RequestTimings
 from worker.engine_metrics import EngineMetrics
@@ -26,6 +26,7 @@ STATS = StepStats(
     num_hit_tokens=16,
     num_queried_tokens=64,
     step_s=0.02,
+    speculation=SpeculationStats(num_drafts=3, num_draft_tokens=6, num_accepted_at=(2, 1)),
 )
 MODEL = {"model_name": "tiny"}
 
@@ -56,11 +57,16 @@ def test_a_decode_worker_has_vllm_s_names_for_its_numbers(registry: CollectorReg
     assert sample("prompt_tokens_total") == 64
     assert sample("generation_tokens_total") == 11
     assert sample("request_success_total", finished_reason="length") == 1
+    assert sample("spec_decode_num_drafts_total") == 3
+    assert sample("spec_decode_num_draft_tokens_total") == 6
+    assert sample("spec_decode_num_accepted_tokens_total") == 3
+    assert sample("spec_decode_num_accepted_tokens_per_pos_total", position="0") == 2
+    assert sample("spec_decode_num_accepted_tokens_per_pos_total", position="1") == 1
     assert sample("request_success_total", finished_reason="stop") == 0
     assert sample("time_to_first_token_seconds_sum") == 2.0
-    assert sample("inter_token_latency_seconds_count") == 3
+    assert sample("inter_token_latency_seconds_count") == 6  # three of them came with another token
     assert sample("inter_token_latency_seconds_sum") == pytest.approx(0.06)
-    assert sample("time_per_output_token_seconds_count") == 3
+    assert sample("time_per_output_token_seconds_count") == 6
     assert sample("request_time_per_output_token_seconds_sum") == pytest.approx(0.2)
     assert sample("e2e_request_latency_seconds_sum") == 4.0
     assert sample("request_queue_time_seconds_sum") == 0.5

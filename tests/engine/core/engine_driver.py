@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.engine import Engine
+from engine.kv_cache import KvCache
 from engine.outputs import SequenceOutput, StepOutput, TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
@@ -40,12 +41,14 @@ class CopyingListener:
         self.receiver = receiver
         self.num_held_blocks = num_held_blocks
         self.block_ids: list[int] = []
+        self.origin = sender.kv_cache
         self.announced: list[tuple[int, int, int, int]] = []  # first layer, layers, first block, blocks
         self.num_started = 0
         self.num_hit_tokens = 0
 
-    def started(self, num_blocks: int, num_hit_tokens: int, queue_s: float) -> None:
+    def started(self, num_blocks: int, num_hit_tokens: int, queue_s: float, origin: KvCache) -> None:
         assert queue_s >= 0.0
+        self.origin = origin
         self.num_started += 1
         self.num_hit_tokens = num_hit_tokens
 
@@ -55,14 +58,20 @@ class CopyingListener:
         wanted = block_ids[skipped:]
         if not wanted:
             return
-        payload = self.sender.kv_cache.read_blocks(first_layer, num_layers, wanted)
+        payload = self.origin.read_blocks(first_layer, num_layers, wanted)
         start = first_block + skipped
         targets = self.block_ids[start : start + len(wanted)]
         self.receiver.kv_cache.write_blocks(first_layer, num_layers, targets, payload)
 
 
 def hand_off(
-    sender: Engine, receiver: Engine, seq_id: int, prompt_ids: list[int], max_tokens: int
+    sender: Engine,
+    receiver: Engine,
+    seq_id: int,
+    prompt_ids: list[int],
+    max_tokens: int,
+    *,
+    has_draft: bool = True,
 ) -> tuple[CopyingListener, SequenceOutput]:
     """Prefill on the sender, commit on the receiver, which must have room. The output is the sender's."""
     num_held = receiver.reserve(Sequence(seq_id, prompt_ids, greedy(max_tokens)))
@@ -75,6 +84,6 @@ def hand_off(
         sender.check_integrity()
     first = outputs[0]
     assert first.finish_reason is not None
-    receiver.commit(seq_id, TokenLogprobs(first.token_ids[0], 0.0))
+    receiver.commit(seq_id, TokenLogprobs(first.token_ids[0], 0.0), first.draft if has_draft else None)
     sender.release(seq_id)
     return listener, first

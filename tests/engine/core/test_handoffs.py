@@ -8,7 +8,7 @@ from engine.outputs import FinishReason, TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 from tests.engine.core.engine_driver import CopyingListener, generate, greedy, hand_off, run
-from tests.fakes.fake_model import NUM_LAYERS, build_fake_engine, expected_tokens, fake_kv_layout
+from tests.fakes.fake_model import NUM_LAYERS, build_fake_engine, expected_tokens
 
 PROMPT = list(range(1, 31))
 FIRST = TokenLogprobs(expected_tokens(PROMPT, 1)[0], 0.0)
@@ -70,11 +70,11 @@ def test_each_block_is_announced_once_for_each_layer() -> None:
 
 
 def test_announcements_are_grouped_by_layers_up_to_a_size_and_split_by_blocks_beyond() -> None:
-    layout = fake_kv_layout()  # 32 bytes a block and layer
+    # 32 bytes a block and layer.
     sender, receiver = build_fake_engine(), build_fake_engine()
 
     def announced(group_bytes: int, seq_id: int) -> list[tuple[int, int, int, int]]:
-        sender._announcer = KvAnnouncer(layout, group_bytes)
+        sender._announcer = KvAnnouncer(sender.kv_cache, group_bytes=group_bytes)
         prompt_ids = [seq_id] * 32
         listener, _ = hand_off(sender, receiver, seq_id, prompt_ids, 2)
         return listener.announced

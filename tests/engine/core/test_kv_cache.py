@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.kv_cache import KvCache, runs
+from engine.block_runs import runs
+from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
 
 LAYOUT = KvLayout(model_fingerprint="m", num_layers=3, token_shape=(2, 1, 4), dtype="bfloat16", block_size=2)

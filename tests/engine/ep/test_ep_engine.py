@@ -19,6 +19,7 @@ from engine.ep.ep_group import EpGroup
 from engine.outputs import StepOutput
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
+from tests.fakes.agreeing_checkpoint import make_agreeing_checkpoint
 
 MAX_TOKENS = 24
 PROMPT_LENGTHS = [70, 3, 1, 40, 17, 90]
@@ -107,6 +108,20 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(single, size, ranks):
 
     assert {seq_id: ids for token_ids, _, _ in results for seq_id, ids in token_ids.items()} == expected
     assert all(results[rank][2] >= MAX_TOKENS for rank in range(size) if rank not in ranks)
+
+
+@pytest.mark.parametrize("ranks", [[0, 0, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1]], ids=["both", "first-idle"])
+def test_ranks_that_draft_stay_in_step(tmp_path: Path, ranks: list[int]) -> None:
+    """Each rank accepts other drafts, and one has nothing to draft: the layer's collectives match all the
+    same."""
+    model_dir = tmp_path / "agreeing"
+    make_agreeing_checkpoint(model_dir, 0.2)
+    expected, expert_load, _ = run_ranks(1, serve, model_dir, [0] * len(PROMPT_LENGTHS))[0]
+
+    results = run_ranks(2, serve, model_dir, ranks)
+
+    assert {seq_id: ids for token_ids, _, _ in results for seq_id, ids in token_ids.items()} == expected
+    assert len(expert_load) == 4  # three layers of experts in the model, and the one that drafts
 
 
 @pytest.mark.parametrize("single", ["deepseek_v2"], indirect=True)

@@ -13,16 +13,19 @@ import torch
 
 pytest.importorskip("triton", reason="kernel tests need the package triton (pip install triton)")
 
+from engine import chunk_graphs, mixed_graphs
 from engine.checkpoint.model_config import load_model_config
 from engine.checkpoint.random_presets import hub_config
 from engine.checkpoint.weights import open_weights
 from engine.decode_graphs import GraphLimits, batch_ladder
 from engine.engine import Engine, EngineLimits
+from engine.forward_batch import ForwardBatch
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.grammar import Grammar, GrammarKind
 from engine.kernels import attention_decode
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
+from engine.mixed_graphs import MixedGraphs
 from engine.models import build_model
 from engine.runner import Runner
 from engine.sampler import Sampler
@@ -100,6 +103,34 @@ def test_kernels_give_the_tokens_of_the_plain_model(
     expected = answers(plain, prompts, temperature=temperature)
 
     assert answers(by_kernels, prompts, temperature=temperature) == expected
+
+
+@pytest.mark.timeout(240)  # the interpreter is slow
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_chunks_that_share_a_pass_with_decodes_change_no_token(
+    checkpoint: Path, device: str, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
+    monkeypatch.setattr(chunk_graphs, "LADDER", (8, 12))
+    monkeypatch.setattr(mixed_graphs, "CHUNK_LADDER", (8, 12))  # a chunk of 13 or more goes apart
+    monkeypatch.setattr(mixed_graphs, "DECODE_LADDER", (2,))
+    steps: list[tuple[int, int]] = []
+    launch = MixedGraphs.launch
+
+    def counted(self: MixedGraphs, seqs: list[Sequence], batch: ForwardBatch, num_wanted: int) -> Any:
+        steps.append((len(seqs), batch.num_tokens))
+        return launch(self, seqs, batch, num_wanted)
+
+    monkeypatch.setattr(MixedGraphs, "launch", counted)
+    rng = random.Random(3)
+    prompts = [[rng.randrange(512) for _ in range(n)] for n in (5, 9, 3, 10, 14)]
+    plain = build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False)
+    merged = build(checkpoint, device, uses_kernels=True, uses_graphs=True)
+
+    expected = answers(plain, prompts, temperature=temperature)
+
+    assert answers(merged, prompts, temperature=temperature) == expected
+    assert steps == [(2, 10)]  # of the two prompts that met decodes the other one is too long
 
 
 def test_constrained_rows_go_beside_plain_ones_through_the_graphs(checkpoint: Path, device: str) -> None:

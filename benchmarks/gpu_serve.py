@@ -1,0 +1,231 @@
+"""The whole stack on one GPU or two: router, workers as processes, streaming clients on the same host.
+
+    python -m benchmarks.gpu_serve run [--topologies both shared two] [--parts rows sweep isolation handoff]
+                                       [--rows 0 4 7] [--rates 8 16 24] [--seconds 12] [--json FILE]
+    python -m benchmarks.gpu_serve publish FILE
+
+DeepSeek-V2-Lite's shape with made-up weights. Parts:
+
+rows       the table of closed loops, greedy, to the full length
+sweep      Poisson arrivals, three quarters chat and one quarter long prompts, nothing shared. Good: TTFT of
+           at most 1 s and TPOT of at most 15 ms; good/s counts requests by when they were sent
+isolation  TPOT of chat streams, alone and beside a constant stream of long prompts
+handoff    long prompts one at a time: TTFT, and the part of the hand-off that compute does not hide
+
+A topology that fails is named, with the ends of its logs, and the next one is tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from baton.bench.load import Target
+from benchmarks.gpu_loads import (
+    HANDOFF_COLUMNS,
+    ISOLATION_COLUMNS,
+    ROW_COLUMNS,
+    SWEEP_COLUMNS,
+    TINY_LOADS,
+    Clients,
+    Loads,
+)
+from benchmarks.gpu_topologies import SERVED_NAME, TINY, TOPOLOGIES, Scale, topology, write_model
+from benchmarks.results_file import table, write_result
+from benchmarks.serving import Server, baton_up
+from kvstore.embedded import EmbeddedServer
+
+COLUMNS = {
+    "rows": ROW_COLUMNS,
+    "sweep": SWEEP_COLUMNS,
+    "isolation": ISOLATION_COLUMNS,
+    "handoff": HANDOFF_COLUMNS,
+}
+START_COLUMNS = ("process", "event", "seconds")
+_PARTS_OF = {"both": ("rows", "sweep", "isolation")}  # without a hand-off; the others have all
+_START_TIMEOUT_S = 400.0
+_TAIL_BYTES = 3000
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments().parse_args(argv)
+    if args.mode == "publish":
+        publish(args.file)
+        return 0
+    document: dict[str, Any] = {"facts": _facts(args), "topologies": {}}
+    failed = 0
+    with tempfile.TemporaryDirectory() as name:
+        log_dir = args.log_dir or Path(name) / "logs"
+        scale = _scale(args)
+        model_dir = write_model(Path(name) / SERVED_NAME, scale)
+        for topology_name in args.topologies:
+            found: dict[str, Any] = {}
+            document["topologies"][topology_name] = found
+            try:
+                _run_topology(topology_name, model_dir, args, log_dir / topology_name, found)
+            except Exception as error:  # noqa: BLE001 - device time is scarce: on to the next one
+                failed += 1
+                found["error"] = repr(error)
+                print(f"{topology_name} FAILED: {error}", *_tails(log_dir / topology_name), sep="\n")
+            if args.json:
+                args.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+def _run_topology(
+    name: str, model_dir: Path, args: argparse.Namespace, log_dir: Path, found: dict[str, Any]
+) -> None:
+    """Results so far are in `found` when it raises."""
+    scale = _scale(args)
+    plan = topology(name, model_dir, scale, args.policy)
+    store = EmbeddedServer()
+    try:
+        environment = {**plan.environment, "REDIS_URL": store.start()}
+        options = (*plan.options, "--log-dir", str(log_dir))
+        with baton_up(*options, environment=environment, timeout_s=_START_TIMEOUT_S) as server:
+            found["start s"] = round(server.start_s, 1)
+            print(f"\n## {name}: ready after {server.start_s:.1f} s", flush=True)
+            found["start"] = list(_start_events(log_dir))
+            _show("start", START_COLUMNS, found["start"])
+            asyncio.run(_measure(name, server, args, found, log_dir))
+    finally:
+        store.stop()
+
+
+async def _measure(
+    name: str, server: Server, args: argparse.Namespace, found: dict[str, Any], log_dir: Path
+) -> None:
+    loads = TINY_LOADS if args.tiny else Loads()
+    target = Target(url=server.url, model=SERVED_NAME, timeout_s=120.0)
+    clients = Clients(server, target, loads, _scale(args).vocab_size)
+    began = time.monotonic()
+    await clients.warm_up()
+    print(f"warmed up in {time.monotonic() - began:.1f} s", flush=True)
+    for part in args.parts:
+        if part not in _PARTS_OF.get(name, COLUMNS):
+            continue
+        rows = found.setdefault(part, [])
+        _show(part, COLUMNS[part], [])
+        async for row in _part(part, clients, args, loads):
+            if part == "handoff":
+                row = {"carrier": _last_carrier(log_dir), **row}
+            rows.append(row)
+            print(table(COLUMNS[part], [row])[-1], flush=True)
+
+
+async def _part(part: str, clients: Clients, args: argparse.Namespace, loads: Loads) -> Any:
+    if part == "rows":
+        for i in args.rows if args.rows is not None else range(len(loads.rows)):
+            yield await clients.row(*loads.rows[i])
+    elif part == "sweep":
+        for rate in args.rates:
+            yield await clients.sweep(rate, args.seconds)
+    elif part == "isolation":
+        for streams in loads.isolation_streams:
+            for row in await clients.isolation(streams):
+                yield row
+    else:
+        yield await clients.handoff()
+
+
+def _show(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    print(f"\n{title}\n" + "\n".join(table(columns, rows)), flush=True)
+
+
+def _start_events(log_dir: Path) -> Iterator[dict[str, Any]]:
+    """What took how long before the workers were ready."""
+    for process, event in _log_events(log_dir):
+        if event.get("event") == "start_phase":
+            yield {"process": process, "event": event["phase"], "seconds": round(event["elapsed_s"], 2)}
+
+
+def _last_carrier(log_dir: Path) -> str | None:
+    committed = [e for _, e in _log_events(log_dir) if e.get("event") == "handoff_committed"]
+    return committed[-1]["carrier"] if committed else None
+
+
+def _log_events(log_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(process, event)"""
+    for path in sorted(log_dir.glob("*.log")):
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                if isinstance(event, dict):
+                    yield path.stem, event
+
+
+def _tails(log_dir: Path) -> Iterator[str]:
+    for path in sorted(log_dir.glob("*.log")):
+        yield f"--- {path.name}\n" + path.read_bytes()[-_TAIL_BYTES:].decode(errors="replace")
+
+
+def _scale(args: argparse.Namespace) -> Scale:
+    scale = TINY if args.tiny else Scale()
+    changes: dict[str, Any] = {"fp8_experts": args.fp8}
+    if args.token_budget:
+        changes["token_budget"] = args.token_budget
+    if args.shared_prefill_budget:
+        changes["shared_prefill_budget"] = args.shared_prefill_budget
+    if args.shared_prefill_share:
+        changes["shared_prefill_share"] = args.shared_prefill_share
+    return replace(scale, **changes)
+
+
+def _facts(args: argparse.Namespace) -> dict[str, str]:
+    """Asked in a process of its own: a CUDA context here would take memory from the workers."""
+    code = "import torch; print(torch.__version__, torch.cuda.device_count());"
+    code += "print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    version, device = run.stdout.strip().splitlines()
+    dtype = "FP8 experts" if args.fp8 else _scale(args).dtype
+    return {"device": device, "torch and number of devices": version, "weights": dtype}
+
+
+def publish(path: Path) -> None:
+    """A page a topology in benchmarks/results/."""
+    document: Mapping[str, Any] = json.loads(path.read_text())
+    facts = document["facts"]
+    device = facts["device"].lower().replace(" ", "-")
+    notes = [*(f"{name}: {value}" for name, value in facts.items())]
+    notes.append("the processor named above wrote this file; the figures are the device's")
+    for name, found in document["topologies"].items():
+        for part, columns in COLUMNS.items():
+            if found.get(part):
+                title = f"Served by {facts['device']}, topology {name}: {part}"
+                print(write_result(f"gpu-serve-{device}-{name}-{part}", title, columns, found[part], notes))
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_serve", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    modes = parser.add_subparsers(dest="mode", required=True)
+    run = modes.add_parser("run")
+    run.add_argument("--topologies", nargs="+", choices=TOPOLOGIES, default=["both"])
+    run.add_argument("--parts", nargs="+", choices=tuple(COLUMNS), default=list(COLUMNS))
+    run.add_argument("--rows", type=int, nargs="+", help="of the table (default: all)")
+    run.add_argument("--rates", type=float, nargs="+", default=[8.0, 16.0, 24.0, 32.0, 48.0])
+    run.add_argument("--seconds", type=float, default=12.0, help="of each rate (default %(default)s)")
+    run.add_argument("--policy", help="of the router (default: the topology's)")
+    run.add_argument("--fp8", action="store_true", help="experts in FP8")
+    run.add_argument("--token-budget", type=int, help="of a step (default: 8192)")
+    run.add_argument("--shared-prefill-budget", type=int, help="the same on a shared GPU (default: 1024)")
+    run.add_argument("--shared-prefill-share", type=float, help="of the time on a shared GPU (default: 0.4)")
+    run.add_argument("--json", type=Path)
+    run.add_argument("--log-dir", type=Path, help="keep the logs of the processes there")
+    run.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU: does it work?")
+    modes.add_parser("publish").add_argument("file", type=Path)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

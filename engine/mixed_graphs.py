@@ -1,0 +1,108 @@
+"""Steps of decodes and prompt chunks together, as CUDA graphs over both of their ladders.
+
+One after the other, decodes and chunks each read all experts' weights: at these sizes that is most of what a
+step takes. Together they are read once. The inputs are those that DecodeGraphs and ChunkGraphs keep; a graph
+reads both, so nothing else is copied.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import torch
+
+from engine.attention.device_plan import DevicePlan
+from engine.chunk_graphs import MAX_CHUNKS, ChunkGraphs
+from engine.decode_graphs import DecodeGraphs, DecodeLaunch
+from engine.forward_batch import ForwardBatch
+from engine.kv_cache import KvCache
+from engine.models.causal_lm import CausalLM
+from engine.sequence import Sequence
+
+# Few: every pair of them is a graph. A padding row of a decode costs as much as a row in the experts.
+DECODE_LADDER = (16, 64, 128, 192, 256)
+CHUNK_LADDER = (128, 256, 512, 1024, 2048)
+
+
+class MixedGraphs:
+    """Runs between the steps of the two others, on the same stream."""
+
+    def __init__(
+        self, model: CausalLM, kv_cache: KvCache, decodes: DecodeGraphs, chunks: ChunkGraphs
+    ) -> None:
+        """Captures all graphs; off CUDA the same step runs without them. The cache does not change."""
+        self._model = model
+        self._kv_cache = kv_cache
+        self._decodes = decodes
+        self._chunks = chunks
+        self._rows = [*(n for n in DECODE_LADDER if n < decodes.max_seqs), decodes.max_seqs]
+        self._sizes = [n for n in CHUNK_LADDER if n <= chunks.max_tokens]
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        if kv_cache.data.device.type == "cuda":
+            self._capture()
+
+    def takes(self, num_chunks: int, num_tokens: int) -> bool:
+        """So many chunks of so many tokens together, beside any decodes. None of them may have a context in
+        the cache: what ChunkGraphs cannot do, this cannot."""
+        return 0 < num_chunks <= MAX_CHUNKS and bool(self._sizes) and num_tokens <= self._sizes[-1]
+
+    @torch.inference_mode()
+    def launch(
+        self, seqs: list[Sequence], batch: ForwardBatch, num_wanted: int
+    ) -> tuple[DecodeLaunch, torch.Tensor]:
+        """Starts a step of these decodes and these chunks. The logits are those of ChunkGraphs.run()."""
+        num_rows = self._rows[bisect_left(self._rows, len(seqs))]
+        size = self._sizes[bisect_left(self._sizes, batch.num_tokens)]
+        placed = self._decodes.place(seqs, num_rows)
+        self._chunks.fill(batch, size, num_wanted)
+        graph = self._graphs.get((num_rows, size))
+        if graph is None:
+            self._step(num_rows, size)
+        else:
+            graph.replay()
+        launch = self._decodes.launched(placed, [seq.num_computed_tokens for seq in placed])
+        return launch, self._chunks.logits(num_wanted)
+
+    def _capture(self) -> None:
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        for num_rows in reversed(self._rows):
+            for size in reversed(self._sizes):
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    self._step(num_rows, size)
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                    self._step(num_rows, size)
+                self._graphs[num_rows, size] = graph
+        torch.cuda.synchronize()
+        self._model.take_expert_load()
+
+    @torch.inference_mode()
+    def _step(self, num_rows: int, size: int) -> None:
+        decodes, chunks = self._decodes.batch(num_rows), self._chunks.batch(size)
+        assert decodes.device_plan is not None and chunks.device_plan is not None
+        positions_T = torch.cat((decodes.positions_T, chunks.positions_T))
+        slots_T = torch.cat((decodes.slot_mapping_T, chunks.slot_mapping_T))
+        batch = ForwardBatch(
+            token_ids_T=torch.cat((decodes.token_ids_T, chunks.token_ids_T)),
+            positions_T=positions_T,
+            slot_mapping_T=slots_T,
+            num_decodes=num_rows,
+            query_start=[],
+            context_len=[],
+            block_tables=[],
+            logits_rows_N=chunks.logits_rows_N,
+            device_plan=DevicePlan(
+                positions_T=positions_T,
+                slot_mapping_T=slots_T,
+                num_decodes=num_rows,
+                block_tables_SB=decodes.device_plan.block_tables_SB,
+                context_len_S=decodes.device_plan.context_len_S,
+                chunks=chunks.device_plan.chunks,
+            ),
+        )
+        hidden_TD = self._model.forward(batch, self._kv_cache)
+        self._decodes.finish(num_rows, hidden_TD[:num_rows])
+        self._chunks.finish(hidden_TD[num_rows:])
