@@ -100,6 +100,12 @@ class Engine:
         return self.kv_cache.layout
 
     @property
+    def host_cache(self) -> KvCache | None:
+        """Where the blocks of the host tier are; None without one."""
+        host = self._tiers.places.host
+        return None if host is None else host.blocks
+
+    @property
     def num_blocks(self) -> int:
         return self.kv_cache.num_blocks
 
