@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
-import socket
 from typing import Any
 
 import pytest
@@ -87,30 +87,14 @@ async def test_it_goes_on_after_a_migration(make_router: RouterFactory, pieces: 
 
 
 @pytest.mark.parametrize("n", [1, 2])
-async def test_a_reader_that_falls_behind_gets_everything_in_order(
-    make_router: RouterFactory, pieces: list[bytes], n: int
+async def test_what_cannot_be_written_at_once_waits_and_keeps_its_place(
+    router: Router, worker: FakeDecodeWorker, pieces: list[bytes], monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
-    """Neither the socket nor the transport takes it all: the rest waits in the link's stream."""
-    router = await make_router()
-    num_tokens = 6000
-    worker = await router.add_worker("decode-0", max_model_len=8000, tokens_per_update=2)
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    sock.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", router.port))
-    reader, writer = await asyncio.open_connection(sock=sock, limit=4096)
-    fields = {"prompt": PROMPT, "stream": True, "return_token_ids": True, "ignore_eos": True, "n": n}
-    body = json.dumps({"model": "test", "max_tokens": num_tokens, **fields})
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: r\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
-    writer.write(f"{head}\r\n{body}".encode())
-    await worker.until(lambda: worker.num_emitted == n * num_tokens)
-    raw = await reader.read(-1)
-    writer.close()
-    lines = [line for line in raw.split(b"\r\n") if line.startswith(b"data: ")]
-    text = b"\n".join(lines).decode()
-    assert text.rstrip().endswith("data: [DONE]")
-    assert _choices_in(text, n) == [expected_ids(num_tokens)] * n
-    assert pieces
+    is_ready = itertools.cycle([True, True, False])
+    monkeypatch.setattr(StreamWriter, "is_ready", property(lambda writer: next(is_ready)))
+    worker.step_s = 0.002
+    assert await choices_of(router, n=n) == [expected_ids(NUM_TOKENS)] * n
+    assert 0 < len(pieces) < n * NUM_TOKENS * 3 // 4
 
 
 async def test_a_bug_in_one_stream_breaks_only_that_one(
