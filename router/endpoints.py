@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from router.api_schema import install_api_schema
 from router.endpoint import ENDPOINTS, Endpoint
 from router.generation_response import GenerationResponse, Serving
+from router.plain_route import PlainRoute
 from router.served_model import ServedModel
 from router.token_endpoints import TOKEN_BODIES, add_token_endpoints
 from router.version import version
@@ -69,7 +70,9 @@ def _add_generation(app: FastAPI, serving: Serving, endpoint: Endpoint) -> None:
     async def generate(request: Request) -> Response:
         return GenerationResponse(serving, request, endpoint)
 
-    app.add_api_route(endpoint.path, generate, methods=["POST"], name=endpoint.name)
+    app.router.add_api_route(
+        endpoint.path, generate, methods=["POST"], name=endpoint.name, route_class_override=PlainRoute
+    )
 
 
 def _model_card(model: ServedModel, created: int) -> dict[str, Any]:

@@ -18,12 +18,14 @@ from router.answer_format import AnswerContext, AnswerFormat
 from router.api_types import ChatRequest, CompletionRequest
 from router.caller import ANYBODY, Caller
 from router.choice import Choice, ChoiceDelta, deltas
+from router.direct_stream import open_direct_streams
 from router.disconnect import DisconnectGuard
 from router.drain import Drain
 from router.endpoint import Endpoint
 from router.fleet import Fleet
 from router.generation import Generation
 from router.http_errors import ClientGone, error_response, error_status
+from router.http_protocol import stream_writer
 from router.metrics import RouterMetrics
 from router.quota_gate import Demand, Grant, QuotaGate
 from router.request_body import parse_body, read_body
@@ -189,17 +191,23 @@ class GenerationResponse(Response):
         """The status waits for the first token: until then an error still gets its own."""
         async with aclosing(cast(Any, deltas(self._choices))) as stream:
             async for choice, delta in stream:
-                chunk = b"" if self._is_started else answer.opening(self._choices)
-                chunk += answer.chunk(choice, delta, self._choices)
+                opening = b"" if self._is_started else answer.opening(self._choices)
+                chunk = opening + answer.chunk(choice, delta, self._choices)
                 if not self._is_started:
-                    await self._start(
-                        send, b"text/event-stream; charset=utf-8", [(b"cache-control", b"no-cache")]
-                    )
-                if chunk:
+                    await self._begin_stream(answer, chunk, send)
+                elif chunk:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         tail = answer.closing(self._choices)
         await self._grant.settle()
         await send({"type": "http.response.body", "body": tail, "more_body": False})
+
+    async def _begin_stream(self, answer: AnswerFormat, chunk: bytes, send: Send) -> None:
+        await self._start(send, b"text/event-stream; charset=utf-8", [(b"cache-control", b"no-cache")])
+        if chunk:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        writer = stream_writer(self._request.scope)
+        if writer is not None:
+            open_direct_streams(self._choices, answer, writer)
 
     async def _send_whole(self, answer: AnswerFormat, send: Send) -> None:
         parts: list[list[ChoiceDelta]] = [[] for _ in self._choices]

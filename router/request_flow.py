@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from kvstore.api_keys import Priority
 from proto import common_pb2, link_pb2
 from router.fleet import Fleet
-from router.link import Link, LinkStream
+from router.link import Link, LinkStream, Taker
 from router.metrics import RouterMetrics
 from router.overload import OverloadGuard, Patience
 from router.route_planner import PromptHashes, Route, RoutePlanner, log_route
@@ -62,7 +62,7 @@ class FlowRequest:
 @dataclass(slots=True)
 class FlowUpdate:
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
+    logprobs: Sequence[common_pb2.TokenLogprobs] = ()
     prompt_logprobs: Sequence[common_pb2.TokenLogprobs] = ()
     finish_reason: str | None = None  # "stop": token_ids ends with the token that stopped it; or "length"
 
@@ -88,6 +88,7 @@ class RequestFlow:
         self._has_prompt_logprobs = request.sampling.HasField("num_prompt_logprobs")
         self._route: Route | None = None
         self._stream: LinkStream | None = None
+        self._taker: Taker | None = None
         self._excluded: set[Link] = set()
         self._allows_prefill = True
         self._num_retries = 0
@@ -112,6 +113,7 @@ class RequestFlow:
             submission.branch_group = branches.group
             branches.route = route
         self._stream = route.link.submit(submission)
+        self._stream.taker = self._taker
         self._route = route
         self._routed_at = time.monotonic()
         route.begin()
@@ -133,13 +135,23 @@ class RequestFlow:
             except ServingError as error:
                 self._prepare_retry(error)
                 continue
-            if update.token_ids:
-                self._stamp_tokens(len(update.token_ids))
             if update.token_ids or update.finish_reason:
                 return update
 
+    def offer_updates(self, taker: Taker) -> None:
+        """From now on `taker` is offered what comes while next_update() waits (router/link.py): tokens in the
+        middle of the sequence, to be read with take_tokens()."""
+        self._taker = taker
+        if self._stream is not None:
+            self._stream.taker = taker
+
+    def take_tokens(self, update: link_pb2.SequenceUpdate) -> FlowUpdate:
+        """Of an update that is not the last one, or of several."""
+        return self._tokens_of((update,))
+
     def close(self, finish_reason: str = "abort") -> None:
         """Idempotent; cancels what has not ended. `finish_reason`: as the client is told."""
+        self._taker = None
         self._detach()
         if self._expiry is not None:
             self._expiry.cancel()
@@ -273,18 +285,7 @@ class RequestFlow:
 
     def _absorb(self, updates: list[link_pb2.SequenceUpdate]) -> FlowUpdate:
         """One update out of all that came. What failed is prepared for another try, or raised."""
-        merged = FlowUpdate()
-        for update in updates:
-            if self.timings is None and update.HasField("timings"):
-                self._note_timings(update.timings)
-            merged.token_ids += update.token_ids[:]  # the slice is a list: three times as fast as the field
-            if self._has_logprobs:
-                merged.logprobs += update.logprobs
-            if self._has_prompt_logprobs:
-                merged.prompt_logprobs = merged.prompt_logprobs or update.prompt_logprobs
-        if merged.token_ids and self._route is not None:
-            self._route.prefill_ended()
-            self.output_ids += merged.token_ids
+        merged = self._tokens_of(updates)
         last = updates[-1]
         if last.HasField("error"):
             self._prepare_retry(_error_from_pb(last.error))
@@ -293,6 +294,26 @@ class RequestFlow:
         elif last.finish_reason:
             merged.finish_reason = _FINISH_REASONS[last.finish_reason]
         return merged
+
+    def _tokens_of(self, updates: Sequence[link_pb2.SequenceUpdate]) -> FlowUpdate:
+        """Kept and counted."""
+        token_ids = updates[0].token_ids[:]  # a list: three times as fast as the field
+        for update in updates[1:]:
+            token_ids += update.token_ids[:]
+        tokens = FlowUpdate(token_ids)
+        if self.timings is None:
+            timings = next((update.timings for update in updates if update.HasField("timings")), None)
+            if timings is not None:
+                self._note_timings(timings)
+        if self._has_logprobs:
+            tokens.logprobs = [token for update in updates for token in update.logprobs]
+        if self._has_prompt_logprobs:
+            tokens.prompt_logprobs = next((u.prompt_logprobs for u in updates if u.prompt_logprobs), ())
+        if token_ids and self._route is not None:
+            self._route.prefill_ended()
+            self.output_ids += token_ids
+            self._stamp_tokens(len(token_ids))
+        return tokens
 
     def _note_timings(self, timings: link_pb2.RequestTimings) -> None:
         self.timings = timings
