@@ -40,10 +40,11 @@ class FlowLimits:
 
 @dataclass(slots=True)
 class Branches:
-    """Several answers to one prompt: they go to one worker, which computes the prompt once."""
+    """Several answers to one prompt: they go to one worker, which computes the prompt once, and when that is
+    lost to another one together."""
 
     group: int = field(default_factory=lambda: secrets.randbits(63) | 1)
-    route: Route | None = None  # of the first one
+    route: Route | None = None  # of the one that was submitted last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +104,8 @@ class RequestFlow:
 
     async def submit(self) -> None:
         """Choose workers and send the sequence to them. Overloaded when no decode worker shows up in time."""
-        branches = self._request.branches if self.first_route is None else None
-        route = self._branch_route(branches) or await self._wait_for_route()
+        branches = self._request.branches
+        route = await self._wait_for_route()
         if self.first_route is None and self._request.may_be_refused:
             route = self._limits.overload.admitted(route, self._patience(), self._replan)
         submission = self._submission(route)
@@ -213,11 +214,14 @@ class RequestFlow:
             num_prompt_tokens=self.num_prompt_tokens,
         )
 
-    def _branch_route(self, branches: Branches | None) -> Route | None:
-        """Where the first branch went, if that is still there; None for the first."""
-        if branches is None or branches.route is None or not branches.route.link.is_up:
+    def _branch_route(self) -> Route | None:
+        """Where another branch went, if that is still there and this one was not turned away there."""
+        route = self._request.branches.route if self._request.branches else None
+        if route is None or not route.link.is_up or route.link in self._excluded:
             return None
-        return branches.route.for_branch()
+        if route.prefill is not None and not self._allows_prefill:
+            return None
+        return route.for_branch()
 
     async def _wait_for_route(self) -> Route:
         give_up_at = time.monotonic() + self._limits.worker_timeout_s
@@ -227,7 +231,7 @@ class RequestFlow:
         if self.output_ids:
             prompt = PromptHashes([*prompt.token_ids, *self.output_ids], prompt.cache_salt, prompt.tenant)
         while True:
-            route = self._plan(prompt)
+            route = self._branch_route() or self._plan(prompt)
             if route is not None:
                 return route
             if not await self._fleet.wait_for_change(give_up_at - time.monotonic()):
