@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--priority",
         choices=get_args(Priority),
         default="normal",
-        help="who is refused last when the workers are too busy (default %(default)s)",
+        help="who is served first, and refused last when the workers are too busy (default %(default)s)",
     )
     create.add_argument("--expires", metavar="30d", help="lifetime: 90m, 12h, 30d (default: until revoked)")
     actions.add_parser("list", help="show all keys, without their secrets", allow_abbrev=False)

@@ -73,7 +73,7 @@ class GenerationFields(_ApiModel, StructureFields):
     cache_salt: Annotated[str, StringConstraints(max_length=256)] | None = None
     return_token_ids: bool | None = None
     request_id: Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
-    priority: int | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None  # the smaller, the earlier
     user: str | None = None  # no effect
     # Known, and refused when they ask for something: ignoring them would give a wrong answer.
     suffix: str | None = None

@@ -13,6 +13,8 @@ from router.refusals import NotAuthenticated
 from servicekit.errors import Overloaded
 
 _KEY_CHECK_RETRY_S = 2.0
+# The smallest number that each may ask for, and has when it asks for none.
+_BEST_PRIORITY: dict[Priority, int] = {"high": -100, "normal": 0, "low": 100}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,9 +25,10 @@ class Caller:
     def tenant(self) -> str:
         return self.key.tenant if self.key else ""
 
-    @property
-    def priority(self) -> Priority:
-        return self.key.priority if self.key else "normal"
+    def priority(self, asked: int | None) -> int:
+        """Of a request that asks for `asked`: the smaller, the earlier. Asking gets nobody before others."""
+        best = _BEST_PRIORITY[self.key.priority if self.key else "normal"]
+        return best if asked is None else max(asked, best)
 
 
 ANYBODY = Caller()

@@ -161,6 +161,7 @@ class GenerationResponse(Response):
             PromptHashes(prompt.token_ids, generation.cache_salt, self._caller.tenant)
             for prompt in generation.prompts
         ]
+        priority = self._caller.priority(generation.priority)
         branches = [Branches() if generation.num_choices > 1 else None for _ in generation.prompts]
         markers = generation.output.markers if generation.output else ()
         choices = []
@@ -172,7 +173,7 @@ class GenerationResponse(Response):
                 sampling=sampling,
                 accepted_at=self._accepted_at,
                 deadline=deadline,
-                priority=self._caller.priority,
+                priority=priority,
                 may_be_refused=index == 0,
                 branches=branches[prompt_index],
                 span=self._span,

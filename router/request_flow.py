@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from kvstore.api_keys import Priority
 from proto import common_pb2, link_pb2
 from router.fleet import Fleet
 from router.link import Link, LinkStream
@@ -54,7 +53,7 @@ class FlowRequest:
     sampling: common_pb2.SamplingParams
     accepted_at: float  # time.monotonic(), as the deadline
     deadline: float | None = None
-    priority: Priority = "normal"
+    priority: int = 0  # the smaller, the earlier
     may_be_refused: bool = True  # when all workers are too busy: not one of several sequences after the first
     branches: Branches | None = None  # this is one of them
     span: Span = NO_SPAN  # of the whole request; the workers' spans are its children
@@ -252,6 +251,7 @@ class RequestFlow:
             sampling=request.sampling,
             cache_salt=request.prompt.cache_salt,
             tenant=request.prompt.tenant,
+            priority=request.priority,
             time_left_s=self._time_left_s(),
             traceparent=request.span.traceparent,
         )

@@ -10,7 +10,14 @@ import pytest
 from proto import common_pb2
 from proto.link_pb2 import LinkRequest, Submit
 from tests.fakes.fake_model import EOS_TOKEN_ID, build_fake_engine, expected_tokens
-from tests.fakes.fake_workers import decode_worker, greedy_spec, prefill_worker, router_link
+from tests.fakes.fake_workers import (
+    GatedModel,
+    Reply,
+    decode_worker,
+    greedy_spec,
+    prefill_worker,
+    router_link,
+)
 
 PROMPT = [(7 * i + 3) % 200 + 1 for i in range(45)]
 
@@ -253,3 +260,30 @@ async def test_load_is_right_although_no_step_follows_a_cancel() -> None:
 
         load = decode.load.load()
         assert (load.num_running, load.num_waiting, load.num_free_blocks) == (0, 0, 64)
+
+
+@pytest.mark.parametrize("is_handed_off", [False, True])
+async def test_requests_that_wait_are_served_by_priority_and_then_by_arrival(is_handed_off: bool) -> None:
+    """By the worker that computes the prompt: it takes one at a time."""
+    prefill_model, decode_model = GatedModel(), GatedModel()
+    held = prefill_model if is_handed_off else decode_model
+    async with (
+        prefill_worker(build_fake_engine(model=prefill_model, max_running=1)) as prefill,
+        decode_worker(build_fake_engine(model=decode_model, max_running=1)) as decode,
+        router_link(decode) as router,
+    ):
+        held.hold()
+        replies: dict[str, Reply] = {}
+        for name, priority in (("running", 9), ("later", 5), ("plain", 0), ("first", -1), ("plain too", 0)):
+            spec = greedy_spec([*PROMPT, len(name)], 1, priority=priority)
+            _, replies[name] = await router.submit(spec, prefill if is_handed_off else "")
+            if name == "running":
+                await held.until_held()
+        worker = prefill if is_handed_off else decode
+        while len(worker.engine._sinks) < len(replies):  # each has just been given to the engine thread
+            await router.write(LinkRequest())
+        held.open()
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(reply.ended.wait() for reply in replies.values()))
+        keys = [update.key for response in router.responses for update in response.updates]
+    assert [list(replies)[key - 1] for key in keys] == ["running", "first", "plain", "plain too", "later"]

@@ -105,6 +105,36 @@ async def test_both_ways_to_send_a_key_work(locked: Locked) -> None:
     assert (await locked.ask({"x-api-key": headers["authorization"].split()[1]})).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("priority", "asked", "told"),
+    [
+        ("normal", None, 0),
+        ("normal", -5, 0),
+        ("normal", 7, 7),
+        ("high", None, -100),
+        ("high", -(2**31), -100),
+        ("high", -5, -5),
+        ("low", None, 100),
+        ("low", 0, 100),
+        ("low", 101, 101),
+    ],
+)
+async def test_nobody_gets_before_others_than_his_key_allows(
+    locked: Locked, priority: str, asked: int | None, told: int
+) -> None:
+    headers = await locked.key(priority=priority)
+    assert (await locked.ask(headers, priority=asked)).status_code == 200
+    assert locked.router.workers["decode-0"].submits[0].sequence.priority == told
+
+
+async def test_without_keys_nobody_gets_before_those_who_ask_for_nothing(router: Router) -> None:
+    worker = router.workers["decode-0"]
+    for asked in (-3, 0, 3, None):
+        assert (await router.chat(priority=asked)).status_code == 200
+    assert [submit.sequence.priority for submit in worker.submits] == [0, 0, 3, 0]
+    assert (await router.chat(priority=2**31)).status_code == 400
+
+
 @pytest.mark.parametrize("path", [*(endpoint.path for endpoint in ENDPOINTS), *TOKEN_BODIES])
 async def test_every_endpoint_refuses_strangers_in_its_own_words(locked: Locked, path: str) -> None:
     response = await locked.router.client.post(path, json={}, headers={"x-api-key": "guess"})
