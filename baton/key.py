@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="normal",
         help="who is served first, and refused last when the workers are too busy (default %(default)s)",
     )
+    create.add_argument(
+        "--models", metavar="NAME,NAME", default="", help="the models that it may use (default: all)"
+    )
     create.add_argument("--expires", metavar="30d", help="lifetime: 90m, 12h, 30d (default: until revoked)")
     actions.add_parser("list", help="show all keys, without their secrets", allow_abbrev=False)
     revoke = actions.add_parser("revoke", help="end a key, within a second or two", allow_abbrev=False)
@@ -87,6 +90,7 @@ async def _create(keys: RedisApiKeys, args: argparse.Namespace) -> None:
         requests_per_minute=args.requests_per_minute,
         tokens_per_minute=args.tokens_per_minute,
         priority=args.priority,
+        models=tuple(filter(None, map(str.strip, args.models.split(",")))),
         created_at=now,
         expires_at=now + _duration_s(args.expires) if args.expires else None,
     )
@@ -97,7 +101,16 @@ async def _create(keys: RedisApiKeys, args: argparse.Namespace) -> None:
 
 async def _list(keys: RedisApiKeys) -> None:
     table = Table(box=None)
-    for heading in ("name", "tenant", "requests/min", "tokens/min", "priority", "created", "expires"):
+    for heading in (
+        "name",
+        "tenant",
+        "requests/min",
+        "tokens/min",
+        "priority",
+        "models",
+        "created",
+        "expires",
+    ):
         table.add_column(heading)
     listed = await keys.list()
     for key in listed:
@@ -107,6 +120,7 @@ async def _list(keys: RedisApiKeys) -> None:
             _limit(key.requests_per_minute),
             _limit(key.tokens_per_minute),
             key.priority,
+            ", ".join(key.models) or "all",
             _day(key.created_at),
             _expiry(key.expires_at),
         )

@@ -1,4 +1,8 @@
-"""Metrics and the live page: on a port of their own, or beside the public endpoints."""
+"""Metrics and the live page: on a port of their own, or beside the public endpoints.
+
+The page may call its own origin only. So where it has a port of its own, that port serves the one endpoint
+that its playground needs: with API keys to whoever has one, without to whoever may see the page.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry
 from starlette.responses import Response
 
-from router.endpoints import add_health
+from router.endpoint import CHAT
+from router.endpoints import add_generation, add_health
 from router.generation_response import Serving
 from router.http_errors import install_error_handlers
 from router.ui.access import UiAccess
@@ -17,25 +22,31 @@ from router.version import version
 from servicekit.metrics import render_metrics
 
 
-def build_admin_app(serving: Serving) -> FastAPI:
+def build_admin_app(serving: Serving, access: UiAccess) -> FastAPI:
     """For the admin port; add_admin() adds what it is for."""
     admin = FastAPI(title="Baton admin", version=version(), openapi_url=None)
     install_error_handlers(admin)
     add_health(admin, serving)
+    asks_for_keys = serving.settings.require_api_key  # the gate does
+    add_generation(admin, serving, CHAT, check=None if asks_for_keys else access.check_data)
     return admin
 
 
 def add_admin(
-    app: FastAPI, serving: Serving, metrics_registry: CollectorRegistry, *, is_public: bool
+    app: FastAPI,
+    serving: Serving,
+    access: UiAccess,
+    metrics_registry: CollectorRegistry,
+    *,
+    is_public: bool,
 ) -> Publisher:
     """`is_public`: strangers reach `app`. Returns what feeds the live page."""
-    access = UiAccess(serving.settings.admin_key)
     guards_metrics = is_public and serving.settings.require_api_key
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         if guards_metrics:
-            access.check_data(request)
+            await access.check_data(request)
         page, content_type = render_metrics(metrics_registry)
         return Response(page, headers={"content-type": content_type})
 

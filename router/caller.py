@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from starlette.requests import Request
+
 from kvstore.api_key_mirror import ApiKeyMirror
 from kvstore.api_keys import ApiKey, Priority
 from kvstore.store import StoreUnavailable
@@ -30,8 +32,17 @@ class Caller:
         best = _BEST_PRIORITY[self.key.priority if self.key else "normal"]
         return best if asked is None else max(asked, best)
 
+    def may_use(self, model: str) -> bool:
+        return self.key is None or not self.key.models or model in self.key.models
+
 
 ANYBODY = Caller()
+
+
+def caller_of(request: Request) -> Caller:
+    """As the gate found out."""
+    caller: Caller = getattr(request.state, "caller", ANYBODY)
+    return caller
 
 
 async def authenticate(keys: ApiKeyMirror, headers: Iterable[tuple[bytes, bytes]]) -> Caller:

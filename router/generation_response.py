@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from router.answer_format import AnswerContext, AnswerFormat
 from router.api_types import ChatRequest, CompletionRequest
-from router.caller import ANYBODY, Caller
+from router.caller import caller_of
 from router.choice import Choice, ChoiceDelta, deltas
 from router.disconnect import DisconnectGuard
 from router.drain import Drain
@@ -79,7 +79,7 @@ class GenerationResponse(Response):
         self._endpoint = endpoint
         self._accepted_at = time.monotonic()
         self._is_started = False
-        self._caller: Caller = getattr(request.state, "caller", ANYBODY)
+        self._caller = caller_of(request)
         self._grant = Grant({})
         self._format: AnswerFormat | None = None
         self._choices: list[Choice] = []
@@ -142,7 +142,7 @@ class GenerationResponse(Response):
         return sum(prompts.values()) + sum(choice.num_tokens for choice in self._choices)
 
     async def _read(self, request: ChatRequest | CompletionRequest) -> tuple[ServedModel, Generation]:
-        model = self._serving.models.named(request.model)
+        model = self._serving.models.named(request.model, self._caller)
         self._span.set({"gen_ai.request.model": model.name})
         if request.request_id is not None and not self._has_id:
             self._request_id = request.request_id

@@ -11,13 +11,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from proto.link_pb2 import RequestTimings
 from router.activity import Activity
 from router.policy import Decision
-from router.refusals import NotAuthenticated, QuotaExceeded
+from router.refusals import NotAllowed, NotAuthenticated, QuotaExceeded
 from servicekit.errors import Overloaded, ServingError
 from servicekit.metrics import SECONDS_BUCKETS, TOKENS_BUCKETS, TokenHistogram
 
 _PREFIX = "baton_router"
 _REFUSALS: dict[type[ServingError], str] = {
     NotAuthenticated: "no_key",
+    NotAllowed: "not_allowed",
     QuotaExceeded: "quota",
     Overloaded: "capacity",
 }
@@ -52,7 +53,7 @@ class RouterMetrics:
         for reason in ("stop", "length", "abort"):
             self._finished.labels(reason)  # 0 is a number, no series is none
         self._refused = counter(
-            "refused_total", "Turned away before any work: no key, quota, capacity", ("reason",)
+            "refused_total", "Turned away before any work: no key, not allowed, quota, capacity", ("reason",)
         )
         for reason in _REFUSALS.values():
             self._refused.labels(reason)

@@ -87,7 +87,7 @@ def add_ui(app: FastAPI, access: UiAccess, publisher: Publisher) -> None:
 
     @app.get("/ui/events", include_in_schema=False)
     async def follow_events(request: Request) -> Response:
-        access.check_data(request)
+        await access.check_data(request)
         if publisher.num_viewers >= MAX_VIEWERS:
             raise HTTPException(503, f"{MAX_VIEWERS} viewers already look", {"retry-after": "10"})
         return EventsResponse(publisher)

@@ -109,6 +109,7 @@ def _whole_answer(stack: Stack, prompt: list[int], *, kill_after: int | None, **
             name = _name_of_busy(stack, "decode")
             assert name is not None
             stack.kill(name)
+    assert kill_after is None or num_parts > kill_after, "it ended before the kill"
     return texts
 
 
