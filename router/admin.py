@@ -14,6 +14,7 @@ from router.endpoint import CHAT
 from router.endpoints import add_generation, add_health
 from router.generation_response import Serving
 from router.http_errors import install_error_handlers
+from router.served_model import ServedModel
 from router.ui.access import UiAccess
 from router.ui.endpoints import add_ui
 from router.ui.publisher import Publisher
@@ -39,8 +40,8 @@ def add_admin(
     metrics_registry: CollectorRegistry,
     *,
     is_public: bool,
-) -> Publisher:
-    """`is_public`: strangers reach `app`. Returns what feeds the live page."""
+) -> dict[str, Publisher]:
+    """`is_public`: strangers reach `app`. Returns what feeds the live page, by model."""
     guards_metrics = is_public and serving.settings.require_api_key
 
     @app.get("/metrics")
@@ -50,9 +51,14 @@ def add_admin(
         page, content_type = render_metrics(metrics_registry)
         return Response(page, headers={"content-type": content_type})
 
+    publishers = {model.name: _publisher(serving, model) for model in serving.models}
+    add_ui(app, access, publishers)
+    return publishers
+
+
+def _publisher(serving: Serving, model: ServedModel) -> Publisher:
     drain = serving.drain
-    about = {"model": serving.settings.model_name, "version": version()}
-    snapshots = Snapshots(serving.fleet, drain, serving.metrics, about)
-    publisher = Publisher(snapshots, lambda: drain.is_draining and not drain.num_open)
-    add_ui(app, access, publisher)
-    return publisher
+    names = [each.name for each in serving.models]
+    about = {"model": model.name, "models": names, "version": version()}
+    snapshots = Snapshots(model.fleet, drain, serving.metrics.of(model.name), about)
+    return Publisher(snapshots, lambda: drain.is_draining and not drain.num_open)

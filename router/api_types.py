@@ -13,7 +13,7 @@ from router.structure_types import StructureFields
 from router.tool_types import ToolChoice, Tools
 
 MAX_LOGPROBS = 20
-MAX_CHOICES = 8
+MAX_CHOICES = 128  # OpenAI's; of all prompts together RouterSettings.max_sequences
 MAX_STOPS = 16
 MAX_BAD_WORDS = 128
 MAX_ALLOWED_IDS = 4096

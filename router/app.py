@@ -57,7 +57,7 @@ def build(
         assert store is not None
         models, mirrors = _models_in(settings, store)
     metrics_registry = build_metrics_registry()
-    add_vllm_metrics(metrics_registry, settings.model_name)
+    add_vllm_metrics(metrics_registry)
     keys = None
     quotas = None
     if settings.require_api_key:
@@ -68,7 +68,7 @@ def build(
         settings=settings,
         models=ServedModels(models),
         quotas=QuotaGate(quotas),
-        metrics=RouterMetrics(metrics_registry),
+        metrics=RouterMetrics(metrics_registry, models),
         drain=Drain(),
         tracer=build_tracer(settings.otlp_endpoint, "router"),
     )
@@ -81,7 +81,7 @@ def build(
     access = UiAccess(settings.admin_key, keys)
     admin = app if settings.admin_port is None else build_admin_app(serving, access)
     app.state.admin_app = admin
-    app.state.ui_publisher = add_admin(admin, serving, access, metrics_registry, is_public=admin is app)
+    app.state.ui_publishers = add_admin(admin, serving, access, metrics_registry, is_public=admin is app)
     _guard({app, admin}, serving, keys)
     _allow_origins(app, settings.cors_origins)
     return app

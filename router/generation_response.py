@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from fastapi import Request
+from prometheus_client import Gauge
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -83,6 +84,7 @@ class GenerationResponse(Response):
         self._grant = Grant({})
         self._format: AnswerFormat | None = None
         self._choices: list[Choice] = []
+        self._in_flight: Gauge | None = None  # they count in it
         given = request.headers.get("x-request-id", "")
         self._has_id = _REQUEST_ID.fullmatch(given) is not None
         self._request_id = given if self._has_id else uuid.uuid4().hex
@@ -162,6 +164,7 @@ class GenerationResponse(Response):
             for prompt in generation.prompts
         ]
         priority = self._caller.priority(generation.priority)
+        metrics = serving.metrics.of(model.name)
         branches = [Branches() if generation.num_choices > 1 else None for _ in generation.prompts]
         markers = generation.output.markers if generation.output else ()
         choices = []
@@ -178,12 +181,13 @@ class GenerationResponse(Response):
                 branches=branches[prompt_index],
                 span=self._span,
             )
-            flow = RequestFlow(flow_request, model.fleet, model.planner, serving.metrics, limits)
+            flow = RequestFlow(flow_request, model.fleet, model.planner, metrics, limits)
             detokenizer = model.tokenizer.detokenizer(
                 skips_special_tokens=generation.skips_special_tokens, shown_tokens=markers
             )
             choices.append(Choice(index, prompt_index, flow, detokenizer, generation))
-        serving.metrics.in_flight.inc(len(choices))
+        self._in_flight = metrics.in_flight
+        self._in_flight.inc(len(choices))
         return choices
 
     async def _stream(self, answer: AnswerFormat, send: Send) -> None:
@@ -239,7 +243,8 @@ class GenerationResponse(Response):
         metrics = self._serving.metrics
         for choice in self._choices:
             choice.flow.close()
-        metrics.in_flight.dec(len(self._choices))
+        if self._in_flight is not None:
+            self._in_flight.dec(len(self._choices))
         end_request(self._span, self._choices, outcome)
         endpoint = self._endpoint.name
         metrics.request_ended(endpoint, outcome)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from proto import common_pb2, link_pb2
 from router.fleet import Fleet
 from router.link import Link, LinkStream
-from router.metrics import RouterMetrics
+from router.model_metrics import ModelMetrics
 from router.overload import OverloadGuard, Patience
 from router.route_planner import PromptHashes, Route, RoutePlanner, log_route
 from servicekit.errors import HandoffFailed, InvalidRequest, Overloaded, ServingError, WorkerLost
@@ -73,7 +73,7 @@ class RequestFlow:
         request: FlowRequest,
         fleet: Fleet,
         planner: RoutePlanner,
-        metrics: RouterMetrics,
+        metrics: ModelMetrics,
         limits: FlowLimits,
     ) -> None:
         self._request = request

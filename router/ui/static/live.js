@@ -7,11 +7,12 @@ const KEY = "baton.adminKey";
 const REFUSALS = { 401: "That key was not right.", 403: "That key may not look here." };
 const MAX_WAIT_MS = 8000;
 
-export async function follow({ onOpening, onState, onConnection }) {
+// `model`: null for the first one that the router serves.
+export async function follow(model, { onOpening, onState, onConnection }) {
   let waitMs = 500;
   for (;;) {
     try {
-      const response = await fetch("ui/events", { headers: keyHeaders(), cache: "no-store" });
+      const response = await fetch(`ui/events${model ? `?${new URLSearchParams({ model })}` : ""}`, { headers: keyHeaders(), cache: "no-store" });
       if (response.status in REFUSALS) {
         onConnection("locked");
         await askForKey(adminKey() ? REFUSALS[response.status] : "");
