@@ -20,6 +20,7 @@ from kvstore.store import Store, StoreUnavailable
 
 _NAME = re.compile(r"[\w.@-]{1,64}")
 _DURATION = re.compile(r"(\d+)([smhd])")
+_PIPE_WIDTH = 240  # a line for each key
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -111,7 +112,7 @@ async def _list(keys: RedisApiKeys) -> None:
         "created",
         "expires",
     ):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")  # a name that is cut is of no use
     listed = await keys.list()
     for key in listed:
         table.add_row(
@@ -125,7 +126,7 @@ async def _list(keys: RedisApiKeys) -> None:
             _expiry(key.expires_at),
         )
     if listed:
-        Console().print(table)
+        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
     else:
         print("no keys")
 
