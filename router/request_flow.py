@@ -15,11 +15,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from kvstore.api_keys import Priority
 from proto import common_pb2, link_pb2
 from router.fleet import Fleet
 from router.link import Link, LinkStream, Taker
-from router.metrics import RouterMetrics
+from router.model_metrics import ModelMetrics
 from router.overload import OverloadGuard, Patience
 from router.route_planner import PromptHashes, Route, RoutePlanner, log_route
 from servicekit.errors import HandoffFailed, InvalidRequest, Overloaded, ServingError, WorkerLost
@@ -40,10 +39,11 @@ class FlowLimits:
 
 @dataclass(slots=True)
 class Branches:
-    """Several answers to one prompt: they go to one worker, which computes the prompt once."""
+    """Several answers to one prompt: they go to one worker, which computes the prompt once, and when that is
+    lost to another one together."""
 
     group: int = field(default_factory=lambda: secrets.randbits(63) | 1)
-    route: Route | None = None  # of the first one
+    route: Route | None = None  # of the one that was submitted last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class FlowRequest:
     sampling: common_pb2.SamplingParams
     accepted_at: float  # time.monotonic(), as the deadline
     deadline: float | None = None
-    priority: Priority = "normal"
+    priority: int = 0  # the smaller, the earlier
     may_be_refused: bool = True  # when all workers are too busy: not one of several sequences after the first
     branches: Branches | None = None  # this is one of them
     span: Span = NO_SPAN  # of the whole request; the workers' spans are its children
@@ -73,7 +73,7 @@ class RequestFlow:
         request: FlowRequest,
         fleet: Fleet,
         planner: RoutePlanner,
-        metrics: RouterMetrics,
+        metrics: ModelMetrics,
         limits: FlowLimits,
     ) -> None:
         self._request = request
@@ -104,8 +104,8 @@ class RequestFlow:
 
     async def submit(self) -> None:
         """Choose workers and send the sequence to them. Overloaded when no decode worker shows up in time."""
-        branches = self._request.branches if self.first_route is None else None
-        route = self._branch_route(branches) or await self._wait_for_route()
+        branches = self._request.branches
+        route = await self._wait_for_route()
         if self.first_route is None and self._request.may_be_refused:
             route = self._limits.overload.admitted(route, self._patience(), self._replan)
         submission = self._submission(route)
@@ -225,11 +225,14 @@ class RequestFlow:
             num_prompt_tokens=self.num_prompt_tokens,
         )
 
-    def _branch_route(self, branches: Branches | None) -> Route | None:
-        """Where the first branch went, if that is still there; None for the first."""
-        if branches is None or branches.route is None or not branches.route.link.is_up:
+    def _branch_route(self) -> Route | None:
+        """Where another branch went, if that is still there and this one was not turned away there."""
+        route = self._request.branches.route if self._request.branches else None
+        if route is None or not route.link.is_up or route.link in self._excluded:
             return None
-        return branches.route.for_branch()
+        if route.prefill is not None and not self._allows_prefill:
+            return None
+        return route.for_branch()
 
     async def _wait_for_route(self) -> Route:
         give_up_at = time.monotonic() + self._limits.worker_timeout_s
@@ -239,7 +242,7 @@ class RequestFlow:
         if self.output_ids:
             prompt = PromptHashes([*prompt.token_ids, *self.output_ids], prompt.cache_salt, prompt.tenant)
         while True:
-            route = self._plan(prompt)
+            route = self._branch_route() or self._plan(prompt)
             if route is not None:
                 return route
             if not await self._fleet.wait_for_change(give_up_at - time.monotonic()):
@@ -260,6 +263,7 @@ class RequestFlow:
             sampling=request.sampling,
             cache_salt=request.prompt.cache_salt,
             tenant=request.prompt.tenant,
+            priority=request.priority,
             time_left_s=self._time_left_s(),
             traceparent=request.span.traceparent,
         )
