@@ -51,7 +51,7 @@ def greedy(
 ) -> tuple[list[list[int]], int]:
     """The answers, all in one running batch, and the number of steps."""
     config = EngineConfig(
-        model_dir=shipped, dtype="float32", num_blocks=64, num_speculative_tokens=num_speculative_tokens
+        model_dir=shipped, dtype="float32", num_blocks=64, num_speculative_tokens=num_drafts
     )
     engine = build_engine(config)
     for i, prompt in enumerate(prompts):
@@ -137,7 +137,7 @@ def test_its_tensors_have_deepseek_v3_s_names_the_mtp_layer_s_too(shipped: Path)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in shipped.glob("*.safetensors"):
         with safe_open(file, framework="pt") as stored:
-            shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+            shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
     index = json.loads((shipped / "model.safetensors.index.json").read_text())
     assert shapes.keys() == index["weight_map"].keys()
     expected = hub_tensors(load_model_config(shipped))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 from tools.demo_model import slot_attention as module
 from tools.demo_model.slot_attention import launch, slot_attention
@@ -34,7 +34,9 @@ def test_the_kernel_is_attention_over_each_slot_s_own_places(positions: list[int
     ours = launch(q, cache, position)
     for slot, last in enumerate(positions):
         keys, values = cache[:, slot, :, : last + 1]
-        expected = F.scaled_dot_product_attention(q[slot][:, None], keys, values, enable_gqa=True)[:, 0]
+        expected = functional.scaled_dot_product_attention(q[slot][:, None], keys, values, enable_gqa=True)[
+            :, 0
+        ]
         torch.testing.assert_close(ours[slot], expected, atol=2e-3 if DEVICE == "cuda" else 1e-5, rtol=1e-3)
 
 

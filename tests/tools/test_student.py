@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from transformers import DeepseekV3ForCausalLM
 
 from engine.build import build_engine
@@ -19,7 +19,7 @@ from tools.demo_model.student import Experts, Student, StudentConfig, rope_angle
 
 @pytest.fixture(scope="module")
 def student(small: StudentConfig) -> Student:
-    """Random weights that bfloat16 holds, with logits far apart and a bias that changes the choice of experts."""
+    """Random weights that bfloat16 holds, logits far apart, a bias that changes the choice of experts."""
     student = Student(small, seed=3).eval()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def tokens(small: StudentConfig) -> torch.Tensor:
 def test_logits_are_those_of_transformers(student: Student, exported: Path, tokens: torch.Tensor) -> None:
     reference = DeepseekV3ForCausalLM.from_pretrained(exported, dtype=torch.float32)
     with torch.inference_mode():
-        ours = F.linear(student.hidden(tokens), student.embed_tokens.weight)
+        ours = functional.linear(student.hidden(tokens), student.embed_tokens.weight)
         theirs = reference(tokens).logits
     assert float(theirs.std()) > 1
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -69,7 +69,7 @@ def test_drafts_of_the_mtp_layer_are_those_of_the_engine(student: Student, expor
         hidden = student.hidden(tokens)
         angles = rope_angles(tokens.shape[1] - 1, student.config, tokens.device)
         drafted = student.mtp.draft(student.embed_tokens(tokens[:, 1:]), hidden[:, :-1], angles)
-        ours = F.linear(drafted, student.embed_tokens.weight).argmax(-1)[0].tolist()
+        ours = functional.linear(drafted, student.embed_tokens.weight).argmax(-1)[0].tolist()
     assert len(drafts) >= 8
     assert drafts == {place: ours[place - 2] for place in drafts}
 
@@ -97,7 +97,7 @@ def _sparse(experts: Experts, x_D: torch.Tensor) -> torch.Tensor:
     weights = scores[chosen] / scores[chosen].sum() * experts.scaling
     out = experts.shared_experts(x_D)
     for weight, i in zip(weights, chosen.tolist(), strict=True):
-        inner = F.silu(experts.gate_proj_EFD[i] @ x_D) * (experts.up_proj_EFD[i] @ x_D)
+        inner = functional.silu(experts.gate_proj_EFD[i] @ x_D) * (experts.up_proj_EFD[i] @ x_D)
         out = out + weight * (experts.down_proj_EDF[i] @ inner)
     return out
 
@@ -133,6 +133,6 @@ def test_only_targets_count_in_the_loss(student: Student, tokens: torch.Tensor) 
     is_target[:, 30:] = True
     with torch.inference_mode():
         loss, _ = student.losses(tokens, is_target)
-        logits = F.linear(student.hidden(tokens), student.embed_tokens.weight)[:, 29:-1]
-    expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 30:].flatten())
+        logits = functional.linear(student.hidden(tokens), student.embed_tokens.weight)[:, 29:-1]
+    expected = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 30:].flatten())
     torch.testing.assert_close(loss, expected)
