@@ -46,9 +46,7 @@ def prompts(hub_tokenizer: Any) -> list[list[int]]:
     ]
 
 
-def greedy(
-    shipped: Path, prompts: list[list[int]], num_speculative_tokens: int
-) -> tuple[list[list[int]], int]:
+def greedy(shipped: Path, prompts: list[list[int]], num_drafts: int) -> tuple[list[list[int]], int]:
     """The answers, all in one running batch, and the number of steps."""
     config = EngineConfig(
         model_dir=shipped, dtype="float32", num_blocks=64, num_speculative_tokens=num_drafts
