@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -135,6 +136,15 @@ class Runner:
         result.expert_load = self._take_expert_load()
         result.grammar = self._sampler.take_grammar_times()
         return result
+
+    def join_group(self, recount: Callable[[int], None]) -> None:
+        """recount(rows) before each pass that agree() knows nothing of, in every step and on every rank."""
+        if self._drafter is not None:
+            self._drafter.recount = recount
+
+    def num_rows(self, batch: ScheduledBatch) -> int:
+        """Of the main model's pass."""
+        return sum(part.num_rows for part in main_rows(batch, speculates=self._drafter is not None))
 
     def unpack_draft(self, handed: HandedDraft, num_tokens: int) -> DraftState:
         """Of a sequence of num_tokens that comes from another engine. ValueError when it does not fit."""
