@@ -42,7 +42,8 @@ class StreamWriter:
 
 def stream_writer(scope: Scope) -> StreamWriter | None:
     """Of this request's connection; None under other servers than router/server.py."""
-    writer: StreamWriter | None = scope.get("extensions", {}).get(_STREAM_WRITER)
+    extension = scope.get("extensions", {}).get(_STREAM_WRITER)
+    writer: StreamWriter | None = extension["writer"] if extension else None
     return writer
 
 
@@ -65,7 +66,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stop_headers_timer()
-        self.scope["extensions"] = {_STREAM_WRITER: self._stream_writer}
+        self.scope["extensions"] = {_STREAM_WRITER: {"writer": self._stream_writer}}
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
