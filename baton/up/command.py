@@ -12,7 +12,7 @@ from pathlib import Path
 from baton.errors import CommandError
 from baton.ports import bind_error
 from baton.settings import CommandSettings, load_command_settings
-from baton.up.model_store import DEFAULT_MODEL, resolve_model
+from baton.up.model_store import DEFAULT_MODEL, SMOLLM2, resolve_model
 from baton.up.plan import UpOptions
 from baton.up.session import Session
 
@@ -34,7 +34,9 @@ _WORKER_OPTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="Hugging Face directory (default: %(default)s)"
+        "--model",
+        metavar="DIR",
+        help=f"Hugging Face directory, or {SMOLLM2} (default: {DEFAULT_MODEL}, small and shipped with Baton)",
     )
     parser.add_argument(
         "--served-model-name", metavar="NAME", help="in the API (default: the directory's name)"
@@ -96,7 +98,7 @@ def _options(args: argparse.Namespace, settings: CommandSettings) -> UpOptions:
     try:
         # Before the model is looked up: a wrong number must not wait for a conversion.
         options = UpOptions(
-            model_dir=Path(args.model),
+            model_dir=Path(args.model or DEFAULT_MODEL),
             served_model_name=args.served_model_name or "",
             run_id=secrets.token_hex(3),
             host=args.host,

