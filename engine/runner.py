@@ -104,16 +104,20 @@ class Runner:
         self, limits: GraphLimits, token_budget: int, draft_limits: DraftLimits | None
     ) -> None:
         if self._drafter is not None and draft_limits is not None:
+            if not limits.max_seqs:
+                return
             with self.start_times.phase("draft graphs"):
                 draft_graphs = DraftGraphs(self._model, self._kv_cache, limits, draft_limits.num_tokens)
             self._graphed_drafts = GraphedDecodes(
                 draft_graphs, self._drafter.planner, self._sampler, limits.max_seqs
             )
             return
-        with self.start_times.phase("decode graphs"):
-            self._graphs = DecodeGraphs(self._model, self._kv_cache, limits)
         with self.start_times.phase("chunk graphs"):
             self._chunk_graphs = ChunkGraphs(self._model, self._kv_cache, token_budget)
+        if not limits.max_seqs:
+            return
+        with self.start_times.phase("decode graphs"):
+            self._graphs = DecodeGraphs(self._model, self._kv_cache, limits)
         with self.start_times.phase("mixed graphs"):
             self._mixed_graphs = MixedGraphs(self._model, self._kv_cache, self._graphs, self._chunk_graphs)
 
