@@ -20,6 +20,7 @@ from kvstore.store import Store, StoreUnavailable
 
 _NAME = re.compile(r"[\w.@-]{1,64}")
 _DURATION = re.compile(r"(\d+)([smhd])")
+_PIPE_WIDTH = 240  # a line for each key
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -41,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--priority",
         choices=get_args(Priority),
         default="normal",
-        help="who is refused last when the workers are too busy (default %(default)s)",
+        help="who is served first, and refused last when the workers are too busy (default %(default)s)",
+    )
+    create.add_argument(
+        "--models", metavar="NAME,NAME", default="", help="the models that it may use (default: all)"
     )
     create.add_argument("--expires", metavar="30d", help="lifetime: 90m, 12h, 30d (default: until revoked)")
     actions.add_parser("list", help="show all keys, without their secrets", allow_abbrev=False)
@@ -87,6 +91,7 @@ async def _create(keys: RedisApiKeys, args: argparse.Namespace) -> None:
         requests_per_minute=args.requests_per_minute,
         tokens_per_minute=args.tokens_per_minute,
         priority=args.priority,
+        models=tuple(filter(None, map(str.strip, args.models.split(",")))),
         created_at=now,
         expires_at=now + _duration_s(args.expires) if args.expires else None,
     )
@@ -97,8 +102,17 @@ async def _create(keys: RedisApiKeys, args: argparse.Namespace) -> None:
 
 async def _list(keys: RedisApiKeys) -> None:
     table = Table(box=None)
-    for heading in ("name", "tenant", "requests/min", "tokens/min", "priority", "created", "expires"):
-        table.add_column(heading)
+    for heading in (
+        "name",
+        "tenant",
+        "requests/min",
+        "tokens/min",
+        "priority",
+        "models",
+        "created",
+        "expires",
+    ):
+        table.add_column(heading, overflow="fold")  # a name that is cut is of no use
     listed = await keys.list()
     for key in listed:
         table.add_row(
@@ -107,11 +121,12 @@ async def _list(keys: RedisApiKeys) -> None:
             _limit(key.requests_per_minute),
             _limit(key.tokens_per_minute),
             key.priority,
+            ", ".join(key.models) or "all",
             _day(key.created_at),
             _expiry(key.expires_at),
         )
     if listed:
-        Console().print(table)
+        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
     else:
         print("no keys")
 

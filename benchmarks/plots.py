@@ -10,8 +10,10 @@ import matplotlib
 
 matplotlib.use("Agg")  # before pyplot looks for a screen
 from matplotlib import pyplot
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 Points = Sequence[tuple[float, float]]
+_FEW = 12  # points that are worth a mark each
 
 
 def plot_distributions(
@@ -27,7 +29,9 @@ def plot_distributions(
     for name, points in lines.items():
         axes.step(*zip(*points, strict=True), where="post", label=name)
     axes.axhline(50, color="grey", linewidth=0.5)
+    axes.set_ylim(0, 101)
     axes.set_xscale("log")
+    _plain_numbers(axes.xaxis)
     return _save(figure, axes, path)
 
 
@@ -37,17 +41,34 @@ def plot_lines(
     lines: Mapping[str, Points],
     labels: tuple[str, str],
     marks: Mapping[str, float] | None = None,
+    *,
+    log_y: bool = False,
 ) -> Path:
-    """`labels`: of the two axes; `marks`: vertical lines with a name."""
+    """`labels`: of the two axes; `marks`: vertical lines with a name; `log_y`: values of several sizes, none
+    of them 0."""
     figure, axes = _axes(title, *labels)
     for name, points in lines.items():
         if points:
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
+            marker = "o" if len(points) <= _FEW else None
+            axes.plot(*zip(*points, strict=True), label=name, linewidth=1, marker=marker, markersize=3)
     for name, x in (marks or {}).items():
         axes.axvline(x, color="grey", linestyle="--", linewidth=0.8)
-        axes.annotate(name, (x, 1.0), xycoords=("data", "axes fraction"), fontsize=7, rotation=90, va="top")
-    axes.set_ylim(bottom=0)
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axes.annotate(name, (x, 0.03), (2, 0), fontsize=7, rotation=90, va="bottom", **place)
+    if log_y:
+        axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
+    else:
+        highest = max((y for points in lines.values() for _, y in points), default=1.0)
+        axes.set_ylim(0, highest * 1.08 or 1.0)
     return _save(figure, axes, path)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Of a logarithmic axis: 200, 500, 1000 and no powers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _axes(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:

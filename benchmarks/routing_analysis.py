@@ -17,12 +17,16 @@ COLUMNS = (
     "TTFT p99 ms",
     "TTFT mean ms",
     "TPOT p50 ms",
+    "E2E mean ms",
+    "prefilled by decode",
     "hit tokens",
     "hit rate",
     "predicted hit",
     "all tok/s",
 )
 PREFIX = "prefix"
+LOCAL = "prefilled by decode"  # a counter: requests
+GOAL_LOADS = ("shared prefix", "no sharing")
 GOAL_SHARED = 3.0  # times round_robin's TTFT p50 over prefix's, at 80 % shared
 GOAL_UNSHARED = 1.05  # times prefix's TTFT p50 over that of the best simple policy
 
@@ -93,11 +97,14 @@ def _row(load: str, policy: str, runs: Sequence[Run]) -> dict[str, Any]:
         "TTFT p99 ms": total.ttft_ms and total.ttft_ms.p99,
         "TTFT mean ms": total.ttft_ms and total.ttft_ms.mean,
         "TPOT p50 ms": total.tpot_ms and total.tpot_ms.p50,
+        "E2E mean ms": total.e2e_ms and total.e2e_ms.mean,
+        LOCAL: sum(run.counters.get(LOCAL, 0.0) for run in runs) / len(pooled),
         "hit tokens": total.num_hit_tokens,
         "hit rate": total.num_hit_tokens / max(1, total.num_prompt_tokens),
         "predicted hit": predicted / max(1, total.num_prompt_tokens),
         "all tok/s": sum(s.total_tokens_per_s for s in each) / len(each),
         "TTFT p50 ms by repeat": [s.ttft_ms and s.ttft_ms.p50 for s in each],
+        "TTFT ms": [round(m.ttft_s * 1000, 1) for m in pooled if m.is_ok],
         "router hit tokens": sum(run.counters.get("baton_router_hit_tokens_total", 0.0) for run in runs),
         "errors": total.errors,
     }

@@ -91,16 +91,17 @@ def build_loads(names: Sequence[str], sizes: Sizes, repeat: int) -> list[Load]:
     return [builders[name](name, sizes, 1000 * (repeat + 1)) for name in names]
 
 
-def capacity_probe(sizes: Sizes) -> list[list[int]]:
-    """Prompts that share nothing, to be sent a few at a time."""
+def capacity_probes(sizes: Sizes) -> list[list[list[int]]]:
+    """Rounds of prompts that share nothing, to be sent a few at a time. The first one warms up."""
     workload = Workload(
-        num_requests=24,
+        num_requests=5 * 8,
         prompt_len=sizes.prompt_len,
         output_len=OUTPUT_LEN,
         vocab_size=sizes.vocab_size,
         seed=7,
     )
-    return [list(turn.new_ids) for session in workload.sessions() for turn in session.turns]
+    prompts = [list(turn.new_ids) for session in workload.sessions() for turn in session.turns]
+    return [prompts[start : start + 8] for start in range(0, len(prompts), 8)]
 
 
 def _shared(name: str, sizes: Sizes, seed: int) -> Load:

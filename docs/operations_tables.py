@@ -70,7 +70,7 @@ def _router_families() -> Iterable[Any]:
     from router.metrics import RouterMetrics
 
     registry = CollectorRegistry()
-    RouterMetrics(registry)
+    RouterMetrics(registry, ["model"])
     FleetMetrics(registry, {"": Fleet(MemoryRegistry())}, lambda: True)
     return registry.collect()
 

@@ -100,6 +100,12 @@ class Engine:
         return self.kv_cache.layout
 
     @property
+    def host_cache(self) -> KvCache | None:
+        """Where the blocks of the host tier are; None without one."""
+        host = self._tiers.places.host
+        return None if host is None else host.blocks
+
+    @property
     def num_blocks(self) -> int:
         return self.kv_cache.num_blocks
 
@@ -159,7 +165,7 @@ class Engine:
 
     def extend(self, seq_id: int, on_ready: OnReady) -> None:
         """on_ready(block ids of the whole prompt) as soon as there is room for it and for the growth of
-        everybody, first come first served: in this call, or in a later one, on the engine thread. Not after
+        everybody, by precedence: in this call, or in a later one, on the engine thread. Not after
         abort()."""
         seq = self._expect(seq_id, SequenceStatus.RESERVED)
         self._handoffs.extend(seq, on_ready)

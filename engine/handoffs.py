@@ -9,6 +9,7 @@ Aborted in any state, Scheduler.remove() gives everything back.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable
 
 from engine.scheduler import Scheduler
@@ -38,17 +39,17 @@ class Handoffs:
         """on_ready(block ids of the whole prompt), at once or later, unless aborted before."""
         assert seq.seq_id not in self._callbacks, f"sequence {seq.seq_id} is being extended already"
         self._scheduler.enlist(seq)
-        self._scheduler.extending.append(seq)
+        insort(self._scheduler.extending, seq, key=lambda each: each.precedence)
         self._callbacks[seq.seq_id] = on_ready
         self.grant()
 
     def grant(self) -> None:
-        """Give blocks to those that wait for them, in order of arrival with the sequences that wait to
-        run."""
+        """Give blocks to those that wait for them, by precedence among them and the sequences that
+        wait to run."""
         scheduler = self._scheduler
         while scheduler.extending and scheduler.has_slot:
             seq = scheduler.extending[0]
-            if scheduler.waiting and scheduler.waiting[0].arrival < seq.arrival:
+            if scheduler.waiting and scheduler.waiting[0].precedence < seq.precedence:
                 return
             num_new = scheduler.num_blocks_of(seq.num_tokens) - len(seq.block_table)
             if not scheduler.has_room(seq, num_new):

@@ -42,8 +42,15 @@ class PinnedRun:
 
     def is_on_device(self, start: int, stop: int) -> list[int] | None:
         """Block ids of blocks [start, stop) of the run in the KV cache; None when they are elsewhere."""
+        return self._all_in(BlockTier.DEVICE, start, stop)
+
+    def host_slots(self, start: int, stop: int) -> list[int] | None:
+        """Slots of blocks [start, stop) of the run in host memory; None when they are elsewhere."""
+        return self._all_in(BlockTier.HOST, start, stop)
+
+    def _all_in(self, tier: BlockTier, start: int, stop: int) -> list[int] | None:
         places = self.places[start:stop]
-        if any(place.tier is not BlockTier.DEVICE for place in places):
+        if any(place.tier is not tier for place in places):
             return None
         return [place.where for place in places]
 

@@ -3,13 +3,13 @@ tensors.
 
 Life of a sequence:
 1. add(): WAITING, no blocks.
-2. schedule() admits it, first come first served: it takes what the prefix cache has of it, gets the rest of
-   the blocks of all its tokens, and is RUNNING. Where a lower tier or a peer has more of it, a load begins
-   (engine.loads).
+2. schedule() admits it, by priority and then first come first served: it takes what the prefix cache has of
+   it, gets the rest of the blocks of all its tokens, and is RUNNING. Where a lower tier or a peer has more of
+   it, a load begins (engine.loads).
 3. Each step computes a chunk of it under the token budget, until only sampling is left; then one token a
    step.
-4. Out of blocks: the youngest running sequence is preempted, WAITING again in its old place, and recomputed
-   later.
+4. Out of blocks: the last running sequence in that order is preempted, WAITING again in its old place, and
+   recomputed later.
 5. finish(): its blocks go to the prefix cache; a keeps_blocks sequence is KEPT with them until release().
 
 The receiving side of a hand-off comes in by engine.handoffs instead of 1 to 3. remove() ends any state.
@@ -101,10 +101,10 @@ class Scheduler:
         self.block_size = hash_chain.block_size
         self.loads = Loads(pool, tiers, LoadPlanner(self.block_size), self.block_size)
         self._tiers = tiers
-        self.waiting: list[Sequence] = []  # by arrival
-        self.running: list[Sequence] = []  # by arrival
+        self.waiting: list[Sequence] = []  # by precedence, as `running` and `extending`
+        self.running: list[Sequence] = []
         self.reserved: dict[int, Sequence] = {}  # RESERVED and EXTENDED
-        self.extending: list[Sequence] = []  # RESERVED that wait for blocks, by arrival
+        self.extending: list[Sequence] = []  # RESERVED that wait for blocks
         self.num_extended = 0
         self.kept: dict[int, Sequence] = {}
         self._hash_chain = hash_chain
@@ -120,12 +120,12 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         self.enlist(seq)
         seq.status = SequenceStatus.WAITING
-        self.waiting.append(seq)
+        insort(self.waiting, seq, key=_precedence)
 
     def join(self, seq: Sequence) -> None:
         """A sequence that holds all its blocks runs from the next step on."""
         seq.status = SequenceStatus.RUNNING
-        insort(self.running, seq, key=_arrival)
+        insort(self.running, seq, key=_precedence)
 
     def schedule(self) -> ScheduledBatch:
         """Decodes first, then chunks of running prompts, then new sequences. Empty: nothing can be computed
@@ -251,7 +251,7 @@ class Scheduler:
         return max(0, self.num_blocks_of(expected) - self.num_blocks_of(seq.num_tokens))
 
     def _schedule_decodes(self, batch: ScheduledBatch) -> None:
-        """Oldest first, so that a victim of preemption is never one already scheduled."""
+        """By precedence, so that a victim of preemption is never one already scheduled."""
         i = 0
         while i < len(self.running):
             seq = self.running[i]
@@ -289,7 +289,7 @@ class Scheduler:
         return len(table) * self.block_size - seq.num_tokens
 
     def _grow(self, seq: Sequence, batch: ScheduledBatch) -> bool:
-        """A block for the newest token, if need be at the cost of the youngest. False: that was `seq`."""
+        """A block for the newest token, if need be at the cost of the last one. False: that was `seq`."""
         num_ahead = 0 if seq.keeps_blocks else self.config.lookahead_tokens
         if len(seq.block_table) * self.block_size >= seq.num_tokens + num_ahead:
             return True
@@ -309,7 +309,7 @@ class Scheduler:
         self.pool.release(seq.block_table)
         seq.restart()
         seq.status = SequenceStatus.WAITING
-        insort(self.waiting, seq, key=_arrival)
+        insort(self.waiting, seq, key=_precedence)
 
     def _chunk_tokens(self, seq: Sequence, budget: int) -> int:
         """As much as fits, to the end of a block unless it is the end of the tokens. 0: nothing now."""
@@ -323,7 +323,7 @@ class Scheduler:
     def _admit(self, batch: ScheduledBatch, chunks: list[tuple[Sequence, int]], budget: int) -> None:
         while self.waiting and self.has_slot:
             seq = self.waiting[0]
-            if self.extending and self.extending[0].arrival < seq.arrival:
+            if self.extending and self.extending[0].precedence < seq.precedence:
                 return
             hits = self.cached_prefix(seq)
             num_new = self.num_blocks_of(seq.num_tokens) - len(hits)
@@ -352,5 +352,5 @@ class Scheduler:
         return min(num_remaining, self.block_size) <= budget
 
 
-def _arrival(seq: Sequence) -> int:
-    return seq.arrival
+def _precedence(seq: Sequence) -> tuple[int, int]:
+    return seq.precedence

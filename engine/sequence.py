@@ -104,6 +104,7 @@ class Sequence:
         "num_registered_blocks",
         "outbox_slots",
         "prefix",
+        "priority",
         "prompt_logprobs",
         "sampling",
         "seq_id",
@@ -122,18 +123,21 @@ class Sequence:
         output_ids: Iterable[int] = (),
         cache_salt: str = "",
         tenant: str = "",
+        priority: int = 0,
         keeps_blocks: bool = False,
         kv_listener: KvListener | None = None,
         kv_source: KvSource | None = None,
         matcher: GrammarMatcher | None = None,
     ) -> None:
         """output_ids were generated elsewhere and count against max_tokens. A keeps_blocks sequence ends with
-        its next token, whatever max_tokens says, and holds its blocks until release() or abort()."""
+        its next token, whatever max_tokens says, and holds its blocks until release() or abort(). `priority`:
+        the smaller, the earlier it is served."""
         self.seq_id = seq_id
         self.status = SequenceStatus.NEW
         self.sampling = sampling
         self.cache_salt = cache_salt
         self.tenant = tenant
+        self.priority = priority
         self.keeps_blocks = keeps_blocks
         self.kv_listener = kv_listener
         self.kv_source = kv_source  # a peer that holds leading blocks
@@ -156,6 +160,11 @@ class Sequence:
         self.has_emitted = False  # a token was sampled or committed here
         self.prompt_logprobs: list[TokenLogprobs] = []  # of prompt tokens 1, 2, ... as far as computed
         self.times = SequenceTimes()
+
+    @property
+    def precedence(self) -> tuple[int, int]:
+        """The smallest is served first and loses its blocks last: by priority, then by arrival."""
+        return self.priority, self.arrival
 
     @property
     def num_tokens(self) -> int:

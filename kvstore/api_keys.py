@@ -34,6 +34,7 @@ class ApiKey:
     requests_per_minute: int | None = None  # None: no limit
     tokens_per_minute: int | None = None
     priority: Priority = "normal"
+    models: tuple[str, ...] = ()  # that it may use; none: all
     created_at: float = 0.0  # Unix time, seconds
     expires_at: float | None = None
 
@@ -44,6 +45,8 @@ class ApiKey:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         if self.priority not in get_args(Priority):
             raise ValueError(f"priority must be one of {', '.join(get_args(Priority))}, got {self.priority}")
+        if not all(isinstance(model, str) and model for model in self.models):
+            raise ValueError("models must be names")
 
     @property
     def has_quota(self) -> bool:
@@ -58,7 +61,8 @@ class ApiKey:
         values = json.loads(text)
         known = {field.name for field in dataclasses.fields(cls)}
         try:
-            return cls(**{name: value for name, value in values.items() if name in known})
+            named = {name: value for name, value in values.items() if name in known}
+            return cls(**{**named, "models": tuple(named.get("models", ()))})
         except (TypeError, AttributeError) as error:
             raise ValueError(f"not an API key: {error}") from error
 

@@ -1,12 +1,16 @@
 -- Apply one event of one worker and tell the mirrors.
 -- Returns 1 applied (or applied before), 0 start over with a reset, -1 another incarnation has taken over.
 -- Hash lists are concatenated hashes of hash_bytes each. An event without hashes only lengthens the lease.
--- The arguments from the tenth on are the blocks that are now in the first tier, in the second, and so on.
+-- The arguments from the tenth on are, for the first tier, the second, and so on: the blocks that are there
+-- now, and the place of each in the order of the worker's blocks (block_order.py), concatenated too.
 local writers, events, blocks = KEYS[1], KEYS[2], KEYS[3]
 local worker_id, incarnation, sequence = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local is_reset, takes_over, lease_ms = ARGV[4] == '1', ARGV[5] == '1', tonumber(ARGV[6])
 local hash_bytes, max_events, removed = tonumber(ARGV[7]), ARGV[8], ARGV[9]
-local placed = { unpack(ARGV, 10) }
+local placed = {}
+for index = 10, #ARGV, 2 do
+  placed[#placed + 1] = { hashes = ARGV[index], places = ARGV[index + 1] }
+end
 local batch = 512 -- arguments of one call inside a script are limited
 
 local time = redis.call('TIME')
@@ -29,7 +33,10 @@ if held_by and held_by ~= incarnation and not takes_over then
   return -1
 end
 
-local is_new = is_reset or removed ~= '' or table.concat(placed) ~= ''
+local is_new = is_reset or removed ~= ''
+for _, there in ipairs(placed) do
+  is_new = is_new or there.hashes ~= ''
+end
 if held_by == incarnation and is_new and last == sequence then
   is_new = false -- the answer to the first attempt was lost
 elseif not is_reset then
@@ -39,12 +46,13 @@ elseif not is_reset then
   end
 end
 
-local function each_batch(command, hashes, value)
+local function each_batch(command, hashes, value_of)
   local arguments = {}
-  for start = 1, #hashes, hash_bytes do
-    arguments[#arguments + 1] = string.sub(hashes, start, start + hash_bytes - 1)
-    arguments[#arguments + 1] = value -- nil for commands without one
-    if #arguments >= batch or start + hash_bytes > #hashes then
+  local count = #hashes / hash_bytes
+  for index = 1, count do
+    arguments[#arguments + 1] = string.sub(hashes, (index - 1) * hash_bytes + 1, index * hash_bytes)
+    arguments[#arguments + 1] = value_of and value_of(index, count)
+    if #arguments >= batch or index == count then
       redis.call(command, blocks, unpack(arguments))
       arguments = {}
     end
@@ -57,11 +65,14 @@ if is_new then
     redis.call('UNLINK', blocks)
   end
   each_batch('HDEL', removed)
-  for index, hashes in ipairs(placed) do
-    local tier = index - 1
-    each_batch('HSET', hashes, tier)
+  for number, there in ipairs(placed) do
+    local tier = number - 1
+    each_batch('HSET', there.hashes, function(index, count)
+      local place_bytes = #there.places / count
+      return tier .. string.sub(there.places, (index - 1) * place_bytes + 1, index * place_bytes)
+    end)
     event[#event + 1] = tier
-    event[#event + 1] = hashes
+    event[#event + 1] = there.hashes
   end
   redis.call('XADD', events, 'MAXLEN', '~', max_events, '*', unpack(event))
 end

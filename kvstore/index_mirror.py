@@ -1,8 +1,8 @@
 """The reading side of the prefix index: a router's own copy, in a MemoryIndex.
 
 1. Note where the event stream ends, list the live writers, take a snapshot of each: its blocks,
-   scanned piece by piece and shown when complete. Changes made meanwhile come again as events; repeating
-   them in order gives the right sets.
+   scanned piece by piece, put in order and shown when complete. Changes made meanwhile come again as events;
+   repeating them in order gives the right sets.
 2. Follow the stream. Each writer numbers its events: a number too high, or an incarnation that is not
    known, means that something was lost, so that writer's snapshot is taken again.
 3. Every audit_s list the writers: one whose number is ahead of what the stream brought gets a snapshot (its
@@ -21,8 +21,9 @@ from typing import Any, cast
 
 from kvstore import keys
 from kvstore.block_hash import HASH_SIZE_BYTES, BlockHash, BlockTier
+from kvstore.block_order import ScannedBlocks
 from kvstore.leases import Leased, LeaseView
-from kvstore.memory_index import MemoryIndex, Replacement
+from kvstore.memory_index import MemoryIndex
 from kvstore.store import MAX_BLOCK_S, Outage, Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -172,23 +173,26 @@ class IndexMirror:
         position = listing.get(worker_id)
         if position is None or position == self._reached.get(worker_id):
             return
+        scanned = await self._scan(keys.worker_blocks(self._model, worker_id, position.incarnation))
         replacement = self._index.replace(worker_id)
         try:
-            await self._scan(keys.worker_blocks(self._model, worker_id, position.incarnation), replacement)
+            for batch in scanned.batches():
+                for tier, hashes in batch:
+                    replacement.publish(hashes, tier)
+                await asyncio.sleep(0)  # requests come first
             replacement.show()
             self._reached[worker_id] = position
             self.num_snapshots += 1
         finally:
             replacement.discard()
 
-    async def _scan(self, key: str, replacement: Replacement) -> None:
-        cursor: Any = None
+    async def _scan(self, key: str) -> ScannedBlocks:
+        scanned, cursor = ScannedBlocks(), cast(Any, None)
         while cursor is None or int(cursor):
             async with self._store.exchange():
                 cursor, found = await self._store.redis.hscan(key, cursor or 0, count=_HASHES_PER_SCAN)
-            tiers = cast(dict[BlockHash, bytes], found)
-            for tier in BlockTier:
-                replacement.publish((h for h, now in tiers.items() if now == b"%d" % tier), tier)
+            scanned.add(cast(dict[BlockHash, bytes], found))
+        return scanned
 
     def _drop(self, worker_id: str) -> None:
         self._reached.pop(worker_id, None)

@@ -7,8 +7,9 @@ baton:{model}:wrk:leases               zset    worker id -> end of lease, server
 baton:{model}:wrk:changes              pubsub  "announced <id>" or "withdrawn <id>"       -
 baton:{model}:<scheme>:idx             hash    worker id -> incarnation, sequence, end    longest index lease
 baton:{model}:<scheme>:idx:events      stream  changes of all workers, capped             longest index lease
-baton:{model}:<scheme>:blk:<id>:<inc>  hash    block hash -> fastest BlockTier where this its index lease
-                                               incarnation has it
+baton:{model}:<scheme>:blk:<id>:<inc>  hash    block hash -> digit of the fastest        its index lease
+                                               BlockTier where this incarnation has it,
+                                               then its place (block_order.py)
 
 Of the whole deployment, whatever its models:
 

@@ -4,9 +4,9 @@ How it keeps blocks:
 1. One entry for a block, however many workers hold it: an integer with two bits for each worker. A lookup
    costs the same for one worker and for hundreds, except where a worker's run ends or changes its tier.
 2. Blocks with the same holders that came one after the other, or that a lookup met so, form a run: their
-   hashes in one piece, its number in the low bits of their entries. A prompt that follows a run is compared
-   up to 64 blocks at a time. Hashes are compared in full and a run that lost a member is forgotten, so
-   answers are exact.
+   hashes in one piece, its number in the low bits of their entries. A prompt that follows a run, from any of
+   its blocks on and for as long as it does, is compared up to 64 blocks at a time. Hashes are compared in
+   full and a run that lost a member is forgotten, so answers are exact.
 3. A worker that goes is hidden at once. sweep() frees what it held, piece by piece.
 4. Entries are integers and bytes, which the garbage collector does not visit: a full collection of a million
    objects would stop the process for a fifth of a second.
@@ -169,13 +169,13 @@ class MemoryIndex:
                     if not tally.is_anyone_left:
                         break
                 raw = runs.get(entry & _RUN_MASK)
-                if raw is not None:
-                    prompt = b"".join(hashes[position : position + len(raw) // HASH_SIZE_BYTES])
-                    if raw.startswith(prompt):
-                        self._join(hashes, walked_from, position, holders)
-                        position += len(prompt) // HASH_SIZE_BYTES
-                        walked_from = position
-                        continue
+                num_same = 0 if raw is None else _num_same(raw, hashes, position)
+                if num_same >= _MIN_RUN or 1 < num_same == num_blocks - position:
+                    self._join(hashes, walked_from, position, holders)
+                    position += num_same
+                    walked_from = position
+                    entry = None  # the run may have more of this prompt, further on
+                    continue
             position += 1
         self._join(hashes, walked_from, position, holders)
         tally.enter(0, position)
@@ -187,8 +187,8 @@ class MemoryIndex:
         for first in range(start, end, _MAX_RUN):
             self._assign(hashes[first : min(first + _MAX_RUN, end)], holders)
 
-    def _place(self, slot: int, hashes: Iterable[BlockHash], value: int, *, in_order: bool = True) -> None:
-        """`value`: what the slot shall say for these blocks. `in_order`: prompts may well follow them so."""
+    def _place(self, slot: int, hashes: Iterable[BlockHash], value: int) -> None:
+        """`value`: what the slot shall say for these blocks."""
         kept, added = ~slot_mask(slot), value << SLOT_BITS * slot
         piece: list[BlockHash] = []  # with equal holders to be
         piece_holders = 0
@@ -202,10 +202,10 @@ class MemoryIndex:
                 continue
             self._num_held[slot] += (value > 0) - (slot_value(before, slot) > 0)
             if holders != piece_holders or len(piece) == _MAX_RUN:
-                self._assign(piece, piece_holders, in_order=in_order)
+                self._assign(piece, piece_holders)
                 piece, piece_holders = [], holders
             piece.append(block_hash)
-        self._assign(piece, piece_holders, in_order=in_order)
+        self._assign(piece, piece_holders)
 
     def _admit(self) -> bool:
         """Whether there is room for one more block; counts it."""
@@ -214,7 +214,7 @@ class MemoryIndex:
         self.num_refused += not has_room
         return has_room
 
-    def _assign(self, hashes: Sequence[BlockHash], holders: int, *, in_order: bool = True) -> None:
+    def _assign(self, hashes: Sequence[BlockHash], holders: int) -> None:
         """New entries for these blocks. The runs that they leave are forgotten: other members keep their
         entries, whose number says nothing any more."""
         shards, runs = self._shards, self._runs
@@ -224,7 +224,7 @@ class MemoryIndex:
             self.num_blocks -= len(hashes)
             return
         entry = holders << _RUN_BITS
-        if in_order and len(hashes) >= _MIN_RUN:
+        if len(hashes) >= _MIN_RUN:
             self._last_run += 1
             runs[self._last_run] = b"".join(hashes)
             entry |= self._last_run
@@ -264,6 +264,25 @@ class MemoryIndex:
                 heapq.heappush(self._free_slots, slot)
 
 
+def _num_same(run: bytes, hashes: Sequence[BlockHash], position: int) -> int:
+    """How many blocks of the prompt, from `position` on, the run has in the same order from that block on."""
+    start = run.find(hashes[position])
+    if start % HASH_SIZE_BYTES:  # across two hashes, or not there at all
+        return 0
+    most = (len(run) - start) // HASH_SIZE_BYTES
+    prompt = b"".join(hashes[position : position + most])
+    if run.startswith(prompt, start):
+        return len(prompt) // HASH_SIZE_BYTES
+    num_same, num_more = 1, len(prompt) // HASH_SIZE_BYTES  # so many are the same, so many are not
+    while num_more - num_same > 1:
+        middle = (num_same + num_more) // 2
+        if run.startswith(prompt[: middle * HASH_SIZE_BYTES], start):
+            num_same = middle
+        else:
+            num_more = middle
+    return num_same
+
+
 class Replacement:
     """All that a worker holds, read piece by piece and shown at once. End it with show() or discard()."""
 
@@ -273,9 +292,9 @@ class Replacement:
         self._slot: int | None = index._take_slot()
 
     def publish(self, hashes: Iterable[BlockHash], tier: BlockTier) -> None:
-        """`hashes` in any order."""
+        """`hashes` in the order of prompts, as far as it is known: any other is right, and slow at first."""
         assert self._slot is not None
-        self._index._place(self._slot, hashes, tier + 1, in_order=False)
+        self._index._place(self._slot, hashes, tier + 1)
 
     def show(self) -> None:
         """Instead of what the index showed of the worker. Takes no time; sweep() afterwards."""

@@ -21,17 +21,19 @@ from dataclasses import dataclass
 
 from kvstore import keys
 from kvstore.block_hash import HASH_SIZE_BYTES, BlockHash, BlockTier
+from kvstore.block_order import place_bytes
 from kvstore.store import Outage, Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
 _START_OVER, _REPLACED = 0, -1
+_TIERS = tuple(BlockTier)
 
 
 @dataclass(frozen=True, slots=True)
 class _Event:
     sequence: int
-    placed: tuple[bytes, ...] = (b"",) * len(BlockTier)  # joined hashes by tier
+    placed: tuple[bytes, ...] = (b"", b"") * len(BlockTier)  # by tier: joined hashes, their joined places
     removed: bytes = b""
     is_reset: bool = False
 
@@ -53,7 +55,9 @@ class RedisIndex:
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._lease_s = lease_s
-        self._held: dict[BlockHash, BlockTier] = {}
+        # place (block_order.py) * number of tiers + tier: integers, which no garbage collection visits
+        self._held: dict[BlockHash, int] = {}
+        self._last_place = 0
         self._pending: dict[BlockHash, BlockTier | None] = {}  # None: removed
         self._sequence = 0  # of the last event made; never used twice
         self._unanswered: _Event | None = None
@@ -90,8 +94,16 @@ class RedisIndex:
     def publish(self, hashes: Iterable[BlockHash], tier: BlockTier = BlockTier.DEVICE) -> None:
         """The worker holds these blocks now, and `tier` is the fastest where it has them."""
         for block_hash in hashes:
-            if self._held.get(block_hash) is not tier:
-                self._held[block_hash] = self._pending[block_hash] = tier
+            held = self._held.get(block_hash)
+            if held is None:
+                self._last_place += 1
+                place = self._last_place
+            else:
+                place, now = divmod(held, len(_TIERS))
+                if now == tier:
+                    continue
+            self._held[block_hash] = place * len(_TIERS) + tier
+            self._pending[block_hash] = tier
         self._changes_noted()
 
     def evict(self, hashes: Iterable[BlockHash]) -> None:
@@ -161,20 +173,30 @@ class RedisIndex:
             return self._unanswered
         if self._starts_over:
             self._starts_over = False
-            self._pending = dict(self._held)
+            self._pending = {
+                block_hash: _TIERS[held % len(_TIERS)] for block_hash, held in self._held.items()
+            }
             self._sequence += 1
             self._unanswered = _Event(self._sequence, is_reset=True)
             return self._unanswered
         if self._pending:
             num_changes = min(len(self._pending), keys.MAX_EVENT_HASHES)
-            # From the end, where taking costs nothing, and in order: prompts will follow these blocks so.
-            batch = [self._pending.popitem() for _ in range(num_changes)][::-1]
+            # From the end, where taking costs nothing.
+            batch = [self._pending.popitem() for _ in range(num_changes)]
             self._sequence += 1
-            placed = tuple(b"".join(h for h, now in batch if now is tier) for tier in BlockTier)
+            placed: list[bytes] = []
+            for tier in BlockTier:
+                placed += self._in_order(block_hash for block_hash, now in batch if now is tier)
             removed = b"".join(block_hash for block_hash, now in batch if now is None)
-            self._unanswered = _Event(self._sequence, placed, removed)
+            self._unanswered = _Event(self._sequence, tuple(placed), removed)
             return self._unanswered
         return _Event(self._sequence)
+
+    def _in_order(self, hashes: Iterable[BlockHash]) -> tuple[bytes, bytes]:
+        """As prompts will follow these blocks: joined hashes and joined places."""
+        held = self._held
+        ordered = sorted(hashes, key=held.__getitem__)
+        return b"".join(ordered), b"".join(place_bytes(held[h] // len(_TIERS)) for h in ordered)
 
     async def _apply(self, event: _Event) -> None:
         takes_over = event.is_reset and not self._has_started

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from proto import prefill_pb2 as proto_dot_prefill__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0eproto/kv.proto\x12\x08\x62\x61ton.v1\x1a\x13proto/prefill.proto\"\xee\x01\n\x0c\x46\x65tchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\ncache_salt\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12%\n\tkv_layout\x18\x05 \x01(\x0b\x32\x12.baton.v1.KvLayout\x12\x13\n\x0b\x66irst_block\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x0f\n\x07host_id\x18\x08 \x01(\t\x12\x1d\n\x15\x61\x63\x63\x65pts_shared_memory\x18\t \x01(\x08\x12\x13\n\x0btime_left_s\x18\n \x01(\x02\"g\n\x0c\x46\x65tchStarted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x30\n\x0fshared_kv_cache\x18\x03 \x01(\x0b\x32\x17.baton.v1.SharedKvCache\"H\n\rFetchFinished\x12\x12\n\nnum_chunks\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0eproto/kv.proto\x12\x08\x62\x61ton.v1\x1a\x13proto/prefill.proto\"\xee\x01\n\x0c\x46\x65tchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\ncache_salt\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12%\n\tkv_layout\x18\x05 \x01(\x0b\x32\x12.baton.v1.KvLayout\x12\x13\n\x0b\x66irst_block\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x0f\n\x07host_id\x18\x08 \x01(\t\x12\x1d\n\x15\x61\x63\x63\x65pts_shared_memory\x18\t \x01(\x08\x12\x13\n\x0btime_left_s\x18\n \x01(\x02\"\x9b\x01\n\x0c\x46\x65tchStarted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x30\n\x0fshared_kv_cache\x18\x03 \x01(\x0b\x32\x17.baton.v1.SharedKvCache\x12\x32\n\x11shared_host_cache\x18\x04 \x01(\x0b\x32\x17.baton.v1.SharedKvCache\"H\n\rFetchFinished\x12\x12\n\nnum_chunks\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FETCHREQUEST']._serialized_start=50
   _globals['_FETCHREQUEST']._serialized_end=288
-  _globals['_FETCHSTARTED']._serialized_start=290
-  _globals['_FETCHSTARTED']._serialized_end=393
-  _globals['_FETCHFINISHED']._serialized_start=395
-  _globals['_FETCHFINISHED']._serialized_end=467
+  _globals['_FETCHSTARTED']._serialized_start=291
+  _globals['_FETCHSTARTED']._serialized_end=446
+  _globals['_FETCHFINISHED']._serialized_start=448
+  _globals['_FETCHFINISHED']._serialized_end=520
 # @@protoc_insertion_point(module_scope)

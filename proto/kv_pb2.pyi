@@ -32,14 +32,16 @@ class FetchRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., cache_salt: _Optional[str] = ..., tenant: _Optional[str] = ..., kv_layout: _Optional[_Union[_prefill_pb2.KvLayout, _Mapping]] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., host_id: _Optional[str] = ..., accepts_shared_memory: _Optional[bool] = ..., time_left_s: _Optional[float] = ...) -> None: ...
 
 class FetchStarted(_message.Message):
-    __slots__ = ("worker_id", "num_blocks", "shared_kv_cache")
+    __slots__ = ("worker_id", "num_blocks", "shared_kv_cache", "shared_host_cache")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SHARED_KV_CACHE_FIELD_NUMBER: _ClassVar[int]
+    SHARED_HOST_CACHE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     num_blocks: int
     shared_kv_cache: _prefill_pb2.SharedKvCache
-    def __init__(self, worker_id: _Optional[str] = ..., num_blocks: _Optional[int] = ..., shared_kv_cache: _Optional[_Union[_prefill_pb2.SharedKvCache, _Mapping]] = ...) -> None: ...
+    shared_host_cache: _prefill_pb2.SharedKvCache
+    def __init__(self, worker_id: _Optional[str] = ..., num_blocks: _Optional[int] = ..., shared_kv_cache: _Optional[_Union[_prefill_pb2.SharedKvCache, _Mapping]] = ..., shared_host_cache: _Optional[_Union[_prefill_pb2.SharedKvCache, _Mapping]] = ...) -> None: ...
 
 class FetchFinished(_message.Message):
     __slots__ = ("num_chunks", "num_bytes", "checksum")

@@ -62,20 +62,22 @@ class SharedKvCache(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ...) -> None: ...
 
 class KvChunk(_message.Message):
-    __slots__ = ("first_layer", "num_layers", "first_block", "num_blocks", "checksum", "source_block_ids")
+    __slots__ = ("first_layer", "num_layers", "first_block", "num_blocks", "checksum", "source_block_ids", "is_in_host_memory")
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     SOURCE_BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    IS_IN_HOST_MEMORY_FIELD_NUMBER: _ClassVar[int]
     first_layer: int
     num_layers: int
     first_block: int
     num_blocks: int
     checksum: int
     source_block_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., checksum: _Optional[int] = ..., source_block_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    is_in_host_memory: bool
+    def __init__(self, first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., checksum: _Optional[int] = ..., source_block_ids: _Optional[_Iterable[int]] = ..., is_in_host_memory: _Optional[bool] = ...) -> None: ...
 
 class PrefillFinished(_message.Message):
     __slots__ = ("num_chunks", "num_bytes", "checksum", "first_token_id", "first_token_logprobs", "prompt_logprobs", "prefill_s", "num_loaded_tokens", "num_fetched_tokens", "load_s", "draft")

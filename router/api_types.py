@@ -13,7 +13,7 @@ from router.structure_types import StructureFields
 from router.tool_types import ToolChoice, Tools
 
 MAX_LOGPROBS = 20
-MAX_CHOICES = 8
+MAX_CHOICES = 128  # OpenAI's; of all prompts together RouterSettings.max_sequences
 MAX_STOPS = 16
 MAX_BAD_WORDS = 128
 MAX_ALLOWED_IDS = 4096
@@ -41,7 +41,28 @@ class StreamOptions(_ApiModel):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationFields(_ApiModel, StructureFields):
+class SharedFields(BaseModel):
+    """Taken by every endpoint that generates, also by /v1/responses and /v1/messages."""
+
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # -1 and 0: off
+    min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Finite, Field(gt=0, le=100)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=256)] | None = None
+    ignore_eos: bool | None = None
+    cache_salt: Annotated[str, StringConstraints(max_length=256)] | None = None
+    request_id: Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None  # the smaller, the earlier
+
+
+def shared_fields(request: SharedFields) -> dict[str, Any]:
+    return {name: getattr(request, name) for name in SharedFields.model_fields}
+
+
+class GenerationFields(_ApiModel, StructureFields, SharedFields):
     """What both endpoints take."""
 
     model: str | None = None  # none: the first one that is served
@@ -49,20 +70,11 @@ class GenerationFields(_ApiModel, StructureFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # -1 and 0: off
-    min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Finite, Field(gt=0, le=100)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = None
     stop: Annotated[list[StopText], Field(max_length=MAX_STOPS), BeforeValidator(_one_or_many)] | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=256)] | None = None
     include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None  # no tokenizer that we read puts any
     add_special_tokens: bool | None = None
@@ -70,10 +82,7 @@ class GenerationFields(_ApiModel, StructureFields):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     bad_words: Annotated[list[StopText], Field(max_length=MAX_BAD_WORDS)] | None = None
     allowed_token_ids: Annotated[list[int], Field(min_length=1, max_length=MAX_ALLOWED_IDS)] | None = None
-    cache_salt: Annotated[str, StringConstraints(max_length=256)] | None = None
     return_token_ids: bool | None = None
-    request_id: Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
-    priority: int | None = None
     user: str | None = None  # no effect
     # Known, and refused when they ask for something: ignoring them would give a wrong answer.
     suffix: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 
@@ -32,6 +32,7 @@ from router.metrics import RouterMetrics
 from router.quota_gate import QuotaGate
 from router.served_model import ServedModel, ServedModels, build_served_model
 from router.settings import RouterSettings
+from router.ui.access import UiAccess
 from router.version import version
 from router.vllm_metrics import add_vllm_metrics
 from servicekit.metrics import build_metrics_registry
@@ -56,7 +57,7 @@ def build(
         assert store is not None
         models, mirrors = _models_in(settings, store)
     metrics_registry = build_metrics_registry()
-    add_vllm_metrics(metrics_registry, settings.model_name)
+    add_vllm_metrics(metrics_registry)
     keys = None
     quotas = None
     if settings.require_api_key:
@@ -67,7 +68,7 @@ def build(
         settings=settings,
         models=ServedModels(models),
         quotas=QuotaGate(quotas),
-        metrics=RouterMetrics(metrics_registry),
+        metrics=RouterMetrics(metrics_registry, models),
         drain=Drain(),
         tracer=build_tracer(settings.otlp_endpoint, "router"),
     )
@@ -77,10 +78,12 @@ def build(
     app.state.serving = serving
     install_error_handlers(app)
     add_endpoints(app, serving, created=int(time.time()))
-    admin = app if settings.admin_port is None else build_admin_app(serving)
+    access = UiAccess(settings.admin_key, keys)
+    admin = app if settings.admin_port is None else build_admin_app(serving, access)
     app.state.admin_app = admin
-    app.state.ui_publisher = add_admin(admin, serving, metrics_registry, is_public=admin is app)
-    _guard(app, serving, keys)
+    app.state.ui_publishers = add_admin(admin, serving, access, metrics_registry, is_public=admin is app)
+    _guard({app, admin}, serving, keys)
+    _allow_origins(app, settings.cors_origins)
     return app
 
 
@@ -135,11 +138,14 @@ async def _cancel(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _guard(app: FastAPI, serving: Serving, keys: ApiKeyMirror | None) -> None:
-    settings = serving.settings
-    rules = GateRules(keys=keys, max_concurrent_requests=settings.max_concurrent_requests)
-    app.add_middleware(Gate, rules=rules, metrics=serving.metrics)
-    origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
+def _guard(apps: Collection[FastAPI], serving: Serving, keys: ApiKeyMirror | None) -> None:
+    rules = GateRules(keys=keys, max_concurrent_requests=serving.settings.max_concurrent_requests)
+    for app in apps:
+        app.add_middleware(Gate, rules=rules, metrics=serving.metrics)
+
+
+def _allow_origins(app: FastAPI, cors_origins: str) -> None:
+    origins = [origin.strip() for origin in cors_origins.split(",") if origin.strip()]
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from starlette.requests import Request
+
 from kvstore.api_key_mirror import ApiKeyMirror
 from kvstore.api_keys import ApiKey, Priority
 from kvstore.store import StoreUnavailable
@@ -13,6 +15,8 @@ from router.refusals import NotAuthenticated
 from servicekit.errors import Overloaded
 
 _KEY_CHECK_RETRY_S = 2.0
+# The smallest number that each may ask for, and has when it asks for none.
+_BEST_PRIORITY: dict[Priority, int] = {"high": -100, "normal": 0, "low": 100}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +27,22 @@ class Caller:
     def tenant(self) -> str:
         return self.key.tenant if self.key else ""
 
-    @property
-    def priority(self) -> Priority:
-        return self.key.priority if self.key else "normal"
+    def priority(self, asked: int | None) -> int:
+        """Of a request that asks for `asked`: the smaller, the earlier. Asking gets nobody before others."""
+        best = _BEST_PRIORITY[self.key.priority if self.key else "normal"]
+        return best if asked is None else max(asked, best)
+
+    def may_use(self, model: str) -> bool:
+        return self.key is None or not self.key.models or model in self.key.models
 
 
 ANYBODY = Caller()
+
+
+def caller_of(request: Request) -> Caller:
+    """As the gate found out."""
+    caller: Caller = getattr(request.state, "caller", ANYBODY)
+    return caller
 
 
 async def authenticate(keys: ApiKeyMirror, headers: Iterable[tuple[bytes, bytes]]) -> Caller:

@@ -28,7 +28,12 @@ class ChatFormat(CompletionFormat):
 
     def opening(self, choices: Sequence[Choice]) -> bytes:
         """The role alone, so that nobody takes it for the first token."""
-        return b"".join([self._opening(choice) for choice in choices])
+        usage = {}
+        if self._generation.has_continuous_usage:
+            so_far = self.usage(choices)
+            nothing_yet = {"completion_tokens": 0, "total_tokens": so_far["prompt_tokens"]}
+            usage = {"usage": {**so_far, **nothing_yet}}
+        return b"".join([self._opening(choice, usage) for choice in choices])
 
     def whole(self, answers: Sequence[Answer]) -> bytes:
         generation = self._generation
@@ -44,10 +49,10 @@ class ChatFormat(CompletionFormat):
         details = {"completion_tokens_details": {"reasoning_tokens": num_reasoning}}
         return {**super().usage(choices), **(details if self._outputs else {})}
 
-    def _opening(self, choice: Choice) -> bytes:
+    def _opening(self, choice: Choice, usage: dict[str, Any]) -> bytes:
         choice_json: dict[str, Any] = {"index": choice.index, "delta": {"role": "assistant", "content": ""}}
         choice_json |= {"logprobs": None, "finish_reason": None}
-        event = {**self._head, "choices": [choice_json]}
+        event = {**self._head, "choices": [choice_json], **usage}
         if self._generation.returns_token_ids:
             event["prompt_token_ids"] = self._generation.prompts[choice.prompt_index].token_ids
         return sse_event(event)

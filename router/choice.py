@@ -13,11 +13,11 @@ from router.request_flow import FlowUpdate, RequestFlow
 from router.stop_strings import StopStrings
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class ChoiceDelta:
     text: str
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
+    logprobs: Sequence[common_pb2.TokenLogprobs] = ()
     prompt_logprobs: Sequence[common_pb2.TokenLogprobs] = ()
     finish_reason: str | None = None  # "stop" or "length"
     stop_reason: str | int | None = None  # the stop string or stop token id of the request
@@ -40,7 +40,7 @@ class Choice:
         self.is_finished = False
         self._detokenizer = detokenizer
         self._stops = StopStrings(generation.stops, includes_stop=generation.includes_stop)
-        self._has_stops = bool(generation.stops)
+        self.has_stops = bool(generation.stops)
         self._min_tokens = sampling.min_tokens
         self._stop_ids = frozenset(sampling.stop_token_ids)
         self._includes_stop = generation.includes_stop
@@ -60,18 +60,19 @@ class Choice:
                 finish_reason=update.finish_reason and "length",
             )
         else:
-            delta = self._read_with_stops(update) if self._has_stops else self._read(update)
+            delta = self._read_with_stops(update) if self.has_stops else self.read(update)
         if delta.finish_reason:
             self.is_finished = True
             self.flow.close(delta.finish_reason)
         return delta
 
-    def _read(self, update: FlowUpdate) -> ChoiceDelta:
+    def read(self, update: FlowUpdate) -> ChoiceDelta:
+        """When no string stops it."""
         self.num_tokens += len(update.token_ids)
         text = self._detokenizer.push(self._shown_ids(update))
         if update.finish_reason:
             text += self._detokenizer.flush()
-        return self._delta(update, text, len(update.token_ids))
+        return self._delta(update, text)
 
     def _read_with_stops(self, update: FlowUpdate) -> ChoiceDelta:
         """Token by token: what comes after a stop string in the same update was never asked for."""
@@ -90,7 +91,7 @@ class Choice:
         if update.finish_reason:
             pieces.append(self._stops.push(self._detokenizer.flush()))
             pieces.append(self._stops.flush())
-        return self._delta(update, "".join(pieces), len(update.token_ids))
+        return self._delta(update, "".join(pieces))
 
     def _shown_ids(self, update: FlowUpdate) -> list[int]:
         """Without the token that stopped it."""
@@ -98,22 +99,19 @@ class Choice:
         return update.token_ids[:-1] if is_hidden else update.token_ids
 
     def _stopped(self, text: str, update: FlowUpdate, num_tokens: int) -> ChoiceDelta:
-        delta = self._delta(update, text, num_tokens)
+        delta = self._delta(update, text)
+        delta.token_ids, delta.logprobs = delta.token_ids[:num_tokens], delta.logprobs[:num_tokens]
         delta.finish_reason = "stop"
         delta.stop_reason = self._stops.matched
         return delta
 
-    def _delta(self, update: FlowUpdate, text: str, num_tokens: int) -> ChoiceDelta:
-        last_id = update.token_ids[-1] if update.token_ids else None
-        is_stop_id = update.finish_reason == "stop" and last_id in self._stop_ids
-        return ChoiceDelta(
-            text=text,
-            token_ids=update.token_ids[:num_tokens],
-            logprobs=update.logprobs[:num_tokens],
-            prompt_logprobs=update.prompt_logprobs,
-            finish_reason=update.finish_reason,
-            stop_reason=last_id if is_stop_id else None,
+    def _delta(self, update: FlowUpdate, text: str) -> ChoiceDelta:
+        delta = ChoiceDelta(
+            text, update.token_ids, update.logprobs, update.prompt_logprobs, update.finish_reason
         )
+        if update.finish_reason == "stop" and update.token_ids and update.token_ids[-1] in self._stop_ids:
+            delta.stop_reason = update.token_ids[-1]
+        return delta
 
 
 async def deltas(choices: list[Choice]) -> AsyncIterator[tuple[Choice, ChoiceDelta]]:
@@ -129,10 +127,10 @@ async def deltas(choices: list[Choice]) -> AsyncIterator[tuple[Choice, ChoiceDel
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 choice = waiting.pop(task)
-                delta = task.result()
+                yield choice, task.result()
+                # Not before: what this choice is offered while it waits must come after that delta.
                 if not choice.is_finished:
                     waiting[asyncio.ensure_future(choice.next_delta())] = choice
-                yield choice, delta
     finally:
         for task in waiting:
             task.cancel()

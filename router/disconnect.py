@@ -31,6 +31,7 @@ class DisconnectGuard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._watcher.cancel()
+        del self._watcher  # its CancelledError leads back here: a cycle, for each request
         if self._is_gone and self._task.uncancel() <= self._num_cancels and kind is asyncio.CancelledError:
             raise ClientGone from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,8 +10,10 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
 from router.api_schema import install_api_schema
+from router.caller import caller_of
 from router.endpoint import ENDPOINTS, Endpoint
 from router.generation_response import GenerationResponse, Serving
+from router.plain_route import PlainRoute
 from router.served_model import ServedModel
 from router.token_endpoints import TOKEN_BODIES, add_token_endpoints
 from router.version import version
@@ -19,16 +22,19 @@ from router.version import version
 def add_endpoints(app: FastAPI, serving: Serving, created: int) -> None:
     """`created`: of the models, as clients are told; seconds since 1970."""
     for endpoint in ENDPOINTS:
-        _add_generation(app, serving, endpoint)
+        add_generation(app, serving, endpoint)
     add_token_endpoints(app, serving)
 
     @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_card(model, created) for model in serving.models]}
+    async def list_models(request: Request) -> dict[str, Any]:
+        """Those that the caller may use."""
+        caller = caller_of(request)
+        models = [model for model in serving.models if caller.may_use(model.name)]
+        return {"object": "list", "data": [_model_card(model, created) for model in models]}
 
     @app.get("/v1/models/{model_id:path}")
-    async def show_model(model_id: str) -> dict[str, Any]:
-        return _model_card(serving.models.named(model_id), created)
+    async def show_model(request: Request, model_id: str) -> dict[str, Any]:
+        return _model_card(serving.models.named(model_id, caller_of(request)), created)
 
     @app.get("/load")
     async def load() -> dict[str, int]:
@@ -65,11 +71,22 @@ def add_health(app: FastAPI, serving: Serving) -> None:
         return JSONResponse({"status": "ready" if is_ready else status}, 200 if is_ready else 503)
 
 
-def _add_generation(app: FastAPI, serving: Serving, endpoint: Endpoint) -> None:
+def add_generation(
+    app: FastAPI,
+    serving: Serving,
+    endpoint: Endpoint,
+    check: Callable[[Request], Awaitable[None]] | None = None,
+) -> None:
+    """`check` raises ServingError for whom it does not want."""
+
     async def generate(request: Request) -> Response:
+        if check is not None:
+            await check(request)
         return GenerationResponse(serving, request, endpoint)
 
-    app.add_api_route(endpoint.path, generate, methods=["POST"], name=endpoint.name)
+    app.router.add_api_route(
+        endpoint.path, generate, methods=["POST"], name=endpoint.name, route_class_override=PlainRoute
+    )
 
 
 def _model_card(model: ServedModel, created: int) -> dict[str, Any]:

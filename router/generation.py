@@ -42,6 +42,7 @@ class Generation:
     echoes: bool
     hides_output: bool  # max_tokens was 0: one token is drawn and not shown
     cache_salt: str
+    priority: int | None  # as asked for
     returns_token_ids: bool
     output: OutputPlan | None  # how the text of an answer is read; None: as it is
     shows_reasoning: bool
@@ -94,6 +95,7 @@ class GenerationBuilder:
             echoes=_echoes(request),
             hides_output=request.max_tokens == 0,
             cache_salt=request.cache_salt or "",
+            priority=request.priority,
             returns_token_ids=bool(request.return_token_ids),
             output=self._output(request, tool_use, prompts),
             shows_reasoning=not isinstance(request, ChatRequest) or request.include_reasoning is not False,

@@ -11,19 +11,22 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from fastapi import Request
+from prometheus_client import Gauge
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from router.answer_format import AnswerContext, AnswerFormat
 from router.api_types import ChatRequest, CompletionRequest
-from router.caller import ANYBODY, Caller
+from router.caller import caller_of
 from router.choice import Choice, ChoiceDelta, deltas
+from router.direct_stream import open_direct_streams
 from router.disconnect import DisconnectGuard
 from router.drain import Drain
 from router.endpoint import Endpoint
 from router.fleet import Fleet
 from router.generation import Generation
 from router.http_errors import ClientGone, error_response, error_status
+from router.http_protocol import stream_writer
 from router.metrics import RouterMetrics
 from router.quota_gate import Demand, Grant, QuotaGate
 from router.request_body import parse_body, read_body
@@ -79,10 +82,11 @@ class GenerationResponse(Response):
         self._endpoint = endpoint
         self._accepted_at = time.monotonic()
         self._is_started = False
-        self._caller: Caller = getattr(request.state, "caller", ANYBODY)
+        self._caller = caller_of(request)
         self._grant = Grant({})
         self._format: AnswerFormat | None = None
         self._choices: list[Choice] = []
+        self._in_flight: Gauge | None = None  # they count in it
         given = request.headers.get("x-request-id", "")
         self._has_id = _REQUEST_ID.fullmatch(given) is not None
         self._request_id = given if self._has_id else uuid.uuid4().hex
@@ -142,7 +146,7 @@ class GenerationResponse(Response):
         return sum(prompts.values()) + sum(choice.num_tokens for choice in self._choices)
 
     async def _read(self, request: ChatRequest | CompletionRequest) -> tuple[ServedModel, Generation]:
-        model = self._serving.models.named(request.model)
+        model = self._serving.models.named(request.model, self._caller)
         self._span.set({"gen_ai.request.model": model.name})
         if request.request_id is not None and not self._has_id:
             self._request_id = request.request_id
@@ -161,6 +165,8 @@ class GenerationResponse(Response):
             PromptHashes(prompt.token_ids, generation.cache_salt, self._caller.tenant)
             for prompt in generation.prompts
         ]
+        priority = self._caller.priority(generation.priority)
+        metrics = serving.metrics.of(model.name)
         branches = [Branches() if generation.num_choices > 1 else None for _ in generation.prompts]
         markers = generation.output.markers if generation.output else ()
         choices = []
@@ -172,34 +178,41 @@ class GenerationResponse(Response):
                 sampling=sampling,
                 accepted_at=self._accepted_at,
                 deadline=deadline,
-                priority=self._caller.priority,
+                priority=priority,
                 may_be_refused=index == 0,
                 branches=branches[prompt_index],
                 span=self._span,
             )
-            flow = RequestFlow(flow_request, model.fleet, model.planner, serving.metrics, limits)
+            flow = RequestFlow(flow_request, model.fleet, model.planner, metrics, limits)
             detokenizer = model.tokenizer.detokenizer(
                 skips_special_tokens=generation.skips_special_tokens, shown_tokens=markers
             )
             choices.append(Choice(index, prompt_index, flow, detokenizer, generation))
-        serving.metrics.in_flight.inc(len(choices))
+        self._in_flight = metrics.in_flight
+        self._in_flight.inc(len(choices))
         return choices
 
     async def _stream(self, answer: AnswerFormat, send: Send) -> None:
         """The status waits for the first token: until then an error still gets its own."""
         async with aclosing(cast(Any, deltas(self._choices))) as stream:
             async for choice, delta in stream:
-                chunk = b"" if self._is_started else answer.opening(self._choices)
-                chunk += answer.chunk(choice, delta, self._choices)
+                opening = b"" if self._is_started else answer.opening(self._choices)
+                chunk = opening + answer.chunk(choice, delta, self._choices)
                 if not self._is_started:
-                    await self._start(
-                        send, b"text/event-stream; charset=utf-8", [(b"cache-control", b"no-cache")]
-                    )
-                if chunk:
+                    await self._begin_stream(answer, chunk, send)
+                elif chunk:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         tail = answer.closing(self._choices)
         await self._grant.settle()
         await send({"type": "http.response.body", "body": tail, "more_body": False})
+
+    async def _begin_stream(self, answer: AnswerFormat, chunk: bytes, send: Send) -> None:
+        await self._start(send, b"text/event-stream; charset=utf-8", [(b"cache-control", b"no-cache")])
+        if chunk:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        writer = stream_writer(self._request.scope)
+        if writer is not None:
+            open_direct_streams(self._choices, answer, writer)
 
     async def _send_whole(self, answer: AnswerFormat, send: Send) -> None:
         parts: list[list[ChoiceDelta]] = [[] for _ in self._choices]
@@ -238,7 +251,8 @@ class GenerationResponse(Response):
         metrics = self._serving.metrics
         for choice in self._choices:
             choice.flow.close()
-        metrics.in_flight.dec(len(self._choices))
+        if self._in_flight is not None:
+            self._in_flight.dec(len(self._choices))
         end_request(self._span, self._choices, outcome)
         endpoint = self._endpoint.name
         metrics.request_ended(endpoint, outcome)

@@ -27,6 +27,8 @@ from servicekit.rpc import ChannelFactory, build_channel, error_from_rpc
 
 log = get_logger(__name__)
 
+Taker = Callable[[link_pb2.SequenceUpdate], bool]
+
 _CONNECT_TIMEOUT_S = 5.0
 _LOAD_LASTS_S = 2.0  # then the registry's is newer
 _END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
@@ -38,8 +40,9 @@ class LinkStream:
     def __init__(self, link: Link, key: int) -> None:
         self._link = link
         self._key = key
+        self.taker: Taker | None = None
         self._updates: list[link_pb2.SequenceUpdate] = []
-        self._error: ServingError | None = None
+        self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     async def next(self) -> list[link_pb2.SequenceUpdate]:
@@ -47,6 +50,9 @@ class LinkStream:
 
         Raises WorkerLost when the link broke, or what fail() was given; updates that came before are returned
         first. A slow reader delays nobody: updates wait here, at most max_tokens of them.
+
+        While the reader waits here, `taker` is offered each update but the last one: what it takes (True) is
+        not returned, and the reader sleeps on. To wake a task costs more than to pass on a token.
         """
         while not self._updates:
             if self._error is not None:
@@ -56,11 +62,19 @@ class LinkStream:
         updates, self._updates = self._updates, []
         return updates
 
-    def push(self, update: link_pb2.SequenceUpdate) -> None:
+    def push(self, update: link_pb2.SequenceUpdate, *, is_last: bool) -> None:
+        waiter, taker = self._waiter, self.taker
+        if taker is not None and waiter is not None and not (is_last or waiter.done()):
+            try:
+                if taker(update):
+                    return
+            except Exception as error:  # noqa: BLE001 - of this request; the link and the others go on
+                self.fail(error)
+                return
         self._updates.append(update)
         self._wake()
 
-    def fail(self, error: ServingError) -> None:
+    def fail(self, error: Exception) -> None:
         """End the stream for its reader; the request is still to be closed."""
         if self._error is None:
             self._error = error
@@ -193,9 +207,10 @@ class Link:
             stream = self._streams.get(update.key)
             if stream is None:
                 continue  # cancelled while it was on its way
-            if update.finish_reason or update.HasField("error"):
+            is_last = bool(update.finish_reason) or update.HasField("error")
+            if is_last:
                 self._forget(update.key)
-            stream.push(update)
+            stream.push(update, is_last=is_last)
 
     def _forget(self, key: int) -> bool:
         is_known = self._streams.pop(key, None) is not None

@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvstore.api_keys import Priority
 from router.link import Link
 from router.route_planner import Route
 from router.service_times import ServiceTimes
 from servicekit.errors import Overloaded
 
-# How much of max_queue_wait_s a request may wait: when it gets tight, the least important are refused first.
-_PATIENCE: dict[Priority, float] = {"low": 0.5, "normal": 1.0, "high": 1.5}
+# How much of max_queue_wait_s a request may wait: when it gets tight, those behind the ordinary ones are
+# refused first. So what may wait cannot fill the queue for what may not.
+_PATIENCE_BEHIND, _PATIENCE, _PATIENCE_AHEAD = 0.5, 1.0, 1.5
 
 Replan = Callable[[set[Link]], Route | None]  # a route without these workers
 
@@ -32,7 +32,14 @@ class Patience:
 
     time_left_s: float | None  # until its deadline; None: none
     max_tokens: int  # of its answer
-    priority: Priority = "normal"
+    priority: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of max_queue_wait_s."""
+        if self.priority == 0:
+            return _PATIENCE
+        return _PATIENCE_BEHIND if self.priority > 0 else _PATIENCE_AHEAD
 
 
 class OverloadGuard:
@@ -71,7 +78,7 @@ class OverloadGuard:
         wait_s = self.predicted_wait_s(route)
         excess_s = -1.0
         if self._max_queue_wait_s:
-            excess_s = wait_s - self._max_queue_wait_s * _PATIENCE[patience.priority]
+            excess_s = wait_s - self._max_queue_wait_s * patience.share
         if patience.time_left_s is not None:
             excess_s = max(excess_s, wait_s + self._service_s(route, patience) - patience.time_left_s)
         return excess_s

@@ -15,11 +15,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from kvstore.api_keys import Priority
 from proto import common_pb2, link_pb2
 from router.fleet import Fleet
-from router.link import Link, LinkStream
-from router.metrics import RouterMetrics
+from router.link import Link, LinkStream, Taker
+from router.model_metrics import ModelMetrics
 from router.overload import OverloadGuard, Patience
 from router.route_planner import PromptHashes, Route, RoutePlanner, log_route
 from servicekit.errors import HandoffFailed, InvalidRequest, Overloaded, ServingError, WorkerLost
@@ -40,10 +39,11 @@ class FlowLimits:
 
 @dataclass(slots=True)
 class Branches:
-    """Several answers to one prompt: they go to one worker, which computes the prompt once."""
+    """Several answers to one prompt: they go to one worker, which computes the prompt once, and when that is
+    lost to another one together."""
 
     group: int = field(default_factory=lambda: secrets.randbits(63) | 1)
-    route: Route | None = None  # of the first one
+    route: Route | None = None  # of the one that was submitted last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class FlowRequest:
     sampling: common_pb2.SamplingParams
     accepted_at: float  # time.monotonic(), as the deadline
     deadline: float | None = None
-    priority: Priority = "normal"
+    priority: int = 0  # the smaller, the earlier
     may_be_refused: bool = True  # when all workers are too busy: not one of several sequences after the first
     branches: Branches | None = None  # this is one of them
     span: Span = NO_SPAN  # of the whole request; the workers' spans are its children
@@ -62,7 +62,7 @@ class FlowRequest:
 @dataclass(slots=True)
 class FlowUpdate:
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
+    logprobs: Sequence[common_pb2.TokenLogprobs] = ()
     prompt_logprobs: Sequence[common_pb2.TokenLogprobs] = ()
     finish_reason: str | None = None  # "stop": token_ids ends with the token that stopped it; or "length"
 
@@ -73,7 +73,7 @@ class RequestFlow:
         request: FlowRequest,
         fleet: Fleet,
         planner: RoutePlanner,
-        metrics: RouterMetrics,
+        metrics: ModelMetrics,
         limits: FlowLimits,
     ) -> None:
         self._request = request
@@ -88,6 +88,7 @@ class RequestFlow:
         self._has_prompt_logprobs = request.sampling.HasField("num_prompt_logprobs")
         self._route: Route | None = None
         self._stream: LinkStream | None = None
+        self._taker: Taker | None = None
         self._excluded: set[Link] = set()
         self._allows_prefill = True
         self._num_retries = 0
@@ -103,8 +104,8 @@ class RequestFlow:
 
     async def submit(self) -> None:
         """Choose workers and send the sequence to them. Overloaded when no decode worker shows up in time."""
-        branches = self._request.branches if self.first_route is None else None
-        route = self._branch_route(branches) or await self._wait_for_route()
+        branches = self._request.branches
+        route = await self._wait_for_route()
         if self.first_route is None and self._request.may_be_refused:
             route = self._limits.overload.admitted(route, self._patience(), self._replan)
         submission = self._submission(route)
@@ -112,6 +113,7 @@ class RequestFlow:
             submission.branch_group = branches.group
             branches.route = route
         self._stream = route.link.submit(submission)
+        self._stream.taker = self._taker
         self._route = route
         self._routed_at = time.monotonic()
         route.begin()
@@ -133,13 +135,23 @@ class RequestFlow:
             except ServingError as error:
                 self._prepare_retry(error)
                 continue
-            if update.token_ids:
-                self._stamp_tokens(len(update.token_ids))
             if update.token_ids or update.finish_reason:
                 return update
 
+    def offer_updates(self, taker: Taker) -> None:
+        """From now on `taker` is offered what comes while next_update() waits (router/link.py): tokens in the
+        middle of the sequence, to be read with take_tokens()."""
+        self._taker = taker
+        if self._stream is not None:
+            self._stream.taker = taker
+
+    def take_tokens(self, update: link_pb2.SequenceUpdate) -> FlowUpdate:
+        """Of an update that is not the last one, or of several."""
+        return self._tokens_of((update,))
+
     def close(self, finish_reason: str = "abort") -> None:
         """Idempotent; cancels what has not ended. `finish_reason`: as the client is told."""
+        self._taker = None
         self._detach()
         if self._expiry is not None:
             self._expiry.cancel()
@@ -213,11 +225,14 @@ class RequestFlow:
             num_prompt_tokens=self.num_prompt_tokens,
         )
 
-    def _branch_route(self, branches: Branches | None) -> Route | None:
-        """Where the first branch went, if that is still there; None for the first."""
-        if branches is None or branches.route is None or not branches.route.link.is_up:
+    def _branch_route(self) -> Route | None:
+        """Where another branch went, if that is still there and this one was not turned away there."""
+        route = self._request.branches.route if self._request.branches else None
+        if route is None or not route.link.is_up or route.link in self._excluded:
             return None
-        return branches.route.for_branch()
+        if route.prefill is not None and not self._allows_prefill:
+            return None
+        return route.for_branch()
 
     async def _wait_for_route(self) -> Route:
         give_up_at = time.monotonic() + self._limits.worker_timeout_s
@@ -227,7 +242,7 @@ class RequestFlow:
         if self.output_ids:
             prompt = PromptHashes([*prompt.token_ids, *self.output_ids], prompt.cache_salt, prompt.tenant)
         while True:
-            route = self._plan(prompt)
+            route = self._branch_route() or self._plan(prompt)
             if route is not None:
                 return route
             if not await self._fleet.wait_for_change(give_up_at - time.monotonic()):
@@ -248,6 +263,7 @@ class RequestFlow:
             sampling=request.sampling,
             cache_salt=request.prompt.cache_salt,
             tenant=request.prompt.tenant,
+            priority=request.priority,
             time_left_s=self._time_left_s(),
             traceparent=request.span.traceparent,
         )
@@ -273,18 +289,7 @@ class RequestFlow:
 
     def _absorb(self, updates: list[link_pb2.SequenceUpdate]) -> FlowUpdate:
         """One update out of all that came. What failed is prepared for another try, or raised."""
-        merged = FlowUpdate()
-        for update in updates:
-            if self.timings is None and update.HasField("timings"):
-                self._note_timings(update.timings)
-            merged.token_ids += update.token_ids[:]  # the slice is a list: three times as fast as the field
-            if self._has_logprobs:
-                merged.logprobs += update.logprobs
-            if self._has_prompt_logprobs:
-                merged.prompt_logprobs = merged.prompt_logprobs or update.prompt_logprobs
-        if merged.token_ids and self._route is not None:
-            self._route.prefill_ended()
-            self.output_ids += merged.token_ids
+        merged = self._tokens_of(updates)
         last = updates[-1]
         if last.HasField("error"):
             self._prepare_retry(_error_from_pb(last.error))
@@ -293,6 +298,26 @@ class RequestFlow:
         elif last.finish_reason:
             merged.finish_reason = _FINISH_REASONS[last.finish_reason]
         return merged
+
+    def _tokens_of(self, updates: Sequence[link_pb2.SequenceUpdate]) -> FlowUpdate:
+        """Kept and counted."""
+        token_ids = updates[0].token_ids[:]  # a list: three times as fast as the field
+        for update in updates[1:]:
+            token_ids += update.token_ids[:]
+        tokens = FlowUpdate(token_ids)
+        if self.timings is None:
+            timings = next((update.timings for update in updates if update.HasField("timings")), None)
+            if timings is not None:
+                self._note_timings(timings)
+        if self._has_logprobs:
+            tokens.logprobs = [token for update in updates for token in update.logprobs]
+        if self._has_prompt_logprobs:
+            tokens.prompt_logprobs = next((u.prompt_logprobs for u in updates if u.prompt_logprobs), ())
+        if token_ids and self._route is not None:
+            self._route.prefill_ended()
+            self.output_ids += token_ids
+            self._stamp_tokens(len(token_ids))
+        return tokens
 
     def _note_timings(self, timings: link_pb2.RequestTimings) -> None:
         self.timings = timings

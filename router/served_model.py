@@ -9,6 +9,7 @@ import jinja2
 
 from kvstore.prefix_index import PrefixIndex
 from router.api_types import ChatRequest, CompletionRequest
+from router.caller import ANYBODY, Caller
 from router.chat_template import ChatTemplate
 from router.fleet import Fleet
 from router.generation import Generation, GenerationBuilder, refuse_long_prompts
@@ -19,6 +20,7 @@ from router.output.rules import OutputRules, detect_reasoning_parser, detect_too
 from router.overload import OverloadGuard
 from router.policy import PolicyConfig
 from router.prompts import PromptReader
+from router.refusals import NotAllowed
 from router.route_planner import RoutePlanner
 from router.settings import ModelSource, RouterSettings
 from router.tokenizer import Tokenizer
@@ -57,7 +59,7 @@ class ServedModel:
 
 
 class ServedModels:
-    """By the name in a request; the first one answers requests that name none."""
+    """By the name in a request; the first one that the caller may use answers requests that name none."""
 
     def __init__(self, models: Mapping[str, ServedModel]) -> None:
         self._models = dict(models)
@@ -66,12 +68,14 @@ class ServedModels:
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())
 
-    def named(self, name: str | None) -> ServedModel:
-        """InvalidRequest with code model_not_found."""
+    def named(self, name: str | None, caller: Caller = ANYBODY) -> ServedModel:
+        """InvalidRequest with code model_not_found; NotAllowed for one that `caller` may not use."""
         if name is None:
-            return self.first
+            name = next(filter(caller.may_use, self._models), self.first.name)
         if name not in self._models:
             raise InvalidRequest(f"the model {name!r} does not exist", param="model", code="model_not_found")
+        if not caller.may_use(name):
+            raise NotAllowed(f"this API key may not use the model {name!r}")
         return self._models[name]
 
 

@@ -63,8 +63,8 @@ class RouterSettings:
     max_concurrent_requests: int = setting(4096, doc="HTTP requests served at once; more are refused")
     max_queue_wait_s: float = setting(
         60.0,
-        doc="longest predicted wait of a request, seconds; more is refused (low priority: half, high: 1.5 "
-        "times); 0: only the deadline counts",
+        doc="longest predicted wait of a request, seconds; more is refused (priority behind 0: half, before: "
+        "1.5 times); 0: only the deadline counts",
     )
     client_timeout_s: float = setting(
         30.0,

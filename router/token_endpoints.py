@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from router.api_types import ChatRequest
+from router.caller import Caller, caller_of
 from router.generation_response import Serving
 from router.http_errors import ClientGone, error_body, error_response
 from router.messages.format import messages_error_body
@@ -33,7 +34,7 @@ def add_token_endpoints(app: FastAPI, serving: Serving) -> None:
     async def answer(
         request: Request,
         kind: type[T],
-        serve: Callable[[Serving, T], Awaitable[dict[str, Any]]],
+        serve: Callable[[Serving, T, Caller], Awaitable[dict[str, Any]]],
         error_body: Callable[[ServingError], dict[str, Any]] = error_body,
     ) -> Response:
         try:
@@ -41,7 +42,7 @@ def add_token_endpoints(app: FastAPI, serving: Serving) -> None:
                 request, serving.settings.max_body_bytes, serving.settings.client_timeout_s
             )
             parsed = parse_body(kind, body, rejects_unknown=serving.settings.rejects_unknown_fields)
-            content = orjson.dumps(await serve(serving, parsed))
+            content = orjson.dumps(await serve(serving, parsed, caller_of(request)))
         except ClientGone:
             return Response()
         except ServingError as error:
@@ -57,9 +58,9 @@ def add_token_endpoints(app: FastAPI, serving: Serving) -> None:
         return await answer(request, DetokenizeRequest, _detokenize)
 
     @app.get("/tokenizer_info")
-    async def tokenizer_info(model: str | None = None) -> dict[str, Any]:
+    async def tokenizer_info(request: Request, model: str | None = None) -> dict[str, Any]:
         """What a client needs that tokenizes by /tokenize: special tokens and the chat template."""
-        served = serving.models.named(model)
+        served = serving.models.named(model, caller_of(request))
         return {
             **served.model_dir.special_tokens,
             "chat_template": served.model_dir.chat_template,
@@ -71,8 +72,8 @@ def add_token_endpoints(app: FastAPI, serving: Serving) -> None:
         return await answer(request, CountTokensRequest, _count_tokens, messages_error_body)
 
 
-async def _tokenize(serving: Serving, request: TokenizeRequest) -> dict[str, Any]:
-    model = serving.models.named(request.model)
+async def _tokenize(serving: Serving, request: TokenizeRequest, caller: Caller) -> dict[str, Any]:
+    model = serving.models.named(request.model, caller)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("give prompt or messages", param="prompt")
     if request.messages is None:
@@ -96,13 +97,13 @@ async def _tokenize(serving: Serving, request: TokenizeRequest) -> dict[str, Any
     }
 
 
-async def _detokenize(serving: Serving, request: DetokenizeRequest) -> dict[str, Any]:
-    model = serving.models.named(request.model)
+async def _detokenize(serving: Serving, request: DetokenizeRequest, caller: Caller) -> dict[str, Any]:
+    model = serving.models.named(request.model, caller)
     token_ids = model.generations.checked_ids(request.tokens, "tokens")
     return {"prompt": model.tokenizer.decode(token_ids, skips_special_tokens=False)}
 
 
-async def _count_tokens(serving: Serving, request: CountTokensRequest) -> dict[str, Any]:
-    model = serving.models.named(request.model)
+async def _count_tokens(serving: Serving, request: CountTokensRequest, caller: Caller) -> dict[str, Any]:
+    model = serving.models.named(request.model, caller)
     text = model.prompts.render(prompt_request(request))
     return {"input_tokens": len(await model.tokenizer.encode(text, adds_special_tokens=False))}

@@ -28,5 +28,6 @@ ROUTER_NAMES = (
 )
 
 
-def add_vllm_metrics(registry: CollectorRegistry, model_name: str) -> None:
-    OtherNames(registry, ROUTER_NAMES, {"model_name": model_name})
+def add_vllm_metrics(registry: CollectorRegistry) -> None:
+    """All of these have vLLM's label model_name by themselves."""
+    OtherNames(registry, ROUTER_NAMES, {})

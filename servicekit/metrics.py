@@ -44,13 +44,17 @@ def render_metrics(registry: CollectorRegistry) -> tuple[bytes, str]:
 class TokenHistogram(Collector):
     """For values of each token: the library's histogram, with a lock and a loop, costs more than a token."""
 
-    def __init__(self, name: str, doc: str, buckets: Sequence[float], registry: CollectorRegistry) -> None:
+    def __init__(
+        self, name: str, doc: str, buckets: Sequence[float], registry: CollectorRegistry | None
+    ) -> None:
+        """`registry`: None for one of TokenHistograms, which tell it."""
         self.bounds = list(buckets)
         self.counts = [0] * (len(buckets) + 1)  # not cumulative; the last one is beyond all bounds
         self._name = name
         self._doc = doc
         self._sum = 0.0
-        registry.register(self)
+        if registry is not None:
+            registry.register(self)
 
     def observe(self, value: float, num_tokens: int = 1, num_zeros: int = 0) -> None:
         """`value` for each of `num_tokens`, and `num_zeros` more of 0."""
@@ -62,9 +66,42 @@ class TokenHistogram(Collector):
         return [Metric(self._name, self._doc, "histogram")]
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self._name, self._doc)
+        self.add_to(family)
+        yield family
+
+    def add_to(self, family: HistogramMetricFamily, *label_values: str) -> None:
         bounds = [*map(str, self.bounds), "+Inf"]
         buckets = list(zip(bounds, accumulate(self.counts), strict=True))
-        yield HistogramMetricFamily(self._name, self._doc, buckets=buckets, sum_value=self._sum)
+        family.add_metric(label_values, buckets, self._sum)
+
+
+class TokenHistograms(Collector):
+    """One for each value of a label."""
+
+    def __init__(
+        self, name: str, doc: str, buckets: Sequence[float], label: str, registry: CollectorRegistry
+    ) -> None:
+        self._name = name
+        self._doc = doc
+        self._buckets = buckets
+        self._label = label
+        self._by_value: dict[str, TokenHistogram] = {}
+        registry.register(self)
+
+    def of(self, value: str) -> TokenHistogram:
+        if value not in self._by_value:
+            self._by_value[value] = TokenHistogram(self._name, self._doc, self._buckets, None)
+        return self._by_value[value]
+
+    def describe(self) -> Iterable[Metric]:
+        return [Metric(self._name, self._doc, "histogram")]
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self._name, self._doc, labels=[self._label])
+        for value, histogram in self._by_value.items():
+            histogram.add_to(family, value)
+        yield family
 
 
 @dataclass(frozen=True, slots=True)

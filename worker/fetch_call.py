@@ -84,6 +84,12 @@ class FetchCall:
         if block_ids is not None:
             whole = KvRectangle(0, layout.num_layers, first_block, tuple(block_ids))
             return [self._carrier.pack(piece) for piece in whole.pieces(layout)]
+        carrier = self._carrier
+        if isinstance(carrier, SharedMemoryCarrier) and carrier.shares_host_memory:
+            slots = run.host_slots(start, stop)
+            if slots is not None:
+                whole = KvRectangle(0, layout.num_layers, first_block, tuple(slots))
+                return [carrier.pack_host(piece) for piece in whole.pieces(layout)]
         kv_bytes = run.read_blocks(start, stop)
         # What is not on the device has no block ids.
         whole = KvRectangle(0, layout.num_layers, first_block, (0,) * (stop - start))
@@ -98,6 +104,9 @@ class FetchCall:
         started_pb = FetchStarted(worker_id=self._worker_id, num_blocks=self.num_blocks)
         if isinstance(self._carrier, SharedMemoryCarrier):
             started_pb.shared_kv_cache.CopyFrom(shared_cache_pb(self._engine.engine.kv_cache))
+            host_cache = self._engine.engine.host_cache
+            if self._carrier.shares_host_memory and host_cache is not None:
+                started_pb.shared_host_cache.CopyFrom(shared_cache_pb(host_cache))
         return pack_frame(FrameKind.FETCH_STARTED, started_pb)
 
     def _pack_finished(self) -> bytes:

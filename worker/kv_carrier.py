@@ -63,22 +63,28 @@ class StreamCarrier:
 
 
 class SharedMemoryCarrier:
-    """The frame says where the bytes are in the sender's cache; both sides read it as `source`. Bytes that
-    are not in that cache (host memory, disk) follow in the frame all the same."""
+    """The frame says where the bytes are in the sender's cache, or in its host memory where that is shared
+    too; both sides read these as `source` and `host`. Bytes that are elsewhere follow in the frame all the
+    same."""
 
     name = "shared_memory"
     max_chunk_bytes = SHARED_CHUNK_BYTES
 
-    def __init__(self, source: BlockSource) -> None:
+    def __init__(self, source: BlockSource, host: BlockSource | None = None) -> None:
         self._source = source
+        self._host = host
+
+    @property
+    def shares_host_memory(self) -> bool:
+        return self._host is not None
 
     def pack(self, rectangle: KvRectangle) -> PackedChunk:
-        block_ids = list(rectangle.block_ids)
-        views = self._source.views(rectangle.first_layer, rectangle.num_layers, block_ids)
-        num_bytes, found = checksum_of(views)
-        chunk_pb = _header(rectangle, found)
-        chunk_pb.source_block_ids.extend(block_ids)
-        return PackedChunk(pack_frame(FrameKind.KV_CHUNK, chunk_pb), num_bytes, found)
+        return _pack_place(self._source, rectangle)
+
+    def pack_host(self, rectangle: KvRectangle) -> PackedChunk:
+        """Its block ids are slots of the host memory."""
+        assert self._host is not None
+        return _pack_place(self._host, rectangle, is_in_host_memory=True)
 
     def unpack(self, chunk_pb: KvChunk, payload: memoryview, landing: memoryview | None = None) -> memoryview:
         block_ids = list(chunk_pb.source_block_ids)
@@ -89,15 +95,18 @@ class SharedMemoryCarrier:
                 f"expected {chunk_pb.num_blocks} source blocks and no payload, "
                 f"got {len(block_ids)} and {len(payload)} bytes"
             )
-        if max(block_ids) >= self._source.num_blocks:
-            raise ValueError(f"source block {max(block_ids)} is outside a cache of {self._source.num_blocks}")
-        return self._source.read_blocks(chunk_pb.first_layer, chunk_pb.num_layers, block_ids, landing)
+        source = self._host if chunk_pb.is_in_host_memory else self._source
+        if source is None:
+            raise ValueError("source blocks in host memory that was not offered")
+        if max(block_ids) >= source.num_blocks:
+            raise ValueError(f"source block {max(block_ids)} is outside a cache of {source.num_blocks}")
+        return source.read_blocks(chunk_pb.first_layer, chunk_pb.num_layers, block_ids, landing)
 
 
-def sending_carrier(kv_cache: KvCache, *, is_shared: bool) -> KvCarrier:
-    """is_shared: the receiver can and wants to read this worker's cache by itself."""
+def sending_carrier(kv_cache: KvCache, host: KvCache | None = None, *, is_shared: bool) -> KvCarrier:
+    """is_shared: the receiver can and wants to read this worker's cache, and its host memory, by itself."""
     if is_shared and kv_cache.shared_name is not None:
-        return SharedMemoryCarrier(kv_cache)
+        return SharedMemoryCarrier(kv_cache, host if host is not None and host.shared_name else None)
     return StreamCarrier(kv_cache)
 
 
@@ -111,6 +120,17 @@ def pack_bytes(rectangle: KvRectangle, payload: memoryview) -> PackedChunk:
     """A chunk that carries its bytes, wherever they are from; its block ids do not matter."""
     chunk_pb = _header(rectangle, checksum(payload))
     return PackedChunk(pack_frame(FrameKind.KV_CHUNK, chunk_pb, payload), len(payload), chunk_pb.checksum)
+
+
+def _pack_place(
+    source: BlockSource, rectangle: KvRectangle, *, is_in_host_memory: bool = False
+) -> PackedChunk:
+    block_ids = list(rectangle.block_ids)
+    num_bytes, found = checksum_of(source.views(rectangle.first_layer, rectangle.num_layers, block_ids))
+    chunk_pb = _header(rectangle, found)
+    chunk_pb.source_block_ids.extend(block_ids)
+    chunk_pb.is_in_host_memory = is_in_host_memory
+    return PackedChunk(pack_frame(FrameKind.KV_CHUNK, chunk_pb), num_bytes, found)
 
 
 def _read(source: BlockSource, rectangle: KvRectangle) -> memoryview:

@@ -91,6 +91,7 @@ def _build(
         output_ids=tuple(spec_pb.output_ids),
         cache_salt=spec_pb.cache_salt,
         tenant=spec_pb.tenant,
+        priority=spec_pb.priority,
         keeps_blocks=kv_listener is not None,
         kv_listener=kv_listener,
         kv_source=kv_source,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from engine.kv_cache import KvCache
@@ -55,7 +55,9 @@ class TransferEnvironment:
     ) -> KvCarrier:
         """For blocks of `origin`, or of the engine's cache."""
         is_shared = request_pb.accepts_shared_memory and request_pb.host_id == self.host_id
-        return sending_carrier(origin or self.engine.engine.kv_cache, is_shared=is_shared)
+        engine = self.engine.engine
+        host = engine.host_cache if isinstance(request_pb, FetchRequest) else None
+        return sending_carrier(origin or engine.kv_cache, host, is_shared=is_shared)
 
     @contextmanager
     def receiving_carrier(
@@ -68,8 +70,12 @@ class TransferEnvironment:
             return
         if not is_shared_accepted:
             raise ValueError("offers shared memory that was not asked for")
-        with self.shared_caches.cache(started_pb.shared_kv_cache, address) as source:
-            yield SharedMemoryCarrier(source)
+        with ExitStack() as attached:
+            source = attached.enter_context(self.shared_caches.cache(started_pb.shared_kv_cache, address))
+            host = None
+            if isinstance(started_pb, FetchStarted) and started_pb.HasField("shared_host_cache"):
+                host = attached.enter_context(self.shared_caches.cache(started_pb.shared_host_cache, address))
+            yield SharedMemoryCarrier(source, host)
 
     async def close(self) -> None:
         """After the last transfer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from router.api_types import CalledFunction, CalledTool, ChatMessage, ChatRequest
+from router.api_types import CalledFunction, CalledTool, ChatMessage, ChatRequest, shared_fields
 from router.messages.types import (
     Block,
     CountTokensRequest,
@@ -32,7 +32,7 @@ def chat_request(request: MessagesRequest) -> ChatRequest:
         stream=request.stream,
         temperature=request.temperature,
         top_p=request.top_p,
-        top_k=request.top_k,
+        **shared_fields(request),
     )
 
 

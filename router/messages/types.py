@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from router.api_types import MAX_STOPS, Finite, StopText
+from router.api_types import MAX_STOPS, Finite, SharedFields, StopText
 from router.tool_types import MAX_TOOLS, ToolName
 
 
@@ -89,11 +89,10 @@ class CountTokensRequest(_MessagesModel):
     output_config: OutputConfig | None = None
 
 
-class MessagesRequest(CountTokensRequest):
+class MessagesRequest(CountTokensRequest, SharedFields):
     max_tokens: Annotated[int, Field(ge=1)]
     stop_sequences: Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     temperature: Annotated[Finite, Field(ge=0, le=1)] | None = None
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     metadata: dict[str, Any] | None = None  # no effect

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from router.api_types import CalledFunction, CalledTool, ChatMessage, ChatRequest
+from router.api_types import CalledFunction, CalledTool, ChatMessage, ChatRequest, shared_fields
 from router.responses.types import (
     InputCall,
     InputCallOutput,
@@ -34,6 +34,7 @@ def chat_request(request: ResponsesRequest) -> ChatRequest:
         parallel_tool_calls=request.parallel_tool_calls,
         response_format=_response_format(text_format),
         reasoning_effort=request.reasoning.effort if request.reasoning else None,
+        **shared_fields(request),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
-from router.api_types import MAX_TEMPERATURE, Finite
+from router.api_types import MAX_TEMPERATURE, Finite, SharedFields
 from router.tool_types import MAX_TOOLS, ToolName
 
 
@@ -88,7 +88,7 @@ class ReasoningField(_ResponsesModel):
     effort: Annotated[str, StringConstraints(max_length=32)] | None = None
 
 
-class ResponsesRequest(_ResponsesModel):
+class ResponsesRequest(_ResponsesModel, SharedFields):
     model: str | None = None
     input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import ipaddress
 
 from fastapi import Request
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
+
+from kvstore.api_key_mirror import ApiKeyMirror
+from router.caller import authenticate
+from router.refusals import NotAllowed, NotAuthenticated
+from servicekit.errors import ServingError
 
 
 class UiAccess:
-    def __init__(self, admin_key: str | None) -> None:
+    def __init__(self, admin_key: str | None, keys: ApiKeyMirror | None = None) -> None:
+        """`keys`: the API keys, none of which opens anything here."""
         self._admin_key = admin_key.encode() if admin_key else None
+        self._keys = keys
 
     def check_page(self, request: Request) -> None:
-        """For the static files, which hold no data. Raises HTTPException."""
+        """For the static files, which hold no data. Raises NotAllowed."""
         if self._admin_key is None and not _is_local(request):
-            raise HTTPException(
-                403, "/ui answers this machine only, unless the router's setting admin_key is set"
+            raise NotAllowed(
+                f"{request.url.path} answers this machine only, unless the router's setting admin_key is set"
             )
 
-    def check_data(self, request: Request) -> None:
-        """Raises HTTPException."""
+    async def check_data(self, request: Request) -> None:
+        """Raises NotAllowed, also for a caller who shows an API key instead, or NotAuthenticated."""
         self.check_page(request)
-        if self._admin_key is not None and not hmac.compare_digest(_bearer(request.headers), self._admin_key):
-            raise HTTPException(401, "the admin key is missing or wrong", {"www-authenticate": "Bearer"})
+        if self._admin_key is None or hmac.compare_digest(_bearer(request.headers), self._admin_key):
+            return
+        if await self._is_api_key(request):
+            raise NotAllowed("an API key is not enough here: it takes the admin key")
+        raise NotAuthenticated("the admin key is missing or wrong")
+
+    async def _is_api_key(self, request: Request) -> bool:
+        if self._keys is not None:
+            with contextlib.suppress(ServingError):
+                await authenticate(self._keys, request.headers.raw)
+                return True
+        return False
 
 
 def _is_local(request: Request) -> bool:

@@ -77,7 +77,8 @@ class EventsResponse(Response):
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def add_ui(app: FastAPI, access: UiAccess, publisher: Publisher) -> None:
+def add_ui(app: FastAPI, access: UiAccess, publishers: Mapping[str, Publisher]) -> None:
+    """`publishers` by the name of the model that they tell of; the first one when none is named."""
     files = load_static_files()
 
     @app.get("/ui", include_in_schema=False)
@@ -86,11 +87,14 @@ def add_ui(app: FastAPI, access: UiAccess, publisher: Publisher) -> None:
         return _file_response(files[_PAGE], request)
 
     @app.get("/ui/events", include_in_schema=False)
-    async def follow_events(request: Request) -> Response:
-        access.check_data(request)
-        if publisher.num_viewers >= MAX_VIEWERS:
+    async def follow_events(request: Request, model: str | None = None) -> Response:
+        await access.check_data(request)
+        name = next(iter(publishers)) if model is None else model
+        if name not in publishers:
+            raise HTTPException(404, f"the model {name!r} does not exist")
+        if sum(publisher.num_viewers for publisher in publishers.values()) >= MAX_VIEWERS:
             raise HTTPException(503, f"{MAX_VIEWERS} viewers already look", {"retry-after": "10"})
-        return EventsResponse(publisher)
+        return EventsResponse(publishers[name])
 
     @app.get("/ui/{name}", include_in_schema=False)
     async def show_file(name: str, request: Request) -> Response:

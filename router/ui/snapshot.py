@@ -12,7 +12,7 @@ from kvstore.worker_record import WorkerRecord
 from router.drain import Drain
 from router.fleet import Fleet
 from router.link import Link
-from router.metrics import RouterMetrics
+from router.model_metrics import ModelMetrics
 from router.ui.latency import LatencyWindow
 from router.ui.worker_states import WorkerStateReader
 
@@ -22,9 +22,9 @@ _HISTORY = 300  # looks
 
 
 class Snapshots:
-    """Made one after the other, for all viewers together."""
+    """Of one model; made one after the other, for all viewers together."""
 
-    def __init__(self, fleet: Fleet, drain: Drain, metrics: RouterMetrics, about: dict[str, str]) -> None:
+    def __init__(self, fleet: Fleet, drain: Drain, metrics: ModelMetrics, about: dict[str, Any]) -> None:
         """`about`: what never changes."""
         self.reader = WorkerStateReader(lambda: [record for record, _ in fleet.workers()[:_MAX_WORKERS]])
         self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
@@ -118,7 +118,7 @@ def _rounded(latencies: dict[str, tuple[float, float] | None]) -> dict[str, list
     }
 
 
-def _gauge_value(metrics: RouterMetrics) -> int:
+def _gauge_value(metrics: ModelMetrics) -> int:
     [family] = metrics.in_flight.collect()
     return int(family.samples[0].value)
 

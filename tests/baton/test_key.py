@@ -54,6 +54,19 @@ def test_list_and_revoke(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert stored(url) == []
 
 
+def test_a_key_for_some_of_the_models_is_listed_with_them(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a-long-name-of-a-team@example.org"
+    main(["key", "create", name, "--models", "llama-3.1-8b-instruct, deepseek-v3", "--priority", "high"])
+    [key] = stored(url)
+    assert key.models == ("llama-3.1-8b-instruct", "deepseek-v3")
+    capsys.readouterr()
+    main(["key", "list"])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "llama" in line]
+    assert name in line and "high" in line and "llama-3.1-8b-instruct, deepseek-v3" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

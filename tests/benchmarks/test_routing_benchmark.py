@@ -26,14 +26,24 @@ def run(load, policy, ttfts_s, repeat=0, num_hit_tokens=0, **counters):
 def test_a_row_pools_the_requests_of_all_repeats():
     runs = [
         run("chat", "prefix", [0.1, 0.2], 0, 50, baton_router_predicted_hit_tokens_total=80.0),
-        run("chat", "prefix", [0.6], 1, 50, baton_router_predicted_hit_tokens_total=40.0),
+        run(
+            "chat",
+            "prefix",
+            [0.6],
+            1,
+            50,
+            **{"baton_router_predicted_hit_tokens_total": 40.0, "prefilled by decode": 1.0},
+        ),
     ]
     [row] = result_rows(runs)
     assert (row["requests"], row["failed"]) == (3, 0)
     assert row["TTFT p50 ms"] == pytest.approx(200)
     assert row["TTFT p50 ms by repeat"] == pytest.approx([150, 600])
+    assert row["TTFT ms"] == pytest.approx([100, 200, 600])
     assert row["hit rate"] == pytest.approx(0.5)
     assert row["predicted hit"] == pytest.approx(0.4)
+    assert row["prefilled by decode"] == pytest.approx(1 / 3)
+    assert row["E2E mean ms"] == pytest.approx(400)
     assert row["all tok/s"] == pytest.approx((204 / 0.3 + 102 / 0.7) / 2)
 
 
@@ -98,3 +108,4 @@ def test_policies_take_turns_to_begin():
 def test_samples_of_a_page_are_summed_over_labels():
     text = '# HELP a b\n# TYPE a counter\na_total{x="1"} 2.0\na_total{x="2"} 3.5\nb 1e-05\n'
     assert parse_counters(text) == {"a_total": 5.5, "b": 1e-05}
+    assert parse_counters(text, 'x="2"') == {"a_total": 3.5}

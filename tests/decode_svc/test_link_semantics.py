@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import grpc.aio
 import pytest
 
+from engine.forward_batch import ForwardBatch
 from proto import common_pb2
 from proto.link_pb2 import LinkRequest, Submit
 from tests.fakes.fake_model import EOS_TOKEN_ID, build_fake_engine, expected_tokens
-from tests.fakes.fake_workers import decode_worker, greedy_spec, prefill_worker, router_link
+from tests.fakes.fake_workers import (
+    GatedModel,
+    Reply,
+    decode_worker,
+    greedy_spec,
+    prefill_worker,
+    router_link,
+)
 
 PROMPT = [(7 * i + 3) % 200 + 1 for i in range(45)]
 
@@ -253,3 +262,44 @@ async def test_load_is_right_although_no_step_follows_a_cancel() -> None:
 
         load = decode.load.load()
         assert (load.num_running, load.num_waiting, load.num_free_blocks) == (0, 0, 64)
+
+
+class LastTokens(GatedModel):
+    """Notes the last token of each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, batch: ForwardBatch, *args: Any) -> Any:
+        self.seen.append(int(batch.token_ids_T[-1]))
+        return super().forward(batch, *args)
+
+
+@pytest.mark.parametrize("is_handed_off", [False, True])
+async def test_requests_that_wait_are_served_by_priority_and_then_by_arrival(is_handed_off: bool) -> None:
+    """By the worker that computes the prompt, one at a time. Prompts are told by their last token."""
+    prefill_model, decode_model = LastTokens(), LastTokens()
+    held = prefill_model if is_handed_off else decode_model
+    priorities = {1: 9, 2: 5, 3: 0, 4: -1}
+    if not is_handed_off:  # Prefill calls are streams of their own: two may arrive in either order
+        priorities[5] = 0
+    async with (
+        prefill_worker(build_fake_engine(model=prefill_model, max_running=1)) as prefill,
+        decode_worker(build_fake_engine(model=decode_model, max_running=1)) as decode,
+        router_link(decode) as router,
+    ):
+        held.hold()
+        replies: list[Reply] = []
+        for last_token, priority in priorities.items():
+            spec = greedy_spec([*PROMPT, last_token], 1, priority=priority)
+            replies.append((await router.submit(spec, prefill if is_handed_off else ""))[1])
+            if len(replies) == 1:
+                await held.until_held()
+        worker = prefill if is_handed_off else decode
+        while len(worker.engine._sinks) < len(replies):  # each has just been given to the engine thread
+            await router.write(LinkRequest())
+        held.open()
+        async with asyncio.timeout(20):
+            await asyncio.gather(*(reply.ended.wait() for reply in replies))
+    assert held.seen == ([1, 4, 3, 2] if is_handed_off else [1, 4, 3, 5, 2])

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -35,16 +36,20 @@ def _name_of_busy(stack: Stack, role: str) -> str | None:
 
 def _stream(stack: Stack, prompt: list[int], max_tokens: int) -> Iterator[int]:
     """Token ids as they arrive."""
-    body = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": max_tokens, "stream": True}
-    body |= {"ignore_eos": True, "return_token_ids": True}
+    for choice in _choices(stack, prompt, temperature=0, max_tokens=max_tokens, ignore_eos=True):
+        yield from choice["token_ids"]
+
+
+def _choices(stack: Stack, prompt: list[int], **fields: Any) -> Iterator[dict[str, Any]]:
+    """The parts of all choices as they arrive."""
+    body = {"model": "tiny", "prompt": prompt, "stream": True, "return_token_ids": True, **fields}
     with httpx.stream("POST", stack.url + "/v1/completions", json=body, timeout=60) as response:
         assert response.status_code == 200
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 event = json.loads(line.removeprefix("data: "))
                 assert "error" not in event, event
-                for choice in event["choices"]:
-                    yield from choice.get("token_ids") or ()
+                yield from event["choices"]
 
 
 def _all_ready(stack: Stack) -> None:
@@ -91,6 +96,71 @@ def test_a_stream_whose_decode_worker_is_killed_goes_on_with_no_token_lost_or_do
             assert name is not None
             fragile.kill(name)
     assert received == oracle(prompt, 400)
+    _all_ready(fragile)
+    fragile.assert_no_block_is_lost()
+
+
+def _whole_answer(stack: Stack, prompt: list[int], *, kill_after: int | None, **fields: Any) -> list[str]:
+    """The texts of all choices, by index; the decode worker is killed after so many parts of them."""
+    texts = [""] * fields.get("n", 1)
+    for num_parts, choice in enumerate(_choices(stack, prompt, **fields), 1):
+        texts[choice["index"]] += choice["text"]
+        if num_parts == kill_after:
+            name = _name_of_busy(stack, "decode")
+            assert name is not None
+            stack.kill(name)
+    assert kill_after is None or num_parts > kill_after, "it ended before the kill"
+    return texts
+
+
+def _handoff_bytes(stack: Stack) -> dict[int, float]:
+    """Of each decode worker, by process id."""
+    workers = stack.processes("decode")
+    return {each["pid"]: stack.metrics(each).get("baton_handoff_bytes_total", 0.0) for each in workers}
+
+
+def test_the_branches_of_a_killed_decode_worker_go_on_elsewhere_and_move_their_prompt_once(
+    fragile: Stack,
+) -> None:
+    _all_ready(fragile)
+    prompt = random_prompt(5, 800)
+    fields = {"n": 4, "seed": 11, "temperature": 1.0, "max_tokens": 150, "ignore_eos": True}
+    before = _handoff_bytes(fragile)
+    undisturbed = _whole_answer(fragile, prompt, kill_after=None, **fields)
+    between = _handoff_bytes(fragile)
+    assert len(set(undisturbed)) == 4
+    salted = {**fields, "cache_salt": "again"}  # so that the survivor has nothing of it
+    assert _whole_answer(fragile, prompt, kill_after=40, **salted) == undisturbed
+    _all_ready(fragile)
+    after = _handoff_bytes(fragile)
+    [survivor] = before.keys() & after.keys()
+    moved, bytes_of_prompt = after[survivor] - between[survivor], sum(between.values()) - sum(before.values())
+    assert bytes_of_prompt <= moved < 2 * bytes_of_prompt
+    fragile.assert_no_block_is_lost()
+
+
+_ROUTE = {
+    "type": "array",
+    "minItems": 24,
+    "maxItems": 24,
+    "items": {
+        "type": "object",
+        "properties": {"leg": {"type": "integer", "minimum": 0, "maximum": 99}, "hand": {"enum": ["l", "r"]}},
+        "required": ["leg", "hand"],
+        "additionalProperties": False,
+    },
+}
+
+
+def test_an_answer_by_schema_whose_decode_worker_is_killed_goes_on_valid_and_the_same(fragile: Stack) -> None:
+    _all_ready(fragile)
+    structure = {"json": _ROUTE, "disable_any_whitespace": True}
+    fields = {"seed": 3, "temperature": 1.0, "max_tokens": 2000, "structured_outputs": structure}
+    prompt = random_prompt(6, 100)
+    undisturbed = _whole_answer(fragile, prompt, kill_after=None, **fields)
+    legs = json.loads(undisturbed[0])
+    assert len(legs) == 24 and all(leg["hand"] in "lr" and 0 <= leg["leg"] <= 99 for leg in legs)
+    assert _whole_answer(fragile, prompt, kill_after=60, **fields) == undisturbed
     _all_ready(fragile)
     fragile.assert_no_block_is_lost()
 

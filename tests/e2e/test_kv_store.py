@@ -140,3 +140,28 @@ def test_worker_that_was_killed_finds_its_blocks_on_disk(
         assert reply.token_ids == oracle(prompts[0], 8)
         assert reply.timings.num_loaded_tokens > 0
         stack.assert_no_block_is_lost()
+
+
+def test_workers_of_one_machine_share_their_host_memory(
+    tiny_model: Path, tmp_path: Path, oracle: Oracle
+) -> None:
+    options = ["--dtype", "float32", "--threads", "1", "--token-budget", "64", "--max-running", "32"]
+    options += ["--num-blocks", "130", "--max-model-len", "2048", "--aggregated", "--decode", "2"]
+    prompts = [random_prompt(60 + i, 1500) for i in range(3)]
+    with running_stack(tiny_model, tmp_path, *options, "--host-kv-bytes", str(1 << 30)) as stack:
+        for prompt in prompts:  # each evicts the one before
+            _ask(stack, "decode-0", prompt, 8)
+        reply = _ask(stack, "decode-1", prompts[0], 8, peer="decode-0")
+
+        assert reply.token_ids == oracle(prompts[0], 8)
+        assert reply.timings.num_fetched_tokens > 0
+        # It has mapped the other one's device cache and host memory.
+        pids = [_worker(stack, name)["pid"] for name in ("decode-0", "decode-1")]
+        assert len(set.intersection(*map(_memory_files, pids))) == 2
+        stack.assert_no_block_is_lost()
+
+
+def _memory_files(pid: int) -> set[str]:
+    """Inodes of the memory files of KV caches that a process has mapped."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {line.split()[4] for line in lines if "/memfd:baton-kv" in line}

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.deploy.tools import program
 from tests.e2e.conftest import HANDS_OFF, SMALL, random_prompt
-from tests.e2e.stack import Stack, running_stack
+from tests.e2e.stack import Stack, free_port, running_stack
+from tests.e2e.test_two_models import two_models
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -102,6 +104,40 @@ def _save(page: Any, name: str, tmp_path: Path) -> bytes:
 def _facts(answer: Any) -> dict[str, str]:
     names, values = answer.locator("dt").all_inner_texts(), answer.locator("dd").all_inner_texts()
     return dict(zip(names, values, strict=True))
+
+
+@pytest.fixture(scope="module")
+def apart(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """Two models behind one router with an admin port: its address, and that of the public port."""
+    port = free_port()
+    environment = {"BATON_ROUTER_ADMIN_PORT": str(port)}
+    with two_models(tiny_model, tmp_path_factory.mktemp("apart"), environment) as stack:
+        yield f"http://127.0.0.1:{port}", stack.url
+
+
+def test_the_page_on_an_admin_port_chats_with_the_model_that_is_chosen(
+    apart: tuple[str, str], browser: Any, tmp_path: Path
+) -> None:
+    url, public_url = apart
+    assert httpx.get(f"{public_url}/ui").status_code == 404
+    with _watched_pages(browser, url) as open_page:
+        page = open_page(key=None, viewport={"width": 1280, "height": 900})
+        for model in ("tiny", "llama"):
+            _wait_live(page)
+            choice = page.locator("#models")
+            assert choice.locator("option").all_inner_texts() == ["tiny", "llama"]
+            assert choice.input_value() == model
+            page.locator("summary").click()
+            page.locator("#max-tokens").fill("8")
+            facts = _facts(_ask(page, f"Which way does {model} run?"))
+            assert facts["tokens"] == "8"
+            [worker] = page.locator(".card.decode h3").all_inner_texts()
+            assert worker in facts["route"]
+            sync_api.expect(page.locator("#ways")).to_contain_text(worker, timeout=_WAIT_MS)
+            _save(page, f"admin-port-{model}", tmp_path)
+            if model == "tiny":
+                choice.select_option("llama")
+                page.wait_for_url("**/ui?model=llama")
 
 
 def test_a_wrong_key_shows_nothing_and_the_right_one_everything(open_page: OpenPage) -> None:

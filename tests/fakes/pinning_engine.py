@@ -31,6 +31,9 @@ class WatchedRun:
     def is_on_device(self, start: int, stop: int) -> list[int] | None:
         return None if self.hides_device else self.run.is_on_device(start, stop)
 
+    def host_slots(self, start: int, stop: int) -> list[int] | None:
+        return self.run.host_slots(start, stop)
+
 
 class PinningEngine(Engine):
     hides_device = False

@@ -87,6 +87,9 @@ class Model:
 NUMBERS = st.one_of(
     st.lists(st.integers(0, 40), max_size=8),
     st.builds(range, st.integers(0, 20), st.integers(20, 150)).map(list),
+    st.lists(st.builds(range, st.integers(0, 120), st.integers(20, 150)), min_size=2, max_size=3).map(
+        lambda parts: [number for part in parts for number in part]
+    ),
 )
 CHANGES = st.lists(
     st.tuples(
@@ -304,6 +307,21 @@ def test_a_prompt_that_was_looked_up_is_followed_in_runs(order: str) -> None:
     index.lookup(prompt)
     assert sum(map(len, index._runs.values())) == 640 * 16
     assert len(index._runs) == 10
+
+
+def test_a_run_is_followed_from_any_block_for_as_long_as_the_prompt_does() -> None:
+    """Steps with pieces of several prompts, as workers tell them."""
+    index = MemoryIndex()
+    first, second = range(64), range(64, 128)
+    for start in range(0, 64, 16):
+        index.publish("a", blocks(*first[start : start + 16], *second[start : start + 16]))
+    runs = dict(index._runs)
+    assert len(runs) == 4
+    for prompt in (first, second, [*first[:40], 900, 901], first[:17], [*first[:9], *second[9:20]]):
+        num_same = next((i for i, number in enumerate(prompt) if number not in range(128)), len(prompt))
+        assert index.lookup(blocks(*prompt)) == [PrefixHit("a", num_same, (num_same, 0, 0))]
+        assert index._runs == runs  # prompts that part do not undo each other's runs
+    index.check_integrity()
 
 
 def test_the_garbage_collector_does_not_visit_blocks() -> None:

@@ -141,7 +141,7 @@ class Cluster:
         for worker_id, held in self.held.items():
             key = keys.worker_blocks(self.model, worker_id, self.started[worker_id])
             stored = await self.store.redis.hgetall(key)
-            assert {block_hash: int(tier) for block_hash, tier in stored.items()} == held
+            assert {block_hash: int(value[:1]) for block_hash, value in stored.items()} == held
 
     async def close(self) -> None:
         for worker_id in list(self.writers):

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
 from kvstore import keys
-from kvstore.block_hash import BlockHash, BlockTier
+from kvstore.block_hash import BlockHash, BlockTier, HashChain
+from kvstore.block_order import place_bytes
 from kvstore.embedded import EmbeddedServer
 from kvstore.index_mirror import IndexMirror
 from kvstore.redis_index import RedisIndex
@@ -61,7 +63,7 @@ async def stored_blocks(store: Store, worker_id: str = "w", incarnation: str = "
 async def stored_tiers(store: Store) -> list[set[bytes]]:
     """Of worker w: what is in which tier."""
     tiers = await store.redis.hgetall(keys.worker_blocks("tiny", "w", "first"))
-    return [{block for block, now in tiers.items() if int(now) == tier} for tier in BlockTier]
+    return [{block for block, now in tiers.items() if int(now[:1]) == tier} for tier in BlockTier]
 
 
 async def lose_events(store: Store) -> None:
@@ -121,6 +123,66 @@ async def test_a_snapshot_brings_the_tiers(store: Store) -> None:
         await IndexMirror(store, "tiny", shown).catch_up()
         tiers = list(shown.tiers("w").values())
         assert [tiers.count(tier) for tier in BlockTier] == [3000, 1000, 500]
+
+
+async def chats_at_a_worker(index: RedisIndex) -> list[list[BlockHash]]:
+    """Prompts that share nothing, computed by turns in steps of 32 blocks; then the end of each moves to host
+    memory, last blocks first, and a middle part after that. Whole steps: what is left of a run that lost a
+    member is no run."""
+    chain = HashChain(model_fingerprint="tiny", block_size=1)
+    prompts = [chain.hashes(range(1600), cache_salt=str(number)) for number in range(3)]
+    for start in range(0, 1600, 32):
+        for prompt in prompts:
+            index.publish(prompt[start : start + 32])
+        await flushed(index)
+    for prompt in prompts:
+        for part in (prompt[1184:], prompt[416:1184]):
+            for block_hash in reversed(part):
+                index.publish([block_hash], BlockTier.HOST)
+            await flushed(index)
+    return prompts
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["snapshot", "events"])
+async def test_mirrors_know_prompts_in_order_before_the_first_lookup(store: Store, is_new: bool) -> None:
+    shown, follower = ObservedIndex(), ObservedIndex()
+    following_mirror = IndexMirror(store, "tiny", follower)
+    async with writing(store) as index:
+        await flushed(index)
+        await following_mirror.catch_up()
+        prompts = await chats_at_a_worker(index)
+        await following_mirror.catch_up()
+        await IndexMirror(store, "tiny", shown).catch_up()
+    asked = shown if is_new else follower
+    asked.check_integrity()
+    num_runs = asked._last_run
+    for prompt in prompts:
+        [hit] = asked.lookup(prompt)
+        assert hit.num_blocks_by_tier == (416, 1184, 0)
+    assert asked._last_run == num_runs  # the lookups found runs; they had to make none
+
+
+async def test_a_block_keeps_its_place_in_every_tier_and_gets_a_new_one_when_it_comes_again(
+    store: Store,
+) -> None:
+    first, second, third = (BlockHash(bytes([number]) * 16) for number in (3, 2, 1))
+
+    async def order() -> list[bytes]:
+        stored = await store.redis.hgetall(keys.worker_blocks("tiny", "w", "first"))
+        return sorted(stored, key=lambda block_hash: stored[block_hash][1:])
+
+    async with writing(store) as index:
+        index.publish([first, second, third])
+        await flushed(index)
+        assert await order() == [first, second, third]
+        index.publish([second], BlockTier.DISK)
+        await flushed(index)
+        assert await order() == [first, second, third]
+        index.evict([first])
+        await flushed(index)
+        index.publish([first])
+        await flushed(index)
+        assert await order() == [second, third, first]
 
 
 async def test_a_snapshot_that_redis_interrupts_leaves_the_mirror_as_it_was(
@@ -391,7 +453,7 @@ async def test_a_repeated_event_is_applied_once(store: Store) -> None:
         before = await store.redis.xlen(keys.index_events("tiny"))
         (block,) = blocks(2)
         sequence = (await store.run_script("index_writers", script_keys[:1]))[2] + 1
-        args = ["w", "first", sequence, 0, 0, 30_000, 16, 100, b"", block, b"", b""]
+        args = ["w", "first", sequence, 0, 0, 30_000, 16, 100, b"", block, place_bytes(1), b"", b"", b"", b""]
         assert await store.run_script("index_apply", script_keys, args) == 1
         assert await store.run_script("index_apply", script_keys, args) == 1
         assert await store.redis.xlen(keys.index_events("tiny")) == before + 1
@@ -406,7 +468,7 @@ async def test_an_event_out_of_order_asks_for_a_new_start(store: Store) -> None:
             keys.worker_blocks("tiny", "w", "first"),
         ]
         (block,) = blocks(2)
-        args = ["w", "first", 77, 0, 0, 30_000, 16, 100, b"", block, b"", b""]
+        args = ["w", "first", 77, 0, 0, 30_000, 16, 100, b"", block, place_bytes(1), b"", b"", b"", b""]
         assert await store.run_script("index_apply", script_keys, args) == 0
         assert await stored_blocks(store) == set()
 
@@ -519,3 +581,11 @@ async def test_stopping_while_redis_is_away_ends_at_once(
         server.kill()
         async with asyncio.timeout(2):
             await index.stop()
+
+
+async def test_the_garbage_collector_does_not_visit_what_a_writer_holds(store: Store) -> None:
+    async with writing(store) as index:
+        index.publish(blocks(*range(100)))
+        index.publish(blocks(*range(50)), BlockTier.DISK)
+        await flushed(index)
+        assert not gc.is_tracked(index._held)

@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import anthropic
 import httpx
+import openai
 import pytest
 
 from kvstore.api_keys import ApiKey, RedisApiKeys, digest_of, new_secret
@@ -18,6 +20,7 @@ from router.endpoint import ENDPOINTS, Endpoint
 from router.token_endpoints import TOKEN_BODIES
 from tests.fakes.redis_server import flush_all, redis_server
 from tests.router.conftest import Router, RouterFactory, eventually
+from tests.router.test_limits import admin_client
 
 PROMPT = [5, 6, 7, 8, 9]
 
@@ -93,7 +96,7 @@ async def test_probes_need_no_key_and_metrics_the_admin_s(locked: Locked) -> Non
     assert (await client.get("/ready")).status_code == 200
     headers = await locked.key()
     assert (await client.get("/metrics")).status_code == 401
-    assert (await client.get("/metrics", headers=headers)).status_code == 401
+    assert (await client.get("/metrics", headers=headers)).status_code == 403
     page = await client.get("/metrics", headers={"authorization": "Bearer admin"})
     assert page.status_code == 200
     assert 'baton_router_refused_total{reason="no_key"}' in page.text
@@ -103,6 +106,126 @@ async def test_both_ways_to_send_a_key_work(locked: Locked) -> None:
     headers = await locked.key()
     assert (await locked.ask(headers)).status_code == 200
     assert (await locked.ask({"x-api-key": headers["authorization"].split()[1]})).status_code == 200
+
+
+_OF_MODELS: list[tuple[str, str, dict[str, Any] | None]] = [
+    *(("POST", endpoint.path, None) for endpoint in ENDPOINTS),
+    ("POST", "/tokenize", {"prompt": "hi"}),
+    ("POST", "/detokenize", {"tokens": [5]}),
+    ("POST", "/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "hi"}]}),
+    ("GET", "/tokenizer_info", None),
+    ("GET", "/v1/models/test", None),
+]
+_BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4},
+    "/v1/responses": {"input": "hi"},
+}
+
+
+@pytest.mark.parametrize(("method", "path", "body"), _OF_MODELS)
+async def test_a_key_that_may_not_use_a_model_gets_403(
+    locked: Locked, method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    elsewhere, here = (
+        await locked.key("eve", models=("other",)),
+        await locked.key("ada", models=("x", "test")),
+    )
+    body = _BODIES.get(path) or body
+    for name in ("test", None):
+        named = None if body is None else {**body, **({"model": name} if name else {})}
+        refused = await locked.router.client.request(method, path, json=named, headers=elsewhere)
+        assert refused.status_code == 403, refused.text
+        error = refused.json()["error"]
+        assert error["type"] == "permission_error" and "may not use the model 'test'" in error["message"]
+        assert refused.headers.get("www-authenticate") is None
+        served = await locked.router.client.request(method, path, json=named, headers=here)
+        assert served.status_code == 200, served.text
+    assert len(locked.router.workers["decode-0"].submits) == (2 if path in _BODIES else 0)
+
+
+async def test_a_key_sees_the_models_that_it_may_use(locked: Locked) -> None:
+    async def seen(**fields: Any) -> list[str]:
+        headers = await locked.key(name=str(fields), **fields)
+        page = await locked.router.client.get("/v1/models", headers=headers)
+        return [model["id"] for model in page.json()["data"]]
+
+    assert await seen() == await seen(models=("test",)) == ["test"]
+    assert await seen(models=("other",)) == []
+    nobody = await locked.ask(await locked.key("eve", models=("other",)), model="third")
+    assert nobody.status_code == 404 and nobody.json()["error"]["code"] == "model_not_found"
+
+
+async def test_clients_know_a_refusal_of_permission(locked: Locked) -> None:
+    secret = (await locked.key(models=("other",)))["authorization"].split()[1]
+    url = str(locked.router.client.base_url)
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0) as client:
+        with pytest.raises(openai.PermissionDeniedError, match="may not use"):
+            await client.completions.create(model="test", prompt="hi")
+    async with anthropic.AsyncAnthropic(base_url=url, api_key=secret, max_retries=0) as client:
+        with pytest.raises(anthropic.PermissionDeniedError, match="may not use"):
+            await client.messages.create(
+                model="test", max_tokens=4, messages=[{"role": "user", "content": "hi"}]
+            )
+    page = await locked.router.client.get("/metrics", headers={"authorization": "Bearer admin"})
+    assert 'baton_router_refused_total{reason="not_allowed"} 2.0' in page.text
+
+
+async def test_the_playground_on_an_admin_port_asks_for_an_api_key_when_the_public_one_does(
+    make_router: RouterFactory, redis: tuple[EmbeddedServer, str]
+) -> None:
+    router = await make_router(require_api_key=True, redis_url=redis[1], admin_key="admin", admin_port=0)
+    await router.add_worker("decode-0")
+    store = Store(redis[1])
+    headers = await Locked(router, RedisApiKeys(store), redis[0]).key()
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    async with admin_client(router) as client:
+        for shown, status in ((headers, 200), ({"authorization": "Bearer admin"}, 401), ({}, 401)):
+            answer = await client.post("/v1/chat/completions", json=body, headers=shown)
+            assert answer.status_code == status, answer.text
+        assert (await client.get("/metrics", headers=headers)).status_code == 200  # the network guards it
+    await store.close()
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/ui/events"])
+async def test_an_api_key_is_no_admin_key(locked: Locked, path: str) -> None:
+    client = locked.router.client
+    refused = await client.get(path, headers=await locked.key())
+    assert refused.status_code == 403
+    assert refused.json()["error"]["type"] == "permission_error"
+    for stranger in ({}, {"authorization": "Bearer baton-guess"}):
+        assert (await client.get(path, headers=stranger)).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("priority", "asked", "told"),
+    [
+        ("normal", None, 0),
+        ("normal", -5, 0),
+        ("normal", 7, 7),
+        ("high", None, -100),
+        ("high", -(2**31), -100),
+        ("high", -5, -5),
+        ("low", None, 100),
+        ("low", 0, 100),
+        ("low", 101, 101),
+    ],
+)
+async def test_nobody_gets_before_others_than_his_key_allows(
+    locked: Locked, priority: str, asked: int | None, told: int
+) -> None:
+    headers = await locked.key(priority=priority)
+    assert (await locked.ask(headers, priority=asked)).status_code == 200
+    assert locked.router.workers["decode-0"].submits[0].sequence.priority == told
+
+
+async def test_without_keys_nobody_gets_before_those_who_ask_for_nothing(router: Router) -> None:
+    worker = router.workers["decode-0"]
+    for asked in (-3, 0, 3, None):
+        assert (await router.chat(priority=asked)).status_code == 200
+    assert [submit.sequence.priority for submit in worker.submits] == [0, 0, 3, 0]
+    assert (await router.chat(priority=2**31)).status_code == 400
 
 
 @pytest.mark.parametrize("path", [*(endpoint.path for endpoint in ENDPOINTS), *TOKEN_BODIES])

@@ -96,6 +96,17 @@ async def test_continuous_usage_counts_up(router: Router) -> None:
     assert counts[-1] == 8
 
 
+async def test_continuous_usage_of_a_chat_begins_at_nothing(router: Router) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    fields = {"stream_options": options, "max_tokens": 3, "ignore_eos": True}
+    chunks = events((await router.chat(stream=True, **fields)).text)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (0, 3)
+    prompt_tokens = {chunk["usage"]["prompt_tokens"] for chunk in chunks}
+    assert len(prompt_tokens) == 1 and 0 not in prompt_tokens
+
+
 async def test_n_choices_have_their_own_seeds_and_the_first_is_the_client_s(
     router: Router, worker: FakeDecodeWorker
 ) -> None:

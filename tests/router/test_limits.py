@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import httpx
 import pytest
@@ -150,8 +152,9 @@ async def test_browsers_of_other_sites_are_not_served_unless_named(make_router: 
     assert "access-control-allow-origin" not in stranger.headers
 
 
-async def test_with_an_admin_port_metrics_and_page_are_only_there(make_router: RouterFactory) -> None:
-    router = await make_router(admin_port=0)
+@asynccontextmanager
+async def admin_client(router: Router) -> AsyncIterator[httpx.AsyncClient]:
+    """Of a router with admin_port=0."""
     _, admin = build_servers(router.app)
     serving = asyncio.create_task(admin.serve())
 
@@ -159,14 +162,52 @@ async def test_with_an_admin_port_metrics_and_page_are_only_there(make_router: R
         return admin.started
 
     await eventually(is_started)
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{admin.bound_port}", trust_env=False) as client:
+    try:
+        url = f"http://127.0.0.1:{admin.bound_port}"
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+            yield client
+    finally:
+        admin.should_exit = True
+        await serving
+
+
+async def test_with_an_admin_port_metrics_and_page_are_only_there(make_router: RouterFactory) -> None:
+    router = await make_router(admin_port=0)
+    async with admin_client(router) as client:
         for path in ("/metrics", "/ui"):
             assert (await client.get(path)).status_code == 200
             assert (await router.client.get(path)).status_code == 404
         assert (await client.get("/health")).status_code == 200
         assert (await client.get("/v1/models")).status_code == 404
-    admin.should_exit = True
-    await serving
+
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+
+
+async def test_the_playground_on_an_admin_port_is_for_those_who_may_see_the_page(
+    make_router: RouterFactory,
+) -> None:
+    router = await make_router(admin_port=0)
+    await router.add_worker("decode-0")
+    async with admin_client(router) as client:
+        for headers, status in (({}, 200), ({"host": "evil.example"}, 403)):
+            answer = await client.post("/v1/chat/completions", json=CHAT, headers=headers)
+            assert answer.status_code == status, answer.text
+        from_elsewhere = await client.post(
+            "/v1/chat/completions", json=CHAT, headers={"origin": "https://evil.example"}
+        )
+        assert "access-control-allow-origin" not in from_elsewhere.headers
+
+
+async def test_the_playground_on_an_admin_port_asks_for_the_admin_key(make_router: RouterFactory) -> None:
+    router = await make_router(admin_port=0, admin_key="open sesame")
+    await router.add_worker("decode-0")
+    async with admin_client(router) as client:
+        for key, status in ((None, 401), ("wrong", 401), ("open sesame", 200)):
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            answer = await client.post("/v1/chat/completions", json=CHAT, headers=headers)
+            assert answer.status_code == status, answer.text
+    assert len(router.workers["decode-0"].submits) == 1
 
 
 @pytest.mark.parametrize(

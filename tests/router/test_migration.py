@@ -69,6 +69,59 @@ async def test_a_stream_goes_on_exactly_when_its_worker_dies(
     assert await router.metric("baton_router_migrations_total") == 1
 
 
+async def branch_ids(router: Router, n: int) -> dict[int, list[int]]:
+    """Token ids of each choice of a streamed completion."""
+    body = {"model": "test", "prompt": PROMPT, "max_tokens": NUM_TOKENS, "ignore_eos": True, "n": n}
+    response = await router.complete(**body, stream=True, return_token_ids=True, seed=1)
+    chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+    assert response.status_code == 200 and not any("error" in chunk for chunk in chunks), response.text
+    ids: dict[int, list[int]] = {index: [] for index in range(n)}
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        ids[choice["index"]] += choice["token_ids"]
+    return ids
+
+
+@pytest.mark.parametrize("num_before", [0, 7])
+async def test_branches_migrate_together(make_router: RouterFactory, num_before: int) -> None:
+    """To one of the workers that are left, named as a group there: it computes their prompt once."""
+    router = await make_router(policy="round_robin")
+    workers = [await router.add_worker(f"decode-{i}", hold_after=num_before) for i in range(4)]
+    answer = asyncio.create_task(branch_ids(router, 4))
+    await workers[0].until(lambda: len(workers[0].submits) == 4 and workers[0].num_emitted == 4 * num_before)
+    for worker in workers[1:]:
+        await worker.release()
+    await workers[0].kill()
+    assert await answer == dict.fromkeys(range(4), expected_ids())
+    [group] = {submit.branch_group for submit in workers[0].submits}
+    [moved] = [worker.submits for worker in workers[1:] if worker.submits]
+    assert [submit.branch_group for submit in moved] == [group] * 4 and group
+    seeds = [submit.sequence.sampling.seed for submit in workers[0].submits]
+    assert sorted(submit.sequence.sampling.seed for submit in moved) == sorted(seeds)
+
+
+async def test_branches_that_wait_for_a_worker_go_to_one(make_router: RouterFactory) -> None:
+    router = await make_router(policy="round_robin")
+    first = await router.add_worker("decode-0", hold_after=3)
+    answer = asyncio.create_task(branch_ids(router, 3))
+    await first.until(lambda: first.num_emitted == 9)
+    await first.kill()
+    await router.until(lambda: router.linked() == [])
+    fresh = [FakeDecodeWorker(mixing_script(300)) for _ in range(2)]
+    for i, worker in enumerate(fresh, 1):
+        router.workers[f"decode-{i}"] = worker
+        await router.registry.announce(decode_record(f"decode-{i}", await worker.start()), 60.0)
+    assert await answer == dict.fromkeys(range(3), expected_ids())
+    [moved] = [worker.submits for worker in fresh if worker.submits]
+    assert len({submit.branch_group for submit in moved}) == 1 and len(moved) == 3
+
+
+async def test_a_branch_that_was_sent_away_does_not_follow_the_others(make_router: RouterFactory) -> None:
+    router, [first, second] = await two_workers(make_router)
+    first.errors = [error(common_pb2.ERROR_KIND_OVERLOADED)]
+    assert await branch_ids(router, 3) == dict.fromkeys(range(3), expected_ids())
+    assert (len(first.submits), len(second.submits)) == (3, 1)
+
+
 async def test_a_worker_that_dies_before_the_first_token_costs_nothing(make_router: RouterFactory) -> None:
     router, [first, second] = await two_workers(make_router, is_held=False)
     first.is_held = True

@@ -102,14 +102,14 @@ def test_a_short_answer_needs_less_time() -> None:
 def test_the_least_important_are_refused_first() -> None:
     """Waits of 4, 8 and 12 s where 10 s are allowed."""
     admitted = {
-        priority: [
+        name: [
             ahead
             for ahead in (15, 23, 31, 39)
             if not _is_refused(
                 route(places=8, ahead=ahead), Patience(time_left_s=None, max_tokens=1, priority=priority)
             )
         ]
-        for priority in ("low", "normal", "high")
+        for name, priority in (("low", 100), ("normal", 0), ("high", -1))
     }
     assert admitted == {"low": [15], "normal": [15, 23], "high": [15, 23, 31]}
 

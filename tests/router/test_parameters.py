@@ -105,6 +105,35 @@ async def test_the_body_may_name_the_request_and_a_header_wins(
     assert response.json()["id"] == "cmpl-mine"
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}),
+    ],
+)
+async def test_every_endpoint_takes_the_shared_fields(
+    make_router: RouterFactory, path: str, body: dict[str, Any]
+) -> None:
+    router = await make_router(rejects_unknown_fields=True)
+    worker = await router.add_worker("decode-0")
+    sampled = {"top_k": 7, "seed": 5, "min_tokens": 3, "ignore_eos": True, "stop_token_ids": [9]}
+    sampled |= {"presence_penalty": 0.5, "frequency_penalty": 0.25}
+    others = {"priority": 4, "cache_salt": "pepper", "request_id": "mine"}
+    response = await router.client.post(path, json={**body, **sampled, **others, "min_p": 0.125})
+    assert response.status_code == 200, response.text
+    assert response.headers["x-request-id"] == "mine"
+    [submit] = worker.submits
+    sampling = submit.sequence.sampling
+    assert {name: getattr(sampling, name) for name in sampled} == sampled
+    assert sampling.min_p == 0.125
+    assert (submit.sequence.priority, submit.sequence.cache_salt) == (4, "pepper")
+    bad = await router.client.post(path, json={**body, "top_k": "many"})
+    assert bad.status_code == 400
+
+
 async def test_strict_routers_refuse_unknown_fields_by_name(make_router: RouterFactory) -> None:
     router = await make_router(rejects_unknown_fields=True)
     await router.add_worker("decode-0")

@@ -177,7 +177,8 @@ async def test_decisions_and_predictions_are_counted(make_router: RouterFactory)
     await router.add_worker("decode-0", num_hit_tokens=8)
     router.index.publish("decode-0", CHAIN.hashes(LONG[:12]))
     await route_of(router)
-    name = 'baton_router_decisions_total{decode_reason="least_cost",prefill_reason="no_prefill_worker"}'
+    reasons = 'decode_reason="least_cost",model_name="test",prefill_reason="no_prefill_worker"'
+    name = f"baton_router_decisions_total{{{reasons}}}"
     assert await router.metric(name) == 1
     assert await router.metric("baton_router_predicted_hit_tokens_total") == 12
     assert await router.metric("baton_router_hit_tokens_total") == 8

@@ -46,7 +46,7 @@ async def state_with(stream: AsyncIterator[tuple[str, dict[str, Any]]], key: str
 
 
 def publisher_of(router: Router) -> Any:
-    return router.app.state.ui_publisher
+    return router.app.state.ui_publishers["test"]
 
 
 async def test_the_page_and_its_files_come_with_security_headers(router: Router) -> None:
@@ -177,7 +177,7 @@ async def test_tiers_and_experts_come_from_the_workers_own_pages(router: Router)
 
 async def test_nothing_runs_when_nobody_looks(router: Router) -> None:
     publisher = publisher_of(router)
-    activity = router.app.state.serving.metrics.activity
+    activity = router.app.state.serving.metrics.of("test").activity
     assert not publisher.is_running
     async with events(router) as first, events(router) as second:
         await anext(first)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.engine import Engine
+from engine.kv_cache import KvCache
 from kvstore.block_hash import BlockTier
+from proto.prefill_pb2 import KvChunk
+from servicekit.frames import Frame
 from tests.engine.tiers.tier_driver import FixedPlanner, lower_tiers
 from tests.fakes.fake_model import build_fake_engine, expected_tokens
 from tests.fakes.fake_workers import (
@@ -19,7 +24,10 @@ from tests.fakes.fake_workers import (
     prefill_worker,
     router_link,
 )
+from worker import fetch_call, kv_frames, peer_source
 from worker.fetch_limit import FetchLimit
+from worker.kv_carrier import SharedMemoryCarrier
+from worker.kv_frames import FrameKind, read_header
 
 PROMPT = [(7 * i + 3) % 200 + 1 for i in range(45)]  # 11 full blocks of 4
 
@@ -108,6 +116,57 @@ async def test_blocks_in_a_lower_tier_are_fetched_too(tier: BlockTier, tmp_path:
         await holder.engine.call(Engine.check_integrity)
         stats = await holder.engine.call(lambda e: e._tiers.stats())
         assert [tier_stats.num_used_blocks for tier_stats in stats] == [0] * len(stats)
+
+
+@pytest.mark.parametrize("is_accepted", [True, False])
+async def test_workers_of_one_machine_read_each_other_s_host_memory(
+    is_accepted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in host memory does not travel; what is on the device neither, in the same fetch."""
+    monkeypatch.setattr(fetch_call, "TARGET_CHUNK_BYTES", 1)  # a block a message
+    tiers = lower_tiers(64, None)
+    engine = build_fake_engine(
+        num_blocks=24, token_budget=20, max_running=4, growth_tokens=4, tiers=tiers, is_shared=True
+    )
+    frames: list[Frame] = []
+    monkeypatch.setattr(peer_source, "next_frame", _recording(frames))
+    async with (
+        decode_worker(engine, worker_id="holder", fetch_limit=FetchLimit(1 << 10)) as holder,
+        decode_worker(_engine(0), worker_id="reader", accepts_shared_memory=is_accepted) as reader,
+    ):
+        await _ask(holder, PROMPT)
+        await _evict(holder)
+        await _ask(holder, PROMPT[:9])  # two blocks are on the device again
+        await _settle(holder)
+        timings = (await _ask(reader, PROMPT, holder)).timings
+        assert timings.num_fetched_tokens == 44
+        assert engine.host_cache is not None and engine.host_cache.shared_name is not None
+
+    chunks = [read_header(f, FrameKind.KV_CHUNK, KvChunk) for f in frames if f.kind == FrameKind.KV_CHUNK]
+    sizes = [len(f.payload) for f in frames if f.kind == FrameKind.KV_CHUNK]
+    if is_accepted:
+        assert sizes == [0] * 11
+        assert [chunk.is_in_host_memory for chunk in chunks] == [True] * 9 + [False] * 2
+    else:
+        assert all(sizes) and not any(chunk.source_block_ids for chunk in chunks)
+
+
+def _recording(frames: list[Frame]) -> Callable[..., Coroutine[Any, Any, Frame]]:
+    async def next_frame(*args: Any) -> Frame:
+        frames.append(await kv_frames.next_frame(*args))
+        return frames[-1]
+
+    return next_frame
+
+
+async def test_host_memory_that_was_not_offered_is_an_error() -> None:
+    cache = build_fake_engine(is_shared=True).kv_cache
+    chunk_pb = KvChunk(num_layers=1, num_blocks=1, source_block_ids=[3], is_in_host_memory=True)
+    with pytest.raises(ValueError, match="not offered"):
+        SharedMemoryCarrier(cache).unpack(chunk_pb, memoryview(b""))
+    with pytest.raises(ValueError, match="outside a cache of 2"):
+        host = KvCache(cache.layout, 2)
+        SharedMemoryCarrier(cache, host).unpack(chunk_pb, memoryview(b""))
 
 
 async def test_own_tiers_are_told_in_timings(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 // A conversation with the served model, streamed; under each answer where it came from and how fast.
 
 import { byId, element, seconds, setText, shortName } from "./dom.js";
+import { adminKey } from "./live.js";
 import { readEvents } from "./sse.js";
 
 const ROLES = { user: "you", assistant: "answer" };
@@ -98,7 +99,7 @@ class Answer {
   async stream(body, signal) {
     const askedAt = performance.now();
     const headers = { "content-type": "application/json" };
-    const key = byId("api-key").value;
+    const key = byId("api-key").value || adminKey(); // which is asked for on an admin port of its own
     if (key) headers.authorization = `Bearer ${key}`;
     const response = await fetch("v1/chat/completions", { method: "POST", headers, body, signal });
     if (!response.ok) throw new Error(await errorText(response));

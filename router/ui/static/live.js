@@ -4,16 +4,18 @@ import { byId } from "./dom.js";
 import { readEvents } from "./sse.js";
 
 const KEY = "baton.adminKey";
+const REFUSALS = { 401: "That key was not right.", 403: "That key may not look here." };
 const MAX_WAIT_MS = 8000;
 
-export async function follow({ onOpening, onState, onConnection }) {
+// `model`: null for the first one that the router serves.
+export async function follow(model, { onOpening, onState, onConnection }) {
   let waitMs = 500;
   for (;;) {
     try {
-      const response = await fetch("ui/events", { headers: keyHeaders(), cache: "no-store" });
-      if (response.status === 401) {
+      const response = await fetch(`ui/events${model ? `?${new URLSearchParams({ model })}` : ""}`, { headers: keyHeaders(), cache: "no-store" });
+      if (response.status in REFUSALS) {
         onConnection("locked");
-        await askForKey(sessionStorage.getItem(KEY) ? "That key was not right." : "");
+        await askForKey(adminKey() ? REFUSALS[response.status] : "");
         continue;
       }
       if (!response.ok) throw new Error(`the router answered ${response.status}`);
@@ -33,8 +35,10 @@ export async function follow({ onOpening, onState, onConnection }) {
   }
 }
 
+export const adminKey = () => sessionStorage.getItem(KEY);
+
 function keyHeaders() {
-  const key = sessionStorage.getItem(KEY);
+  const key = adminKey();
   return key ? { authorization: `Bearer ${key}` } : {};
 }
 

@@ -1,6 +1,6 @@
 import { startChat } from "./chat.js";
 import { LatencyChart } from "./chart.js";
-import { byId, count, setText } from "./dom.js";
+import { byId, count, element, setText } from "./dom.js";
 import { ExpertHeat } from "./heat.js";
 import { follow } from "./live.js";
 import { Topology } from "./topology.js";
@@ -22,11 +22,21 @@ function showConnection(kind) {
 }
 
 function showOpening(opening) {
-  setText(byId("model"), opening.model);
+  showModels(opening);
   document.title = `${opening.model} - Baton`;
   for (const chart of charts) chart.load(opening.history);
   heat.show(opening.experts);
   startChat(opening.model);
+}
+
+// One model at a time: another one is another page, with its own workers, charts and chat.
+function showModels({ model, models }) {
+  const choice = byId("models");
+  choice.hidden = models.length < 2;
+  byId("model").hidden = !choice.hidden;
+  setText(byId("model"), model);
+  choice.replaceChildren(...models.map((name) => element("option", { value: name, textContent: name })));
+  choice.value = model;
 }
 
 function showState(state) {
@@ -40,4 +50,8 @@ function showState(state) {
   if (state.experts) heat.show(state.experts);
 }
 
-follow({ onOpening: showOpening, onState: showState, onConnection: showConnection });
+byId("models").addEventListener("change", (event) => {
+  location.search = new URLSearchParams({ model: event.target.value });
+});
+const model = new URLSearchParams(location.search).get("model");
+follow(model, { onOpening: showOpening, onState: showState, onConnection: showConnection });

@@ -14,10 +14,12 @@ PROMPT = list(range(1, 31))
 FIRST = TokenLogprobs(expected_tokens(PROMPT, 1)[0], 0.0)
 
 
-def reserve_all(engine: Engine, seq_id: int, prompt_ids: list[int], max_tokens: int = 8) -> list[int]:
+def reserve_all(
+    engine: Engine, seq_id: int, prompt_ids: list[int], max_tokens: int = 8, priority: int = 0
+) -> list[int]:
     """Block ids, or nothing when there was no room."""
     granted: list[int] = []
-    engine.reserve(Sequence(seq_id, prompt_ids, greedy(max_tokens)))
+    engine.reserve(Sequence(seq_id, prompt_ids, greedy(max_tokens), priority=priority))
     engine.extend(seq_id, granted.extend)
     return granted
 
@@ -214,6 +216,22 @@ def test_a_waiting_sequence_and_a_reservation_are_served_in_order_of_arrival() -
     assert engine.has_work
     engine.step()
     assert third
+
+
+def test_reservations_and_waiting_sequences_are_served_by_priority() -> None:
+    engine = build_fake_engine(num_blocks=12, max_running=1)
+    first = reserve_all(engine, 1, PROMPT)
+    behind = reserve_all(engine, 2, PROMPT[:8], priority=1)
+    engine.add(Sequence(3, PROMPT[::-1], greedy(1)))
+    ahead = reserve_all(engine, 4, PROMPT[:9], priority=-1)
+    assert first and not behind and not ahead
+    engine.abort(1)
+    engine.step()
+    assert ahead and not behind
+    engine.abort(4)
+    assert [output.seq_id for output in engine.step().outputs] == [3]
+    engine.step()
+    assert behind
 
 
 def test_held_prefixes_cannot_block_each_other() -> None:

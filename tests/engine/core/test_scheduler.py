@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from engine.block_pool import BlockPool
@@ -19,9 +21,9 @@ def build(
     return Scheduler(config, BlockPool(num_blocks), chain)
 
 
-def sequence(seq_id: int, num_tokens: int, max_tokens: int = 100, *, keeps_blocks: bool = False) -> Sequence:
+def sequence(seq_id: int, num_tokens: int, max_tokens: int = 100, **fields: Any) -> Sequence:
     prompt_ids = [seq_id * 1000 + i for i in range(num_tokens)]
-    return Sequence(seq_id, prompt_ids, SamplingParams(max_tokens=max_tokens), keeps_blocks=keeps_blocks)
+    return Sequence(seq_id, prompt_ids, SamplingParams(max_tokens=max_tokens), **fields)
 
 
 def step(scheduler: Scheduler) -> ScheduledBatch:
@@ -81,6 +83,44 @@ def test_no_more_than_max_running_sequences_run() -> None:
     scheduler.finish(scheduler.running[0])
     step(scheduler)
     assert [seq.seq_id for seq in scheduler.running] == [2, 3]
+
+
+def test_those_that_wait_are_admitted_by_priority_and_then_by_arrival() -> None:
+    scheduler = build(max_running=1)
+    scheduler.add(sequence(1, 2, priority=50))
+    step(scheduler)
+    for seq_id, priority in ((2, 1), (3, 0), (4, -7), (5, 0), (6, 1)):
+        scheduler.add(sequence(seq_id, 2, priority=priority))
+    order = []
+    while scheduler.running:
+        order.append(scheduler.running[0].seq_id)
+        scheduler.finish(scheduler.running[0])
+        step(scheduler)
+    assert order == [1, 4, 3, 5, 2, 6]  # what runs already is left alone
+
+
+def test_a_prompt_of_higher_priority_gets_the_budget_first() -> None:
+    scheduler = build(token_budget=16)
+    scheduler.add(sequence(1, 60, priority=5))
+    step(scheduler)
+    scheduler.add(sequence(2, 14, priority=0))
+    assert plan(step(scheduler)) == [(1, 16)]  # the prompt that was begun first had the whole step
+    scheduler.finish(scheduler.running[0])
+    scheduler.add(sequence(3, 60, priority=5))
+    assert plan(step(scheduler)) == [(2, 14)]
+    assert plan(step(scheduler)) == [(2, 1), (3, 12)]
+
+
+def test_out_of_blocks_the_lowest_priority_is_preempted_though_it_came_first() -> None:
+    scheduler = build(num_blocks=4, growth_tokens=1)
+    scheduler.add(sequence(1, 7, priority=1))
+    step(scheduler)
+    scheduler.add(sequence(2, 7))
+    step(scheduler)
+    while not (batch := step(scheduler)).num_preemptions:
+        pass
+    assert plan(batch) == [(2, 1)]
+    assert [seq.seq_id for seq in scheduler.waiting] == [1]
 
 
 def test_a_large_sequence_at_the_head_is_not_overtaken() -> None:

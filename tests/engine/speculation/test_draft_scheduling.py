@@ -24,20 +24,24 @@ def build(num_blocks: int = 64, token_budget: int = 16, num_speculative_tokens: 
     )
 
 
-def decoding(scheduler: Scheduler, seq_id: int, num_tokens: int, max_tokens: int = 50) -> Sequence:
-    """A sequence with a token to compute and two drafts behind it."""
-    prompt_ids = [100 * seq_id + i for i in range(num_tokens)]
-    seq = Sequence(seq_id, prompt_ids, SamplingParams(max_tokens=max_tokens))
-    scheduler.add(seq)
+def decoding(scheduler: Scheduler, *lengths: int, max_tokens: int = 50) -> list[Sequence]:
+    """Sequences with a token to compute and two drafts behind it."""
+    seqs = []
+    for seq_id, num_tokens in enumerate(lengths):
+        prompt_ids = [100 * seq_id + i for i in range(num_tokens)]
+        seqs.append(Sequence(seq_id, prompt_ids, SamplingParams(max_tokens=max_tokens)))
+        scheduler.add(seqs[-1])
     scheduler.advance(scheduler.schedule())
-    seq.token_ids.append(7)
-    seq.draft = DraftState(token_ids=[8, 9], is_ahead=True)
-    return seq
+    for seq in seqs:
+        assert seq.num_remaining_tokens == 0
+        seq.token_ids.append(7)
+        seq.draft = DraftState(token_ids=[8, 9], is_ahead=True)
+    return seqs
 
 
 def test_drafts_are_scheduled_with_places_for_them_and_for_the_next_one() -> None:
     scheduler = build()
-    seq = decoding(scheduler, 1, 4)
+    [seq] = decoding(scheduler, 4)
     batch = scheduler.schedule()
     assert (batch.num_decodes, batch.num_scheduled_tokens) == (1, [3])
     assert batch.num_prefill_tokens == 0
@@ -46,7 +50,7 @@ def test_drafts_are_scheduled_with_places_for_them_and_for_the_next_one() -> Non
 
 def test_rejected_drafts_are_not_computed_tokens() -> None:
     scheduler = build()
-    seq = decoding(scheduler, 1, 6)
+    [seq] = decoding(scheduler, 6)
     batch = scheduler.schedule()
     seq.token_ids.extend([8, 3])  # the first draft was right, the second was not
     scheduler.advance(batch, {seq: 1})
@@ -57,8 +61,7 @@ def test_rejected_drafts_are_not_computed_tokens() -> None:
 
 def test_the_budget_leaves_a_prompt_its_block() -> None:
     scheduler = build(token_budget=9)
-    for seq_id in range(3):
-        decoding(scheduler, seq_id, 2)
+    decoding(scheduler, 2, 2, 2)
     batch = scheduler.schedule()
     assert batch.num_scheduled_tokens == [3, 1, 1]
     assert batch.num_tokens + BLOCK_SIZE <= 9
@@ -66,7 +69,7 @@ def test_the_budget_leaves_a_prompt_its_block() -> None:
 
 def test_no_sequence_is_preempted_for_a_draft() -> None:
     scheduler = build(num_blocks=4)
-    first, second = decoding(scheduler, 1, 6), decoding(scheduler, 2, 6)
+    first, second = decoding(scheduler, 6, 6)
     assert scheduler.pool.num_available == 0
     batch = scheduler.schedule()
     assert batch.num_preemptions == 0
@@ -76,7 +79,7 @@ def test_no_sequence_is_preempted_for_a_draft() -> None:
 
 def test_nothing_is_drafted_beyond_the_last_token() -> None:
     scheduler = build()
-    seq = decoding(scheduler, 1, 3, max_tokens=2)
+    [seq] = decoding(scheduler, 3, max_tokens=2)
     batch = scheduler.schedule()
     assert batch.num_scheduled_tokens == [1]
     assert len(seq.block_table) == 1
