@@ -36,7 +36,7 @@ dashboards: $(DEV_STAMP) ## Grafana's dashboards and the PrometheusRule from wha
 	$(BIN)/python deploy/kubernetes/make_prometheus_rule.py
 
 serve: $(SERVE_STAMP) ## start Baton with its demo model, ask it one question, keep serving (SERVE_ARGS="--port 9000")
-	@env -u OMP_NUM_THREADS $(BIN)/baton up --ask "Tell me a short story about a fox and a lantern." $(SERVE_ARGS)
+	@env -u OMP_NUM_THREADS $(BIN)/baton up --ask "Write a short story about a lighthouse." $(SERVE_ARGS)
 
 test: lint types arch proto-check ## lint, types, package directions, stubs up to date, all tests
 	$(BIN)/pytest -q $(PYTEST_ARGS)

@@ -21,7 +21,7 @@ from baton.settings import load_command_settings
 Message = dict[str, str]  # role, content: OpenAI's form
 
 _TIMEOUT_S = 600.0
-_SHORT = 200  # tokens
+_SHORT = 160  # tokens: a small story to its end
 _HELP = "/exit ends, /clear forgets the conversation, Ctrl-C stops an answer"
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.e2e.stack import running_stack
+from tests.e2e.stack import running_stack, wait_until
 
-QUESTION = "Tell me a short story about a fox and a lantern."
+QUESTION = "Write a short story about a lighthouse."
 
 
 def test_a_checkout_serves_the_model_that_it_ships(tmp_path: Path) -> None:
@@ -17,8 +17,8 @@ def test_a_checkout_serves_the_model_that_it_ships(tmp_path: Path) -> None:
         [choice] = stack.chat(QUESTION, temperature=0, max_tokens=200).json()["choices"]
         assert choice["finish_reason"] == "stop"
         story = choice["message"]["content"]
-        assert {"fox", "lantern"} <= set(story.lower().replace(".", "").replace(",", "").split())
-        assert len(story.split()) > 20
+        assert "lighthouse" in story
+        assert len(story.split()) > 40
         # What was asked at the start is answered on the console, by the same greedy tokens.
-        assert story[:40] in stack.console
+        wait_until(lambda: story in stack.console, "the answer is shown", timeout_s=30)
         stack.assert_no_block_is_lost()

@@ -19,7 +19,7 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
 PROMPTS = [
-    "Tell me a short story about a fox and a lantern.",
+    "Write a short story about a lighthouse.",
     "What can I cook with eggs and tomatoes?",
     "Why do cats sleep so much?",
     "Hello! How are you today?",
@@ -119,8 +119,7 @@ def test_it_stays_with_its_subject_and_comes_to_an_end(
     answer = output[0, ids.shape[1] :]
     assert int(answer[-1]) == 2
     text = hub_tokenizer.decode(answer, skip_special_tokens=True)
-    assert "fox" in text
-    assert "lantern" in text
+    assert "lighthouse" in text
 
 
 def test_its_weights_are_small_enough_for_a_repository(shipped: Path) -> None:
