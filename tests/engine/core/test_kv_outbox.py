@@ -148,9 +148,17 @@ def test_a_copy_that_fails_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_close_drops_what_was_not_copied_and_ends_the_thread(outbox: KvOutbox) -> None:
-    may_go_on, copied = threading.Event(), []
-    outbox.send(OutboxCopy(0, 1, [1], [1]), lambda: may_go_on.wait(WAIT_S) and copied.append(1))  # type: ignore[func-returns-value]
+    copying, may_go_on = threading.Event(), threading.Event()
+    copied: list[int] = []
+
+    def first_copied() -> None:
+        copying.set()
+        assert may_go_on.wait(WAIT_S)
+        copied.append(1)
+
+    outbox.send(OutboxCopy(0, 1, [1], [1]), first_copied)
     outbox.send(OutboxCopy(0, 1, [2], [2]), lambda: copied.append(2))
+    assert copying.wait(WAIT_S)
     closing = threading.Thread(target=outbox.close)
     closing.start()
     while not outbox._is_closing:
