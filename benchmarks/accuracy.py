@@ -3,24 +3,27 @@
     python -m benchmarks.accuracy [MODEL_DIR] [--text FILE ...] [--device cuda] [--modes float32 bfloat16 fp8]
 
 The first mode is what the others are compared with. Every place of the text is scored given what stands
-before it in its piece of --prompt-len tokens. Without MODEL_DIR the built-in small model, without --text the
-pages of this repository. "fp8" holds the experts in block-scaled FP8 and the rest in bfloat16: for models
-with experts, on CUDA.
+before it in its piece of at most --prompt-len tokens. Without MODEL_DIR the built-in small model; without
+--text the conversations of held_out.jsonl beside the model, each a piece, or the pages of this repository.
+"fp8" holds the experts in block-scaled FP8 and the rest in bfloat16: for models with experts, on CUDA.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
 import sys
 from collections.abc import Sequence as ManyOf
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from baton.settings import load_command_settings
@@ -42,6 +45,7 @@ COLUMNS = (
     "same likeliest token",
     "places",
 )
+HELD_OUT = "held_out.jsonl"
 MODES = ("float32", "bfloat16", "fp8")
 _Floats = np.ndarray[Any, np.dtype[np.float64]]
 _Ints = np.ndarray[Any, np.dtype[np.int64]]
@@ -62,7 +66,10 @@ class Scores:
 def main(argv: ManyOf[str] | None = None) -> int:
     args = _arguments().parse_args(argv)
     model_dir = resolve_model(str(args.model), load_command_settings().cache_dir)
-    pieces = read_pieces(model_dir, args.text or default_text(), args.prompt_len, args.pieces)
+    if args.text is None and (model_dir / HELD_OUT).exists():
+        pieces = read_conversations(model_dir, args.prompt_len, args.pieces)
+    else:
+        pieces = read_pieces(model_dir, args.text or default_text(), args.prompt_len, args.pieces)
     found: dict[str, Scores] = {}
     for mode in args.modes:
         engine = build(model_dir, mode, args)
@@ -88,6 +95,21 @@ def main(argv: ManyOf[str] | None = None) -> int:
 
 def default_text() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def read_conversations(model_dir: Path, length: int, num_pieces: int) -> list[list[int]]:
+    """Token ids of a question and its answer, through the model's chat template."""
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+    template = ImmutableSandboxedEnvironment().from_string((model_dir / "chat_template.jinja").read_text())
+    pieces = []
+    with (model_dir / HELD_OUT).open() as file:
+        for line in islice(file, num_pieces):
+            pair = json.loads(line)
+            roles = {"user": pair["prompt"], "assistant": pair["answer"]}
+            messages = [{"role": role, "content": content} for role, content in roles.items()]
+            text = template.render(messages=messages, add_generation_prompt=False)
+            pieces.append(tokenizer.encode(text, add_special_tokens=False).ids[:length])
+    return pieces
 
 
 def read_pieces(model_dir: Path, paths: ManyOf[Path], length: int, num_pieces: int) -> list[list[int]]:
@@ -118,6 +140,7 @@ def build(model_dir: Path, mode: str, args: argparse.Namespace) -> Engine:
             token_budget=max(1024, length + 16),
             num_blocks=4 * -(-length // 16) + 8,
             uses_graphs=False,
+            num_speculative_tokens=0,
             has_fp8_experts=mode == "fp8",
         )
     )

@@ -73,7 +73,8 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
     sampler = Sampler(model_config.eos_token_ids)
     graph_limits = None
     if config.uses_graphs and ep_size == 1:
-        graph_limits = GraphLimits(scheduler_config.max_running, size.max_model_len)
+        max_decodes = scheduler_config.max_running if config.decodes else 0
+        graph_limits = GraphLimits(max_decodes, size.max_model_len)
     draft_limits = None
     if has_mtp:
         draft_limits = DraftLimits(

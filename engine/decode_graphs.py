@@ -26,7 +26,7 @@ _COARSE_STEP = 64
 
 @dataclass(frozen=True, slots=True)
 class GraphLimits:
-    max_seqs: int
+    max_seqs: int  # of a step of decodes; 0: no graphs of them
     max_model_len: int
 
 

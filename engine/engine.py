@@ -75,6 +75,8 @@ class Engine:
         self.device_share = DeviceShare(1.0)
         self.ep = ep if ep is not None and ep.size > 1 else None
         self._runner = runner
+        if self.ep is not None:
+            runner.join_group(self.ep.recount)
         self._outbox: KvOutbox | None = None
         self._announcer = KvAnnouncer(kv_cache)
         self._pool = BlockPool(kv_cache.num_blocks)
@@ -228,7 +230,9 @@ class Engine:
         self._start_sequences(batch, began)
         self._handoffs.grant()
         self._is_stalled = not batch.seqs
-        must_run = bool(batch.seqs) if self.ep is None else self.ep.agree(batch.num_tokens)
+        must_run = bool(batch.seqs)
+        if self.ep is not None:
+            must_run = self.ep.agree(self._runner.num_rows(batch))
         result = StepResult()
         judged: list[FinishReason | None] = []
         if must_run:

@@ -51,7 +51,8 @@ class EngineConfig:
         0  # of host memory through which KV of hand-offs leaves; 0: it leaves the cache itself
     )
     device_share: float = 1.0  # of the time, for steps with prompt tokens; not in a group
-    uses_graphs: bool = True  # steps of decodes as CUDA graphs, where the model can
+    uses_graphs: bool = True  # steps as CUDA graphs, where the model can
+    decodes: bool = True  # False: sequences end with their first token, so no graphs of decodes are made
     num_speculative_tokens: int | None = None  # drafted for each sequence in a step; 0: none
     has_fp8_experts: bool = False  # experts' weights and their inputs in block-scaled FP8, on CUDA
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -103,16 +104,20 @@ class Runner:
         self, limits: GraphLimits, token_budget: int, draft_limits: DraftLimits | None
     ) -> None:
         if self._drafter is not None and draft_limits is not None:
+            if not limits.max_seqs:
+                return
             with self.start_times.phase("draft graphs"):
                 draft_graphs = DraftGraphs(self._model, self._kv_cache, limits, draft_limits.num_tokens)
             self._graphed_drafts = GraphedDecodes(
                 draft_graphs, self._drafter.planner, self._sampler, limits.max_seqs
             )
             return
-        with self.start_times.phase("decode graphs"):
-            self._graphs = DecodeGraphs(self._model, self._kv_cache, limits)
         with self.start_times.phase("chunk graphs"):
             self._chunk_graphs = ChunkGraphs(self._model, self._kv_cache, token_budget)
+        if not limits.max_seqs:
+            return
+        with self.start_times.phase("decode graphs"):
+            self._graphs = DecodeGraphs(self._model, self._kv_cache, limits)
         with self.start_times.phase("mixed graphs"):
             self._mixed_graphs = MixedGraphs(self._model, self._kv_cache, self._graphs, self._chunk_graphs)
 
@@ -135,6 +140,15 @@ class Runner:
         result.expert_load = self._take_expert_load()
         result.grammar = self._sampler.take_grammar_times()
         return result
+
+    def join_group(self, recount: Callable[[int], None]) -> None:
+        """recount(rows) before each pass that agree() knows nothing of, in every step and on every rank."""
+        if self._drafter is not None:
+            self._drafter.recount = recount
+
+    def num_rows(self, batch: ScheduledBatch) -> int:
+        """Of the main model's pass."""
+        return sum(part.num_rows for part in main_rows(batch, speculates=self._drafter is not None))
 
     def unpack_draft(self, handed: HandedDraft, num_tokens: int) -> DraftState:
         """Of a sequence of num_tokens that comes from another engine. ValueError when it does not fit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from worker.settings import WorkerSettings
 
@@ -11,4 +12,4 @@ PREFIX = "BATON_PREFILL"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillSettings(WorkerSettings):
-    pass
+    decodes: ClassVar[bool] = False

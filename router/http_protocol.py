@@ -42,7 +42,8 @@ class StreamWriter:
 
 def stream_writer(scope: Scope) -> StreamWriter | None:
     """Of this request's connection; None under other servers than router/server.py."""
-    writer: StreamWriter | None = scope.get("extensions", {}).get(_STREAM_WRITER, {}).get("writer")
+    extension = scope.get("extensions", {}).get(_STREAM_WRITER)
+    writer: StreamWriter | None = extension["writer"] if extension else None
     return writer
 
 

@@ -77,6 +77,7 @@ def _engine_config(settings: WorkerSettings) -> EngineConfig:
         block_size=settings.block_size,
         shares_kv_cache=settings.shared_memory,
         device_share=settings.device_share,
+        decodes=settings.decodes,
         outbox_bytes=settings.outbox_bytes or 0,
         has_fp8_experts=settings.fp8_experts,
         **optional,

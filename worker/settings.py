@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from servicekit.process_env import ensure_process_env, num_usable_cpus, threads_per_worker
 from servicekit.settings import setting
@@ -14,6 +14,8 @@ from servicekit.tls import TlsFiles, check_tls_files
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
+    decodes: ClassVar[bool] = True  # or its sequences end with their first token
+
     model: Path = setting(doc="directory with config.json, safetensors and the tokenizer")
     served_model_name: str = setting("", doc="name in the API and the registry; empty: the directory's name")
     worker_id: str = setting("", doc="unique among workers; empty: made up at each start")

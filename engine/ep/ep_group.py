@@ -141,6 +141,12 @@ class EpGroup:
         self._has_ended = all(count == _LEAVING for count in counts)
         return False
 
+    def recount(self, num_tokens: int) -> None:
+        """Within an agreed step, before a pass over other rows than the last one's. Every rank calls it."""
+        self._counts_sent.fill_(num_tokens)
+        self.all_to_all(self._counts_received, self._counts_sent)
+        self.num_tokens_per_rank = self._counts_received.tolist()
+
     def dispatcher(self, num_experts: int) -> Dispatcher:
         """For MoE layers of num_experts logical experts. Every rank runs every layer of every agreed step."""
         return LocalDispatcher(num_experts) if self.size == 1 else AllToAllDispatcher(self, num_experts)

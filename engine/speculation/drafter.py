@@ -11,6 +11,8 @@ the next step, when the main model has seen the tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from engine.batch_rows import SequenceRows
@@ -38,6 +40,7 @@ class Drafter:
         """max_rows: of a pass of the main model."""
         assert model.mtp is not None
         self.planner = DraftPlanner(limits, kv_cache.layout.block_size)
+        self.recount: Callable[[int], None] = lambda num_rows: None  # tells a group what a pass has
         self._model = model
         self._layer = model.mtp
         self._kv_cache = kv_cache
@@ -94,6 +97,7 @@ class Drafter:
             sources += range(before, before + num_rows)
         num_decode_parts = sum(part.rows.num_rows > 0 for part in parts[:num_decoding])
         batch = self._tensors.build(placed, num_decode_parts, [])
+        self.recount(batch.num_tokens)
         previous_TD = hidden_TD[sources]
         for row, hidden_D in carried:
             previous_TD[row] = hidden_D
@@ -103,6 +107,7 @@ class Drafter:
         for i, part in enumerate(parts):
             part.rows = SequenceRows(part.seq, part.rows.end_position, 1, i, part.tokens.token_ids)
         batch = self._tensors.build([part.rows for part in parts], len(parts), [])
+        self.recount(batch.num_tokens)
         return self._layer.forward(batch, previous_ND, self._kv_cache)
 
     def _choose(self, parts: list[DraftPart], made_ND: torch.Tensor) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
-from benchmarks.accuracy import Scores, compare, main, read_pieces
+from benchmarks.accuracy import HELD_OUT, Scores, compare, main, read_conversations, read_pieces
 from engine.checkpoint.random_checkpoint import make_random_checkpoint
 
 
@@ -43,6 +45,19 @@ def test_a_text_is_cut_into_pieces_of_the_models_tokens(checkpoint: Path, tmp_pa
     text.write_text("")
     with pytest.raises(ValueError, match="fewer than two tokens"):
         read_pieces(checkpoint, [text], 4, 1)
+
+
+def test_conversations_beside_a_model_are_read_through_its_template(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    pair = {"prompt": "one", "answer": "two"}
+    (tmp_path / HELD_OUT).write_text(f"{json.dumps(pair)}\n" * 3)
+    pieces = read_conversations(tmp_path, 1000, 2)
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    assert len(pieces) == 2
+    text = tokenizer.decode(pieces[0], skip_special_tokens=False)
+    assert text.endswith("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n")
+    assert {len(piece) for piece in read_conversations(tmp_path, 4, 3)} == {4}
 
 
 def test_bfloat16_is_close_to_float32_and_not_the_same(

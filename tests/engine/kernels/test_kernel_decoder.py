@@ -49,7 +49,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def build(checkpoint: Path, device: str, *, uses_kernels: bool, uses_graphs: bool) -> Engine:
+def build(
+    checkpoint: Path, device: str, *, uses_kernels: bool, uses_graphs: bool, decodes: bool = True
+) -> Engine:
     config = load_model_config(checkpoint)
     with open_weights(checkpoint, "dummy", torch.float32, config) as weights:
         model = build_model(config, weights, None, torch.float32, device, uses_kernels=uses_kernels)
@@ -64,7 +66,7 @@ def build(checkpoint: Path, device: str, *, uses_kernels: bool, uses_graphs: boo
     limits = EngineLimits(
         max_model_len=MAX_MODEL_LEN, vocab_size=config.vocab_size, eos_token_ids=frozenset()
     )
-    graph_limits = GraphLimits(MAX_RUNNING, MAX_MODEL_LEN) if uses_graphs else None
+    graph_limits = GraphLimits(MAX_RUNNING if decodes else 0, MAX_MODEL_LEN) if uses_graphs else None
     runner = Runner(model, cache, Sampler(frozenset()), 24, device, graph_limits=graph_limits)
     return Engine(
         runner,
@@ -160,6 +162,15 @@ def test_constrained_rows_go_beside_plain_ones_through_the_graphs(checkpoint: Pa
     assert set(found[2]) <= {5, 6, 7}
     assert re.fullmatch("([a-f]|the baton ?)+.*", build_tokenizer().decode(found[1]))
     compiler.close()
+
+
+def test_an_engine_that_only_computes_prompts_has_no_graphs_of_decodes(checkpoint: Path, device: str) -> None:
+    """A chunk of one row is a decode to the model: it goes eagerly then."""
+    engine = build(checkpoint, device, uses_kernels=True, uses_graphs=True, decodes=False)
+    plain = build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False)
+    assert engine._runner._graphs is None
+    prompts = [[5], [7, 8, 9]]
+    assert answers(engine, prompts, temperature=0.0) == answers(plain, prompts, temperature=0.0)
 
 
 def test_the_ladder_ends_at_the_largest_batch() -> None:
