@@ -6,6 +6,7 @@ Changed is only what a machine has once and a pod has for itself: addresses, por
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from tests.e2e.stack import free_port, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(240)]
 
+_ONE_IN_FLIGHT = re.compile(r"^baton_router_requests_in_flight(\{.*\})? 1\.0$", re.MULTILINE)
 _LOCAL_PORTS = {"http": "ROUTER_PORT", "grpc": "{role}_PORT", "metrics": "{role}_METRICS_PORT"}
 
 
@@ -198,7 +200,7 @@ def test_a_pod_that_is_told_to_end_drains_and_exits_with_0(cluster: LocalCluster
     asking.start()
     page = f"http://127.0.0.1:{router.ports['http']}/metrics"
     wait_until(
-        lambda: "baton_router_requests_in_flight 1.0" in httpx.get(page, timeout=5).text,
+        lambda: bool(_ONE_IN_FLIGHT.search(httpx.get(page, timeout=5).text)),
         "the request runs",
         timeout_s=30,
     )
