@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 import torch
@@ -40,8 +41,18 @@ def settle(outbox: KvOutbox) -> None:
     outbox.poll()
 
 
-def engine_with_outbox(num_slots: int, **facts: int) -> Engine:
-    return build_fake_engine(outbox_slots=num_slots, **facts)
+@pytest.fixture
+def engine_with_outbox() -> Iterator[Callable[..., Engine]]:
+    """From a number of slots; closed in the end."""
+    made: list[Engine] = []
+
+    def make(num_slots: int, **facts: int) -> Engine:
+        made.append(build_fake_engine(outbox_slots=num_slots, **facts))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
 
 
 class WaitingListener(CopyingListener):
@@ -67,25 +78,26 @@ def test_slots_hold_what_the_blocks_held(outbox: KvOutbox) -> None:
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=30), st.randoms(use_true_random=False))
 def test_slots_are_runs_that_nobody_else_has_and_come_back(sizes: list[int], random: object) -> None:
-    outbox = KvOutbox(KvCache(fake_kv_layout(), 1), 10)
-    taken: list[range] = []
-    for size in sizes:
-        run_of_slots = outbox.take(size)
-        if run_of_slots is None:
-            assert size > 1 or outbox.num_free_slots == 0
-            if taken:
-                outbox.give_back(taken.pop(random.randrange(len(taken))))  # type: ignore[attr-defined]
-        else:
-            assert len(run_of_slots) == size
-            taken.append(run_of_slots)
-        outbox.check_integrity(list(taken))
-    for slots in taken:
-        outbox.give_back(slots)
-    assert outbox.take(10) == range(10)
-    outbox.close()
+    with closing(KvOutbox(KvCache(fake_kv_layout(), 1), 10)) as outbox:  # hypothesis may leave from any draw
+        taken: list[range] = []
+        for size in sizes:
+            run_of_slots = outbox.take(size)
+            if run_of_slots is None:
+                assert size > 1 or outbox.num_free_slots == 0
+                if taken:
+                    outbox.give_back(taken.pop(random.randrange(len(taken))))  # type: ignore[attr-defined]
+            else:
+                assert len(run_of_slots) == size
+                taken.append(run_of_slots)
+            outbox.check_integrity(list(taken))
+        for slots in taken:
+            outbox.give_back(slots)
+        assert outbox.take(10) == range(10)
 
 
-def test_a_hand_off_through_the_outbox_gives_the_same_tokens() -> None:
+def test_a_hand_off_through_the_outbox_gives_the_same_tokens(
+    engine_with_outbox: Callable[..., Engine],
+) -> None:
     sender, receiver = engine_with_outbox(20, token_budget=20), build_fake_engine()
     for seq_id in (1, 2):  # the second one finds its prefix in the sender's cache
         prompt = [*PROMPT[:20], seq_id]
@@ -105,7 +117,9 @@ def test_a_hand_off_through_the_outbox_gives_the_same_tokens() -> None:
     sender.close()
 
 
-def test_without_room_in_the_outbox_blocks_of_the_cache_are_announced() -> None:
+def test_without_room_in_the_outbox_blocks_of_the_cache_are_announced(
+    engine_with_outbox: Callable[..., Engine],
+) -> None:
     sender, receiver = engine_with_outbox(7), build_fake_engine()
     listener, first = hand_off(sender, receiver, 1, PROMPT, 8)
     assert listener.origin is sender.kv_cache
@@ -113,7 +127,9 @@ def test_without_room_in_the_outbox_blocks_of_the_cache_are_announced() -> None:
     sender.close()
 
 
-def test_slots_come_back_when_a_sequence_is_aborted_while_its_copies_wait() -> None:
+def test_slots_come_back_when_a_sequence_is_aborted_while_its_copies_wait(
+    engine_with_outbox: Callable[..., Engine],
+) -> None:
     sender, receiver = engine_with_outbox(16), build_fake_engine()
     listener = WaitingListener(sender, receiver, 8)
     sender.add(Sequence(1, PROMPT, greedy(4), keeps_blocks=True, kv_listener=listener))
@@ -128,7 +144,9 @@ def test_slots_come_back_when_a_sequence_is_aborted_while_its_copies_wait() -> N
     sender.close()
 
 
-def test_a_copy_that_fails_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_fails_ends_the_engine(
+    monkeypatch: pytest.MonkeyPatch, engine_with_outbox: Callable[..., Engine]
+) -> None:
     sender, receiver = engine_with_outbox(16), build_fake_engine()
     heard = threading.Event()
     sender.subscribe(heard.set)
