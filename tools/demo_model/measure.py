@@ -58,6 +58,7 @@ class ChatModel:
             pad_token_id=_END,
             temperature=None,
             top_p=None,
+            repetition_penalty=1.0,
         )
         tokens: list[int] = made[0, len(ids) :].tolist()
         return tokens[:-1] if tokens and tokens[-1] == _END else tokens
