@@ -27,33 +27,15 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_shape import write_shape
+from benchmarks.gpu_table import COLUMNS as ROW_COLUMNS
+from benchmarks.gpu_table import ROWS
 from engine.build import build_engine
 from engine.engine import Engine
 from engine.engine_config import EngineConfig
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
-ROWS = (  # concurrency, prompt, output, requests
-    (1, 1024, 256, 4),
-    (8, 1024, 256, 32),
-    (32, 1024, 256, 128),
-    (128, 1024, 256, 512),
-    (256, 1024, 256, 768),
-    (256, 128, 512, 768),
-    (64, 4096, 256, 192),
-    (16, 4096, 1, 64),
-    (1, 4096, 1, 8),
-)
-COLUMNS = (
-    "steps",
-    "concurrency",
-    "prompt",
-    "output",
-    "output tok/s",
-    "prompt tok/s",
-    "TTFT p50 ms",
-    "TPOT p50 ms",
-)
+COLUMNS = ("steps", *ROW_COLUMNS)
 VOCAB_SIZE = 102400
 SMALL = {
     "num_hidden_layers": 4,

@@ -12,19 +12,11 @@ from baton.bench.load import Target, closed_sessions, measure, open_sessions
 from baton.bench.measurement import RequestMeasurement, percentile, summarize
 from baton.bench.workload import RequestClass, Workload, mixed_sessions, poisson_arrivals
 from baton.http_client import HttpClient
+from benchmarks.gpu_table import ROWS
 from benchmarks.handoff import Sample, sample
 from benchmarks.serving import Server
 
 SLO_TTFT_S, SLO_TPOT_S = 1.0, 0.015
-ROW_COLUMNS = (
-    "concurrency",
-    "prompt",
-    "output",
-    "output tok/s",
-    "prompt tok/s",
-    "TTFT p50 ms",
-    "TPOT p50 ms",
-)
 SWEEP_COLUMNS = (
     "rate",
     "good/s",
@@ -44,17 +36,7 @@ HANDOFF_COLUMNS = ("carrier", "prompt", "TTFT ms", "hand-off ms", "share of TTFT
 class Loads:
     """The issue's, or the same ones in small."""
 
-    rows: tuple[tuple[int, int, int, int], ...] = (  # concurrency, prompt, output, requests
-        (1, 1024, 256, 4),
-        (8, 1024, 256, 32),
-        (32, 1024, 256, 128),
-        (128, 1024, 256, 512),
-        (256, 1024, 256, 768),
-        (256, 128, 512, 768),
-        (64, 4096, 256, 192),
-        (16, 4096, 1, 64),
-        (1, 4096, 1, 8),
-    )
+    rows: tuple[tuple[int, int, int, int], ...] = ROWS
     warm_up: tuple[tuple[int, int, int, int], ...] = ((8, 1024, 8, 16), (2, 4096, 4, 4))
     chat: RequestClass = RequestClass(name="chat", weight=0.75, prompt_len=512, output_len=256)
     long: RequestClass = RequestClass(name="long", weight=0.25, prompt_len=4096, output_len=64)

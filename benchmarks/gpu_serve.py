@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from baton.bench.load import Target
+from benchmarks import gpu_table
 from benchmarks.gpu_loads import (
     HANDOFF_COLUMNS,
     ISOLATION_COLUMNS,
-    ROW_COLUMNS,
     SWEEP_COLUMNS,
     TINY_LOADS,
     Clients,
@@ -46,7 +46,7 @@ from benchmarks.serving import Server, baton_up
 from kvstore.embedded import EmbeddedServer
 
 COLUMNS = {
-    "rows": ROW_COLUMNS,
+    "rows": gpu_table.COLUMNS,
     "sweep": SWEEP_COLUMNS,
     "isolation": ISOLATION_COLUMNS,
     "handoff": HANDOFF_COLUMNS,

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from tools.demo_model.measure import TEACHER_SYSTEM, ChatModel, expert_load, mtp_acceptance
+from tools.demo_model.measure import ChatModel, expert_load, mtp_acceptance
+from tools.demo_model.texts import TEACHER_SYSTEM
 
 # Written before the model was first asked, and all of them are in the card.
 PROMPTS = (

@@ -24,19 +24,14 @@ from tokenizers import Tokenizer
 from engine.checkpoint.convert_gguf import convert, find_smollm2
 from engine.checkpoint.gguf_file import GgufFile
 from engine.checkpoint.gguf_tokenizer import tokenizer_spec
-from engine.checkpoint.tokenizer_files import TokenizerSpec, build_tokenizer
+from engine.checkpoint.tokenizer_files import CHATML, TokenizerSpec, build_tokenizer
 from tools.demo_model.export import export
 from tools.demo_model.prompts import draw_openings, draw_prompts, is_everyday, load_tables
 from tools.demo_model.student import Student, StudentConfig
 from tools.demo_model.teacher import SamplingPlan, SlotSampler, Teacher
-from tools.demo_model.texts import clean_pairs, decoded, encode, is_held_out, system_turn, user_turn
+from tools.demo_model.texts import TEACHER_SYSTEM, clean_pairs, decoded, encode, is_held_out, user_turn
 from tools.demo_model.training import Progress, TrainingPlan, train
 
-_TEACHER_SYSTEM = system_turn("You are a helpful AI assistant named SmolLM, trained by Hugging Face")
-_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 _SMALL_TALK_TIMES = 60
 _logger = logging.getLogger("train_demo_model")
 
@@ -111,20 +106,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _student_tokenizer(source: Path) -> TokenizerSpec:
-    """The teacher's, cut to its first ids: with the merges among them it is a tokenizer of that size."""
+    """The teacher's, cut to its first ids."""
     with GgufFile(source) as gguf:
         whole = tokenizer_spec(gguf)
     config = StudentConfig()
-    tokens = whole.tokens[: config.vocab_size]
-    known = set(tokens)
-    return replace(
-        whole,
-        tokens=tokens,
-        merges=[(left, right) for left, right in whole.merges if {left, right, left + right} <= known],
-        special_ids=[i for i in whole.special_ids if i < config.vocab_size],
-        max_length=config.max_position_embeddings,
-        chat_template=_TEMPLATE,
-    )
+    return replace(whole.cut(config.vocab_size, config.max_position_embeddings), chat_template=CHATML)
 
 
 def _write(teacher: Teacher, tokenizer_file: Path, scale: Scale) -> list[tuple[str, str]]:
@@ -133,7 +119,7 @@ def _write(teacher: Teacher, tokenizer_file: Path, scale: Scale) -> list[tuple[s
     tables, rng = load_tables(), random.Random(0)
     started = time.monotonic()
     openings = draw_openings(tables, scale.openings, rng)
-    heads = [_TEACHER_SYSTEM + f"<|im_start|>user\n{opening}" for opening in openings]
+    heads = [TEACHER_SYSTEM + f"<|im_start|>user\n{opening}" for opening in openings]
     plan = SamplingPlan(num_slots=scale.slots, max_new_tokens=28, temperature=1.0, min_p=0.05)
     written = _sample(teacher, tokenizer, heads, plan, scale.writing_seconds / 4)
     endings = decoded(tokenizer, written.numpy())
@@ -146,7 +132,7 @@ def _write(teacher: Teacher, tokenizer_file: Path, scale: Scale) -> list[tuple[s
     prompts = asked + draw_prompts(tables, scale.prompts, rng)
     rng.shuffle(prompts)
     left = scale.writing_seconds - (time.monotonic() - started)
-    heads = [_TEACHER_SYSTEM + user_turn(prompt) for prompt in prompts]
+    heads = [TEACHER_SYSTEM + user_turn(prompt) for prompt in prompts]
     plan = SamplingPlan(num_slots=scale.slots, max_new_tokens=scale.new_tokens, temperature=0.6, min_p=0.1)
     answers = _sample(teacher, tokenizer, heads, plan, left)
     pairs = clean_pairs(prompts, answers, tokenizer_file, scale.workers)

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import sys
-from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -30,14 +29,10 @@ from engine.checkpoint.made_directory import make_directory
 from engine.checkpoint.model_config import ModelConfig, load_model_config
 from engine.checkpoint.random_presets import ARCHITECTURES, PRESETS, hub_config
 from engine.checkpoint.safetensors_writer import TensorToWrite, write_tensors
-from engine.checkpoint.tokenizer_files import TokenizerSpec, write_tokenizer
+from engine.checkpoint.tokenizer_files import CHATML, TokenizerSpec, write_tokenizer
 
 _FORMAT = 1
 _FP8_BLOCK_SHAPE = (128, 128)
-_CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 _logger = logging.getLogger(__name__)
 
 
@@ -70,15 +65,7 @@ def smallest_tokenizer(vocab_size: int, max_length: int) -> TokenizerSpec:
             whole = tokenizer_spec(gguf)
     except CheckpointError:
         return _byte_tokenizer(max_length)
-    tokens = whole.tokens[:vocab_size]
-    known = set(tokens)
-    return replace(
-        whole,
-        tokens=tokens,
-        merges=[(left, right) for left, right in whole.merges if {left, right, left + right} <= known],
-        special_ids=[i for i in whole.special_ids if i < vocab_size],
-        max_length=max_length,
-    )
+    return whole.cut(vocab_size, max_length)
 
 
 def _byte_tokenizer(max_length: int) -> TokenizerSpec:
@@ -94,7 +81,7 @@ def _byte_tokenizer(max_length: int) -> TokenizerSpec:
         eos_id=2,
         unk_id=0,
         pad_id=2,
-        chat_template=_CHATML,
+        chat_template=CHATML,
         max_length=max_length,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,12 @@ _LLAMA3_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPACE = "\u2581"  # how sentencepiece writes a space
+
+# The chat format of SmolLM2 and others, without a system turn of its own.
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 PreTokenizer = Literal["gpt-2", "smollm", "llama-bpe", "sentencepiece"]
 
@@ -34,6 +40,19 @@ class TokenizerSpec:
     pad_id: int | None
     chat_template: str | None
     max_length: int  # tokens
+
+    def cut(self, vocab_size: int, max_length: int) -> TokenizerSpec:
+        """Its first ids. Merges are numbered as they were learned, so with those among the ids it is a whole
+        tokenizer of that size."""
+        tokens = self.tokens[:vocab_size]
+        known = set(tokens)
+        return replace(
+            self,
+            tokens=tokens,
+            merges=[(left, right) for left, right in self.merges if {left, right, left + right} <= known],
+            special_ids=[i for i in self.special_ids if i < vocab_size],
+            max_length=max_length,
+        )
 
     def token(self, token_id: int | None) -> str | None:
         return None if token_id is None else self.tokens[token_id]

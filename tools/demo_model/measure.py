@@ -16,10 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from tools.demo_model.loading import load_student
 from tools.demo_model.student import rope_angles
-from tools.demo_model.texts import system_turn, user_turn
+from tools.demo_model.texts import user_turn
 
 _END = 2
-TEACHER_SYSTEM = system_turn("You are a helpful AI assistant named SmolLM, trained by Hugging Face")
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,10 @@ def system_turn(text: str) -> str:
     return f"<|im_start|>system\n{text}<|im_end|>\n"
 
 
+# What the teacher was trained to see before every conversation.
+TEACHER_SYSTEM = system_turn("You are a helpful AI assistant named SmolLM, trained by Hugging Face")
+
+
 def user_turn(prompt: str) -> str:
     return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
