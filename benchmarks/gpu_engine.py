@@ -147,7 +147,8 @@ def table(engine: Engine, rows: list[int], steps: list[str], path: Path | None) 
     found: list[dict[str, Any]] = []
     print("| " + " | ".join(COLUMNS) + " |", flush=True)
     for i, mode in itertools.product(rows, steps):
-        engine._runner.merges_steps = mode == "merged"  # one engine: to build two takes minutes
+        assert engine._runner.device_steps is not None
+        engine._runner.device_steps.merges_steps = mode == "merged"  # one engine: to build two takes minutes
         columns = {"steps": mode, **loop.run(*ROWS[i]).columns()}
         found.append(columns)
         print("| " + " | ".join(str(columns[name]) for name in COLUMNS) + " |", flush=True)

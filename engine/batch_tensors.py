@@ -8,6 +8,7 @@ import torch
 from engine.attention.device_plan import plan_on_device
 from engine.batch_rows import SequenceRows
 from engine.forward_batch import ForwardBatch
+from engine.uploads import upload
 
 
 class BatchTensors:
@@ -26,10 +27,9 @@ class BatchTensors:
         contexts begin."""
         self._uses_kernels = uses_kernels
         self._block_size = block_size
-        self._device = device
+        self._device = torch.device(device)
         self._first_token = first_token
         self._rows = np.zeros((3, max_rows), dtype=np.int64)  # token ids, positions, slots
-        self._rows_cpu = torch.from_numpy(self._rows)
         self._tables: list[list[int]] = []  # of the decode rows of the last step
         self._table_lengths: list[int] = []
         self._tables_SB: torch.Tensor | None = None
@@ -46,7 +46,7 @@ class BatchTensors:
             query_start.append(part.begin + part.num_rows)
             context_len.append(part.end_position)
             tables.append(part.seq.block_table)
-        token_ids_T, positions_T, slots_T = self._rows_cpu[:, :num_rows].to(self._device).unbind(0)
+        token_ids_T, positions_T, slots_T = upload(self._rows[:, :num_rows], self._device).unbind(0)
         forward_batch = ForwardBatch(
             token_ids_T=token_ids_T,
             positions_T=positions_T,
@@ -55,7 +55,7 @@ class BatchTensors:
             query_start=query_start,
             context_len=context_len,
             block_tables=tables,
-            logits_rows_N=torch.tensor(wanted_rows, dtype=torch.int64, device=self._device),
+            logits_rows_N=upload(np.array(wanted_rows, dtype=np.int64), self._device),
             has_unstored_rows=any(map(self._has_unstored_rows, rows)),
             first_token=self._first_token,
         )
@@ -110,7 +110,7 @@ class BatchTensors:
             for row, table in zip(padded, tables, strict=True):
                 row[: len(table)] = table
             self._tables, self._table_lengths = tables, lengths
-            self._tables_SB = torch.from_numpy(padded).to(self._device)
+            self._tables_SB = upload(padded, self._device)
         return self._tables_SB
 
 

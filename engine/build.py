@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from hashlib import blake2b
 
 import torch
@@ -63,7 +62,6 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
         model = _load_model(config, model_config, dtype, ep, progress, has_mtp=has_mtp)
     with times.phase("KV cache"):
         size = resolve_cache_size(config, model_config, layout, scheduler_config.max_running)
-        scheduler_config = replace(scheduler_config, max_model_len=size.max_model_len)
         kv_cache = KvCache(layout, size.num_blocks, device=config.device, is_shared=config.shares_kv_cache)
     limits = EngineLimits(
         max_model_len=size.max_model_len,

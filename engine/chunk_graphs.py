@@ -59,8 +59,13 @@ class LayerEvents:
 class ChunkGraphs:
     """One batch after another: the logits of a run are good until the next run."""
 
-    def __init__(self, model: CausalLM, kv_cache: KvCache, token_budget: int) -> None:
-        """Captures all graphs; off CUDA the same step runs without them. The cache does not change."""
+    def __init__(self, model: CausalLM, kv_cache: KvCache, token_budget: int, found_S: torch.Tensor) -> None:
+        """Captures all graphs; off CUDA the same step runs without them. The cache does not change. found_S:
+        int64, where a run leaves the greedy tokens of the wanted rows."""
+        from engine.kernels.sampling import greedy_tokens  # Triton is not everywhere
+
+        self._pick = greedy_tokens
+        self._found_S = found_S[:MAX_CHUNKS]
         device = kv_cache.data.device
         self._model = model
         self._kv_cache = kv_cache
@@ -70,7 +75,7 @@ class ChunkGraphs:
         self._rows_3T[2] = -1
         self._starts_S = torch.zeros(MAX_CHUNKS + 1, dtype=torch.int32, device=device)
         self._wanted_S = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=device)
-        self._logits_SV = torch.empty(MAX_CHUNKS, model.vocab_size, dtype=kv_cache.data.dtype, device=device)
+        self._logits_SV = torch.zeros(MAX_CHUNKS, model.vocab_size, dtype=kv_cache.data.dtype, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._layer_events: LayerEvents | None = None
         if device.type == "cuda" and has_graph_events():
@@ -146,8 +151,9 @@ class ChunkGraphs:
         self.finish(self._model.forward(self.batch(size), self._kv_cache, layer_done))
 
     def finish(self, hidden_TD: torch.Tensor) -> None:
-        """The logits of the wanted rows."""
+        """The logits of the wanted rows, and their greedy tokens."""
         self._model.logits_into(self._logits_SV, hidden_TD.index_select(0, self._wanted_S))
+        self._pick(self._logits_SV, self._found_S)
 
     def batch(self, size: int) -> ForwardBatch:
         """Of the rows that fill() fills."""

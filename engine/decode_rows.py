@@ -1,10 +1,13 @@
 """Which row of a fixed batch each decoding sequence has, and what stands in it, on the host.
 
-A sequence keeps its row while it decodes: then a step changes two numbers of it, and now and then one block
+A sequence keeps its row while it decodes: then a step changes three numbers of it, and now and then one block
 of its table. Rows are dense: where one leaves, a new sequence or the last row moves in.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -14,17 +17,23 @@ from engine.sequence import Sequence
 
 class DecodeRows:
     def __init__(self, max_seqs: int, max_blocks: int, *, is_pinned: bool) -> None:
-        self.tokens_2N = torch.zeros(2, max_seqs, dtype=torch.int64, pin_memory=is_pinned)
+        # token ids, positions, places of pending tokens
+        self.rows_3N = torch.zeros(3, max_seqs, dtype=torch.int64, pin_memory=is_pinned)
         self.tables_NB = torch.zeros(max_seqs, max_blocks, dtype=torch.int32, pin_memory=is_pinned)
-        self._tokens = self.tokens_2N.numpy()
+        self._rows = self.rows_3N.numpy()
         self._tables = self.tables_NB.numpy()
         self._row_of: dict[Sequence, int] = {}
         self._known: list[list[int]] = []  # the block table of each row, and how much of it is written
         self._lengths: list[int] = []
 
-    def update(self, seqs: list[Sequence], num_rows: int) -> tuple[list[Sequence], bool]:
+    def update(
+        self,
+        seqs: list[Sequence],
+        num_rows: int,
+        places: Mapping[Sequence, int] = MappingProxyType({}),
+    ) -> tuple[list[Sequence], bool]:
         """The sequences in the order of their rows, and whether a table has changed. Rows beyond them, up to
-        num_rows, get position -1."""
+        num_rows, get position -1. places: of the pending tokens; the other rows get place -1."""
         self._drop_others(seqs)
         for seq in seqs:
             if seq not in self._row_of:
@@ -36,11 +45,14 @@ class DecodeRows:
         placed.sort(key=self._row_of.__getitem__)
         positions = [seq.num_computed_tokens for seq in placed]
         num_seqs = len(placed)
-        self._tokens[0, :num_seqs] = [
-            seq.token_ids[position] for seq, position in zip(placed, positions, strict=True)
+        self._rows[0, :num_seqs] = [
+            0 if seq.num_pending_tokens else seq.token_ids[position]
+            for seq, position in zip(placed, positions, strict=True)
         ]
-        self._tokens[1, :num_seqs] = positions
-        self._tokens[1, num_seqs:num_rows] = -1
+        self._rows[1, :num_seqs] = positions
+        self._rows[1, num_seqs:num_rows] = -1
+        self._rows[2, :num_seqs] = [places.get(seq, -1) for seq in placed]
+        self._rows[2, num_seqs:num_rows] = -1
         return placed, has_changed
 
     def _drop_others(self, seqs: list[Sequence]) -> None:

@@ -16,6 +16,7 @@ class DeviceShare:
         """share: of the time, over 0; 1 never rests."""
         if not 0.0 < share <= 1.0:
             raise ValueError(f"device_share must be over 0 and at most 1, got {share}")
+        self.is_whole = share == 1.0
         self._rest_per_s = 1.0 / share - 1.0
         self._clock = clock
         self._rests_until = 0.0

@@ -1,4 +1,5 @@
-"""One step after another: schedule, run, judge the new tokens.
+"""One step after another: schedule, launch, read and judge the new tokens. Where tokens can stay on the
+device the next step is launched before those of this one are read.
 
 Belongs to one thread (engine.engine_thread); every method is quick except step(). The same engine prefills,
 decodes, and takes both ends of a hand-off:
@@ -16,7 +17,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.block_pool import BlockPool
 from engine.device_share import DeviceShare
@@ -26,10 +27,11 @@ from engine.kv_announcer import KvAnnouncer
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
 from engine.kv_outbox import KvOutbox
+from engine.launch import Launch, StepResult
 from engine.outputs import FinishReason, SequenceOutput, StepOutput, TokenLogprobs
 from engine.phase_times import PhaseTimes
 from engine.pins import PinnedRun, Pins
-from engine.runner import Runner, StepResult
+from engine.runner import Runner
 from engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig
 from engine.sequence import Sequence, SequenceStatus
 from engine.speculation.draft_state import DraftState
@@ -45,6 +47,16 @@ class EngineLimits:
     max_model_len: int  # tokens of prompt and output
     vocab_size: int
     eos_token_ids: frozenset[int]
+
+
+@dataclass(slots=True)
+class _Step:
+    """From its schedule until its tokens are read."""
+
+    batch: ScheduledBatch
+    began: float  # monotonic
+    launch: Launch | None  # None: there was nothing to compute
+    num_computed: list[int]  # tokens of each sequence once it is done
 
 
 class Engine:
@@ -82,9 +94,12 @@ class Engine:
         self._pool = BlockPool(kv_cache.num_blocks)
         self._tiers = TierStore(self._pool, kv_cache, tiers or LowerTiers())
         self._pins = Pins(self._tiers.places, kv_cache)
+        scheduler_config = replace(scheduler_config, max_model_len=limits.max_model_len)
         self._scheduler = Scheduler(scheduler_config, self._pool, self.hash_chain, self._tiers)
         self._handoffs = Handoffs(self._scheduler)
         self._seqs: dict[int, Sequence] = {}
+        self._next: _Step | None = None  # launched before the tokens of the last one were read
+        self._last_read = 0.0  # monotonic: when the last step was done
         self._is_stalled = False  # the last step found nothing to compute, and nothing has changed since
         self._has_news = bool(self._tiers.places.hashes())  # for the next step; set by any thread
         self._on_news: Callable[[], None] = lambda: None
@@ -115,6 +130,8 @@ class Engine:
     def has_work(self) -> bool:
         """Whether step() can get anywhere: not while all sequences wait for a hand-off, a load or blocks, and
         not while it rests."""
+        if self._next is not None:
+            return True
         if self.device_share.rest_s:
             return False
         if self._has_news or self.next_work_s == 0.0:
@@ -135,7 +152,11 @@ class Engine:
         self._on_news = on_news
 
     def close(self) -> None:
-        """Ends the threads of the tiers; what they are doing is finished. No step may follow. Idempotent."""
+        """Ends the threads of the tiers; what they are doing is finished, and so is what the device does. No
+        step may follow. Idempotent."""
+        step, self._next = self._next, None
+        if step is not None and step.launch is not None:
+            step.launch.collect()
         self._tiers.close()
         if self._outbox is not None:
             self._outbox.close()
@@ -219,8 +240,21 @@ class Engine:
             self._blocks_came_back()
 
     def step(self) -> StepOutput:
-        """One batch, or with expert parallelism one idle step when other ranks have tokens and this one
-        none."""
+        """The tokens of one batch, or with expert parallelism of one idle step when other ranks have tokens
+        and this one none. Where that is possible the batch behind it is under way then."""
+        step, self._next = self._next, None
+        if step is None:
+            step = self._start()
+        if step.launch is not None and step.launch.is_open and self._may_launch_ahead():
+            ahead = self._start()
+            if ahead.launch is not None or ahead.batch.met:
+                self._next = ahead
+        return self._finish_step(step)
+
+    def _may_launch_ahead(self) -> bool:
+        return self.ep is None and self.device_share.is_whole and self._scheduler.can_plan_ahead()
+
+    def _start(self) -> _Step:
         began = time.monotonic()
         self._has_news = False
         self._tiers.poll()
@@ -233,28 +267,39 @@ class Engine:
         must_run = bool(batch.seqs)
         if self.ep is not None:
             must_run = self.ep.agree(self._runner.num_rows(batch))
-        result = StepResult()
-        judged: list[FinishReason | None] = []
-        if must_run:
-            result = self._runner.run(batch, self._announcer.layer_done(batch))
-            judged = [self._append(new) for new in result.new]
-            self._scheduler.advance(batch, {new.seq: new.num_rejected for new in result.new})
-            self._tiers.pump()
+        launch = self._runner.launch(batch, self._announcer.layer_done(batch)) if must_run else None
+        return _Step(batch, began, launch, self._scheduler.launched(batch))
+
+    def _finish_step(self, step: _Step) -> StepOutput:
+        batch = step.batch
+        result = StepResult() if step.launch is None else step.launch.collect()
         now = time.monotonic()
+        step_s = now - max(step.began, self._last_read)  # the device is done with one step after the other
+        self._last_read = now
         if batch.num_prefill_tokens and self.ep is None:
-            self.device_share.spent(now - began)
-        self._scheduler.loads.planner.observe_step(batch.num_prefill_tokens, now - began)
+            self.device_share.spent(step_s)
+        self._scheduler.loads.planner.observe_step(batch.num_prefill_tokens, step_s)
+        news = [new for new in result.new if self._runs(new.seq)]  # others have ended meanwhile
+        judged = [self._append(new) for new in news]
+        num_rejected = {new.seq: new.num_rejected for new in news}
+        for seq, num_computed in zip(batch.seqs, step.num_computed, strict=True):
+            if self._runs(seq):
+                self._scheduler.settle(seq, num_computed, num_rejected.get(seq, 0))
+        if step.launch is not None:
+            self._tiers.pump()
         outputs = [
             self._take_tokens(new, finish_reason, now)
-            for new, finish_reason in zip(result.new, judged, strict=True)
+            for new, finish_reason in zip(news, judged, strict=True)
         ]
         if any(output.finish_reason for output in outputs):
             self._blocks_came_back()
+        if batch.seqs:
+            self._is_stalled = False
         stats = build_stats(
             self._scheduler,
             batch,
-            began,
-            is_idle_step=must_run and not batch.seqs,
+            step_s,
+            is_idle_step=step.launch is not None and not batch.seqs,
             result=result,
             tiers=self._tiers.stats(),
         )
@@ -340,6 +385,7 @@ class Engine:
     def _append(self, new: NewTokens) -> FinishReason | None:
         """The sequence gets its new tokens, up to one that ends it; `new` keeps no others."""
         seq = new.seq
+        seq.num_pending_tokens -= 1
         if seq.matcher is not None and seq.matcher.error is not None:
             new.cut(0)
             return FinishReason.ABORTED
@@ -381,6 +427,9 @@ class Engine:
             load_s=seq.loaded.load_s,
             draft=pack_draft(seq.draft) if seq.keeps_blocks else None,
         )
+
+    def _runs(self, seq: Sequence) -> bool:
+        return seq.status is SequenceStatus.RUNNING and self._seqs.get(seq.seq_id) is seq
 
     def _note_news(self) -> None:
         self._has_news = True

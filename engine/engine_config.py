@@ -91,7 +91,7 @@ class EngineConfig:
         config = SchedulerConfig(
             token_budget=token_budget,
             max_running=max_running,
-            lookahead_tokens=int(torch.device(self.device).type == "cuda"),
+            lookahead_tokens=int(num_speculative_tokens > 0 and torch.device(self.device).type == "cuda"),
             num_speculative_tokens=num_speculative_tokens,
         )
         try:

@@ -66,7 +66,7 @@ class Handoffs:
         del scheduler.reserved[seq.seq_id]
         scheduler.num_extended -= 1
         seq.num_computed_tokens = seq.num_tokens
-        scheduler.register_blocks(seq)
+        scheduler.register_blocks(seq, seq.num_tokens)
         seq.draft = draft
         seq.token_ids.append(first_token_id)
         seq.has_emitted = True

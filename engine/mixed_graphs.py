@@ -8,12 +8,13 @@ reads both, so nothing else is copied.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 
 import torch
 
 from engine.attention.device_plan import DevicePlan
-from engine.chunk_graphs import MAX_CHUNKS, ChunkGraphs
-from engine.decode_graphs import DecodeGraphs, DecodeLaunch
+from engine.chunk_graphs import ChunkGraphs
+from engine.decode_graphs import DecodeGraphs
 from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KvCache
 from engine.models.causal_lm import CausalLM
@@ -41,27 +42,30 @@ class MixedGraphs:
         if kv_cache.data.device.type == "cuda":
             self._capture()
 
-    def takes(self, num_chunks: int, num_tokens: int) -> bool:
-        """So many chunks of so many tokens together, beside any decodes. None of them may have a context in
-        the cache: what ChunkGraphs cannot do, this cannot."""
-        return 0 < num_chunks <= MAX_CHUNKS and bool(self._sizes) and num_tokens <= self._sizes[-1]
+    def fits(self, batch: ForwardBatch) -> bool:
+        """These chunks, beside any decodes."""
+        return self._chunks.fits(batch) and bool(self._sizes) and batch.num_tokens <= self._sizes[-1]
 
     @torch.inference_mode()
     def launch(
-        self, seqs: list[Sequence], batch: ForwardBatch, num_wanted: int
-    ) -> tuple[DecodeLaunch, torch.Tensor]:
-        """Starts a step of these decodes and these chunks. The logits are those of ChunkGraphs.run()."""
+        self,
+        seqs: list[Sequence],
+        places: Mapping[Sequence, int],
+        batch: ForwardBatch,
+        num_wanted: int,
+    ) -> list[Sequence]:
+        """Starts a step of these decodes and these chunks; the rest is as of DecodeGraphs.launch() and
+        ChunkGraphs.run()."""
         num_rows = self._rows[bisect_left(self._rows, len(seqs))]
         size = self._sizes[bisect_left(self._sizes, batch.num_tokens)]
-        placed = self._decodes.place(seqs, num_rows)
+        placed = self._decodes.place(seqs, num_rows, places)
         self._chunks.fill(batch, size, num_wanted)
         graph = self._graphs.get((num_rows, size))
         if graph is None:
             self._step(num_rows, size)
         else:
             graph.replay()
-        launch = self._decodes.launched(placed, [seq.num_computed_tokens for seq in placed])
-        return launch, self._chunks.logits(num_wanted)
+        return placed
 
     def _capture(self) -> None:
         pool = torch.cuda.graph_pool_handle()

@@ -17,10 +17,19 @@ from engine.sequence import Sequence
 GREEDY_BELOW = 1e-5  # temperatures below are greedy: dividing by them would overflow
 
 
+def is_plain(seq: Sequence) -> bool:
+    """Nothing but its token is wanted, drawn from the logits as they are: the device can do it."""
+    return seq.sampling.num_logprobs is None and not needs_edits(seq)
+
+
 def is_plain_greedy(seq: Sequence) -> bool:
     """Its token is the likeliest, and nothing else is wanted."""
+    return seq.sampling.temperature < GREEDY_BELOW and is_plain(seq)
+
+
+def is_truncated(seq: Sequence) -> bool:
     sampling = seq.sampling
-    return sampling.temperature < GREEDY_BELOW and sampling.num_logprobs is None and not needs_edits(seq)
+    return sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
 
 
 class Sampler:
@@ -61,18 +70,18 @@ class Sampler:
     def _draw(self, logits_NV: torch.Tensor, seqs: list[Sequence]) -> list[int]:
         random_rows = [row for row, seq in enumerate(seqs) if seq.sampling.temperature >= GREEDY_BELOW]
         token_ids = argmax(logits_NV) if len(random_rows) < len(seqs) else [0] * len(seqs)
-        truncated = [row for row in random_rows if _is_truncated(seqs[row])]
-        plain = [row for row in random_rows if not _is_truncated(seqs[row])]
-        for rows, is_truncated in ((plain, False), (truncated, True)):
+        truncated = [row for row in random_rows if is_truncated(seqs[row])]
+        plain = [row for row in random_rows if not is_truncated(seqs[row])]
+        for rows, has_truncation in ((plain, False), (truncated, True)):
             if rows:
-                drawn = _draw_rows(logits_NV, seqs, rows, is_truncated)
+                drawn = _draw_rows(logits_NV, seqs, rows, has_truncation)
                 for row, token_id in zip(rows, drawn, strict=True):
                     token_ids[row] = token_id
         return token_ids
 
 
 def _draw_rows(
-    logits_NV: torch.Tensor, seqs: list[Sequence], rows: list[int], is_truncated: bool
+    logits_NV: torch.Tensor, seqs: list[Sequence], rows: list[int], has_truncation: bool
 ) -> list[int]:
     device = logits_NV.device
     chosen = [seqs[row] for row in rows]
@@ -82,7 +91,7 @@ def _draw_rows(
     temperature_N1 = torch.tensor([p.temperature for p in params], device=device).unsqueeze(1)
     scaled_NV = (logits_NV - logits_NV.amax(1, keepdim=True)) / temperature_N1
     u = torch.from_numpy(uniform([p.seed for p in params], [seq.num_tokens for seq in chosen])).to(device)
-    if not is_truncated:
+    if not has_truncation:
         plain: list[int] = draw(scaled_NV, u).tolist()
         return plain
     truncation = Truncation(
@@ -92,8 +101,3 @@ def _draw_rows(
     )
     tokens: list[int] = draw_truncated(scaled_NV, truncation, u).tolist()
     return tokens
-
-
-def _is_truncated(seq: Sequence) -> bool:
-    sampling = seq.sampling
-    return sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0

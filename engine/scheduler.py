@@ -12,15 +12,17 @@ Life of a sequence:
    recomputed later.
 5. finish(): its blocks go to the prefix cache; a keeps_blocks sequence is KEPT with them until release().
 
+A step may be scheduled while the one before is under way: launched() counts its tokens as computed, settle()
+says that they are.
+
 The receiving side of a hand-off comes in by engine.handoffs instead of 1 to 3. remove() ends any state.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from engine.block_pool import BlockPool
@@ -39,7 +41,7 @@ class SchedulerConfig:
     token_budget: int  # tokens of one step
     max_running: int  # sequences that run or have all blocks of a hand-off
     growth_tokens: int = 128  # of further output that admission expects of each sequence
-    lookahead_tokens: int = 0  # 0 or 1: a decode also has the place of its next token, for steps run ahead
+    lookahead_tokens: int = 0  # 0 or 1: a decode with drafts also has places for a step run ahead
     num_speculative_tokens: int = 0  # drafts of a decode that a step checks, at most
     max_model_len: int | None = None  # no sequence has places for more tokens; None: as many as there are
 
@@ -83,6 +85,12 @@ class ScheduledBatch:
         return parts
 
     @property
+    def sampled(self) -> list[Sequence]:
+        """Those whose last token is computed in this step; before it is launched."""
+        pairs = zip(self.seqs, self.num_scheduled_tokens, strict=True)
+        return [seq for seq, num_tokens in pairs if seq.num_remaining_tokens <= num_tokens]
+
+    @property
     def num_prefill_tokens(self) -> int:
         return sum(self.num_scheduled_tokens[self.num_decodes :])
 
@@ -107,6 +115,7 @@ class Scheduler:
         self.extending: list[Sequence] = []  # RESERVED that wait for blocks
         self.num_extended = 0
         self.kept: dict[int, Sequence] = {}
+        self._num_possible_tokens = config.max_model_len or pool.num_blocks * self.block_size
         self._hash_chain = hash_chain
         self._num_arrivals = 0
 
@@ -132,7 +141,7 @@ class Scheduler:
         until blocks come back, a load gets on or a hand-off is committed."""
         batch = ScheduledBatch(met=self.loads.settle())
         for met in batch.met:
-            self.register_blocks(met.seq)
+            self.register_blocks(met.seq, met.seq.num_computed_tokens)
         self._schedule_decodes(batch)
         if self.config.num_speculative_tokens:
             self._schedule_drafts(batch)
@@ -151,18 +160,29 @@ class Scheduler:
             batch.num_decodes += num_tokens == 1
         return batch
 
-    def advance(
-        self, batch: ScheduledBatch, num_rejected: Mapping[Sequence, int] = MappingProxyType({})
-    ) -> None:
-        """The batch is computed: full blocks enter the prefix cache. num_rejected: scheduled drafts that are
-        not what follows; the KV of the others is, and their sequences have their tokens."""
-        for seq, num_tokens in zip(batch.seqs, batch.num_scheduled_tokens, strict=True):
-            seq.num_computed_tokens += num_tokens - num_rejected.get(seq, 0)
-            self.register_blocks(seq)
+    def can_plan_ahead(self) -> bool:
+        """Whether schedule() may be asked before the step under way is settled: nobody would be preempted,
+        and no load waits for what is being computed."""
+        if self.loads.num_loading:
+            return False
+        return sum(map(self._lacks_block, self.running)) <= self.pool.num_available
 
-    def register_blocks(self, seq: Sequence) -> None:
-        num_full = seq.num_computed_tokens // self.block_size
-        if num_full == seq.num_registered_blocks:
+    def launched(self, batch: ScheduledBatch) -> list[int]:
+        """The batch is on its way. Computed tokens of each of its sequences once it is done."""
+        for seq, num_tokens in zip(batch.seqs, batch.num_scheduled_tokens, strict=True):
+            seq.num_pending_tokens += num_tokens >= seq.num_remaining_tokens
+            seq.num_computed_tokens += num_tokens
+        return [seq.num_computed_tokens for seq in batch.seqs]
+
+    def settle(self, seq: Sequence, num_computed: int, num_rejected: int = 0) -> None:
+        """So many tokens of the sequence are computed, and their ids known: full blocks enter the prefix
+        cache. num_rejected: drafts among them that are not what follows."""
+        seq.num_computed_tokens -= num_rejected
+        self.register_blocks(seq, num_computed - num_rejected)
+
+    def register_blocks(self, seq: Sequence, num_computed: int) -> None:
+        num_full = num_computed // self.block_size
+        if num_full <= seq.num_registered_blocks:
             return
         assert seq.prefix is not None
         hashes = seq.prefix.upto(num_full, seq.token_ids)
@@ -255,7 +275,7 @@ class Scheduler:
         i = 0
         while i < len(self.running):
             seq = self.running[i]
-            if seq.num_remaining_tokens == 1 and self._grow(seq, batch):
+            if self._decodes(seq) and self._grow(seq, batch):
                 batch.seqs.append(seq)
             # _grow may have preempted seq itself; then the next one has its place
             i += i < len(self.running) and self.running[i] is seq
@@ -268,12 +288,13 @@ class Scheduler:
         config = self.config
         spare = config.token_budget - self.block_size - len(self.running)
         num_ahead = config.lookahead_tokens * (1 + config.num_speculative_tokens)
-        num_possible = config.max_model_len or self.pool.num_blocks * self.block_size
         for i, seq in enumerate(batch.seqs):
             num_remaining = seq.max_output_tokens - seq.num_output_tokens
             num_drafts = max(0, min(len(seq.draft.token_ids), spare, num_remaining - 1))
             # The place behind the last draft is for the draft layer's row of the token that comes there.
-            num_wanted = min(num_drafts + 1 + num_ahead, num_remaining - 1, num_possible - seq.num_tokens)
+            num_wanted = min(
+                num_drafts + 1 + num_ahead, num_remaining - 1, self._num_possible_tokens - seq.num_tokens
+            )
             num_places = self._grow_for_drafts(seq, num_wanted)
             num_drafts = min(num_drafts, num_places)
             batch.num_scheduled_tokens[i] += num_drafts
@@ -290,8 +311,7 @@ class Scheduler:
 
     def _grow(self, seq: Sequence, batch: ScheduledBatch) -> bool:
         """A block for the newest token, if need be at the cost of the last one. False: that was `seq`."""
-        num_ahead = 0 if seq.keeps_blocks else self.config.lookahead_tokens
-        if len(seq.block_table) * self.block_size >= seq.num_tokens + num_ahead:
+        if not self._lacks_block(seq):
             return True
         while not self.pool.num_available:
             victim = next((s for s in reversed(self.running) if not s.keeps_blocks), seq)
@@ -302,6 +322,22 @@ class Scheduler:
                 return False
         seq.block_table.extend(self.pool.allocate(1, after=seq.block_table[-1]))
         return True
+
+    def _decodes(self, seq: Sequence) -> bool:
+        """One token to compute, unless that one is pending and the last."""
+        if seq.num_remaining_tokens != 1:
+            return False
+        num_pending = seq.num_pending_tokens
+        return not num_pending or (
+            seq.num_output_tokens + num_pending < seq.max_output_tokens
+            and seq.num_tokens + num_pending < self._num_possible_tokens
+        )
+
+    def _lacks_block(self, seq: Sequence) -> bool:
+        """A decode has no place for its newest token."""
+        num_ahead = 0 if seq.keeps_blocks else self.config.lookahead_tokens
+        num_wanted = seq.num_tokens + seq.num_pending_tokens + num_ahead
+        return len(seq.block_table) * self.block_size < num_wanted and self._decodes(seq)
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)

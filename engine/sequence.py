@@ -79,7 +79,9 @@ class PrefixHashes:
 
 
 class Sequence:
-    """num_computed_tokens catches up with len(token_ids); then a token is sampled and appended.
+    """num_computed_tokens catches up with len(token_ids); then a token is sampled and appended. Where steps
+    are launched ahead of each other both run before what the host knows: tokens of a launched step count as
+    computed, and the one that it samples is pending until it is read.
 
     The caller makes it and hands it to the engine, which owns it from then on.
     """
@@ -100,6 +102,7 @@ class Sequence:
         "max_output_tokens",
         "num_computed_tokens",
         "num_hit_tokens",
+        "num_pending_tokens",
         "num_prompt_tokens",
         "num_registered_blocks",
         "outbox_slots",
@@ -149,6 +152,7 @@ class Sequence:
         self.token_ids.extend(output_ids)
         self.max_output_tokens = self.num_output_tokens + 1 if keeps_blocks else sampling.max_tokens
         self.num_computed_tokens = 0
+        self.num_pending_tokens = 0  # sampled by steps that nobody has read yet
         self.num_hit_tokens = 0
         self.block_table: list[int] = []
         self.outbox_slots: range | None = None  # of its blocks' copies in the outbox
@@ -180,8 +184,8 @@ class Sequence:
 
     @property
     def num_remaining_tokens(self) -> int:
-        """Tokens whose KV is not computed yet; sampling needs them all."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens, the pending one too, whose KV is not computed yet; sampling needs them all."""
+        return len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -193,6 +197,7 @@ class Sequence:
         """Forget everything computed; the tokens stay. The caller has released the blocks."""
         self.block_table = []
         self.num_computed_tokens = 0
+        self.num_pending_tokens = 0
         self.num_registered_blocks = 0
         self.draft = DraftState()
         self.prompt_logprobs = []

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
+from engine.launch import StepResult
 from engine.outputs import SpeculationStats, StepStats, TierStats
-from engine.runner import StepResult
 from engine.scheduler import ScheduledBatch, Scheduler
 from engine.sequence import Sequence
 
@@ -38,13 +37,13 @@ def measure_load(scheduler: Scheduler) -> EngineLoad:
 def build_stats(
     scheduler: Scheduler,
     batch: ScheduledBatch,
-    began: float,
+    step_s: float,
     *,
     is_idle_step: bool,
     result: StepResult,
     tiers: tuple[TierStats, ...] = (),
 ) -> StepStats:
-    """After the step; `began` is its start in monotonic seconds."""
+    """After the step."""
     pool = scheduler.pool
     return StepStats(
         num_prefill_tokens=batch.num_prefill_tokens,
@@ -59,7 +58,7 @@ def build_stats(
         num_hit_tokens=sum(seq.num_hit_tokens for seq in batch.started)
         + sum(met.num_hit_tokens for met in batch.met),
         num_queried_tokens=sum(seq.num_prompt_tokens for seq in batch.started),
-        step_s=time.monotonic() - began,
+        step_s=step_s,
         is_idle_step=is_idle_step,
         expert_load=result.expert_load,
         grammar=result.grammar,

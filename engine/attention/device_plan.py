@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from engine.uploads import upload
+
 if TYPE_CHECKING:
     from engine.forward_batch import ForwardBatch
 
@@ -45,8 +47,8 @@ def plan_on_device(batch: ForwardBatch, block_size: int) -> DevicePlan:
         padded = np.zeros((num_decodes, width), dtype=np.int32)
         for row, table in zip(padded, tables, strict=True):
             row[: len(table)] = table
-        context = torch.tensor(batch.context_len[:num_decodes], dtype=torch.int32)
-        block_tables_SB, context_len_S = torch.from_numpy(padded).to(device), context.to(device)
+        block_tables_SB = upload(padded, device)
+        context_len_S = upload(np.array(batch.context_len[:num_decodes], dtype=np.int32), device)
     else:
         block_tables_SB = torch.empty(0, 1, dtype=torch.int32, device=device)
         context_len_S = torch.empty(0, dtype=torch.int32, device=device)
@@ -73,15 +75,11 @@ def _plan_chunks(batch: ForwardBatch, block_size: int) -> ChunkRows:
     slots = None
     if (lengths > num_queries).any():
         tables = batch.block_tables[batch.num_decodes :]
-        slots = torch.from_numpy(
-            np.concatenate(
-                [
-                    _slots(t, int(n), block_size)[batch.first_token :]
-                    for t, n in zip(tables, ends, strict=True)
-                ]
-            )
-        ).to(device)
-    query_start_here, context_start = torch.from_numpy(starts).to(device).unbind()
+        parts = [
+            _slots(t, int(n), block_size)[batch.first_token :] for t, n in zip(tables, ends, strict=True)
+        ]
+        slots = upload(np.concatenate(parts), device)
+    query_start_here, context_start = upload(starts, device).unbind()
     return ChunkRows(query_start_here, context_start, slots)
 
 

@@ -32,6 +32,13 @@ class RowSampling:
     min_p_N: torch.Tensor  # float32
     seed_N: torch.Tensor  # int64: the 64 bits of the seed
 
+    def rows(self, num_rows: int) -> RowSampling:
+        """The first ones."""
+        n = num_rows
+        return RowSampling(
+            self.temperature_N[:n], self.top_k_N[:n], self.top_p_N[:n], self.min_p_N[:n], self.seed_N[:n]
+        )
+
 
 def greedy_tokens(logits_NV: torch.Tensor, out_N: torch.Tensor) -> None:
     """int64; of equal logits the lower id."""

@@ -29,12 +29,17 @@ def sequence(seq_id: int, num_tokens: int, max_tokens: int = 100, **fields: Any)
 def step(scheduler: Scheduler) -> ScheduledBatch:
     """Schedules, and gives a token to each sequence that is due."""
     batch = scheduler.schedule()
-    scheduler.advance(batch)
-    for seq in batch.seqs:
-        if not seq.num_remaining_tokens:
+    compute(scheduler, batch)
+    return batch
+
+
+def compute(scheduler: Scheduler, batch: ScheduledBatch) -> None:
+    for seq, num_computed in zip(batch.seqs, scheduler.launched(batch), strict=True):
+        if seq.num_pending_tokens:
+            seq.num_pending_tokens = 0
             seq.token_ids.append(7)
             seq.has_emitted = True
-    return batch
+        scheduler.settle(seq, num_computed)
 
 
 def plan(batch: ScheduledBatch) -> list[tuple[int, int]]:
@@ -189,8 +194,7 @@ def test_a_keeps_blocks_sequence_is_never_preempted() -> None:
     scheduler.add(sequence(2, 12, keeps_blocks=True))
     batch = scheduler.schedule()
     assert plan(batch) == [(1, 1), (2, 8)]
-    scheduler.advance(batch)
-    scheduler.running[0].token_ids.append(7)
+    compute(scheduler, batch)
     batch = step(scheduler)
     assert batch.num_preemptions == 1
     assert [seq.seq_id for seq in scheduler.waiting] == [1]

@@ -72,7 +72,7 @@ def build(
         runner,
         cache,
         limits,
-        SchedulerConfig(token_budget=24, max_running=MAX_RUNNING, lookahead_tokens=int(uses_graphs)),
+        SchedulerConfig(token_budget=24, max_running=MAX_RUNNING),
     )
 
 
@@ -119,9 +119,11 @@ def test_chunks_that_share_a_pass_with_decodes_change_no_token(
     steps: list[tuple[int, int]] = []
     launch = MixedGraphs.launch
 
-    def counted(self: MixedGraphs, seqs: list[Sequence], batch: ForwardBatch, num_wanted: int) -> Any:
+    def counted(
+        self: MixedGraphs, seqs: list[Sequence], places: Any, batch: ForwardBatch, num_wanted: int
+    ) -> Any:
         steps.append((len(seqs), batch.num_tokens))
-        return launch(self, seqs, batch, num_wanted)
+        return launch(self, seqs, places, batch, num_wanted)
 
     monkeypatch.setattr(MixedGraphs, "launch", counted)
     rng = random.Random(3)
@@ -168,7 +170,7 @@ def test_an_engine_that_only_computes_prompts_has_no_graphs_of_decodes(checkpoin
     """A chunk of one row is a decode to the model: it goes eagerly then."""
     engine = build(checkpoint, device, uses_kernels=True, uses_graphs=True, decodes=False)
     plain = build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False)
-    assert engine._runner._graphs is None
+    assert engine._runner.device_steps is not None and engine._runner.device_steps._decodes is None
     prompts = [[5], [7, 8, 9]]
     assert answers(engine, prompts, temperature=0.0) == answers(plain, prompts, temperature=0.0)
 

@@ -31,10 +31,14 @@ def decoding(scheduler: Scheduler, *lengths: int, max_tokens: int = 50) -> list[
         prompt_ids = [100 * seq_id + i for i in range(num_tokens)]
         seqs.append(Sequence(seq_id, prompt_ids, SamplingParams(max_tokens=max_tokens)))
         scheduler.add(seqs[-1])
-    scheduler.advance(scheduler.schedule())
-    for seq in seqs:
-        assert seq.num_remaining_tokens == 0
+    batch = scheduler.schedule()
+    for seq, num_computed in zip(batch.seqs, scheduler.launched(batch), strict=True):
+        assert seq.num_pending_tokens == 1
+        seq.num_pending_tokens = 0
         seq.token_ids.append(7)
+        scheduler.settle(seq, num_computed)
+    assert batch.seqs == seqs
+    for seq in seqs:
         seq.draft = DraftState(token_ids=[8, 9], is_ahead=True)
     return seqs
 
@@ -52,8 +56,10 @@ def test_rejected_drafts_are_not_computed_tokens() -> None:
     scheduler = build()
     [seq] = decoding(scheduler, 6)
     batch = scheduler.schedule()
+    [num_computed] = scheduler.launched(batch)
     seq.token_ids.extend([8, 3])  # the first draft was right, the second was not
-    scheduler.advance(batch, {seq: 1})
+    seq.num_pending_tokens = 0
+    scheduler.settle(seq, num_computed, num_rejected=1)
     assert seq.num_computed_tokens == 8
     assert seq.num_remaining_tokens == 1
     assert seq.num_registered_blocks == 2

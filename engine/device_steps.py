@@ -1,0 +1,232 @@
+"""Steps on a device, launched without waiting for any of them: while one runs, the host reads the tokens of
+the one before and plans the one behind.
+
+Each step leaves the tokens that it finds on the device, at known places, and the next one takes them from
+there. Only what needs the host keeps it waiting: tokens of sequences with a grammar, penalties or logprobs
+are drawn here, and the step behind them is launched when they are known.
+
+Decodes and chunks go through the layers together where a graph fits both (MixedGraphs), else one after the
+other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from engine.batch_tensors import BatchTensors
+from engine.chunk_graphs import MAX_CHUNKS, ChunkGraphs
+from engine.decode_graphs import DecodeGraphs, GraphLimits
+from engine.device_draws import DeviceDraws
+from engine.launch import StepResult
+from engine.mixed_graphs import MixedGraphs
+from engine.phase_times import PhaseTimes
+from engine.prepared_batch import PreparedBatch, prepare
+from engine.sampler import GREEDY_BELOW, Sampler, is_plain
+from engine.scheduler import ScheduledBatch
+from engine.sequence import Sequence
+from engine.speculation.verification import single_tokens
+from engine.uploads import upload
+
+if TYPE_CHECKING:
+    from engine.kv_cache import KvCache
+    from engine.models.causal_lm import CausalLM, LayerDone
+
+_LOAD_STEPS = 256  # the load of the experts is read in one step of so many
+
+
+@dataclass(slots=True)
+class DeviceLaunch:
+    """Places of tokens drawn on the device; and logits, float32 [N, V], of those that the host will draw."""
+
+    sampler: Sampler
+    places: dict[Sequence, int] = field(default_factory=dict)
+    by_host: list[tuple[torch.Tensor, list[Sequence]]] = field(default_factory=list)
+    found_P: torch.Tensor | None = None  # on the host, once the step is done
+    load_LE: torch.Tensor | None = None  # likewise
+    done: torch.cuda.Event | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return not self.by_host
+
+    def collect(self) -> StepResult:
+        if self.done is not None:
+            self.done.synchronize()
+        result = StepResult()
+        if self.places:
+            assert self.found_P is not None
+            found: list[int] = self.found_P.tolist()
+            token_ids = [found[place] for place in self.places.values()]
+            result.new = single_tokens(list(self.places), token_ids, [None] * len(token_ids))
+        for logits_NV, seqs in self.by_host:
+            result.new += single_tokens(seqs, *self.sampler.sample(logits_NV, seqs))
+        if self.load_LE is not None:
+            result.expert_load = tuple(tuple(layer) for layer in self.load_LE.tolist())
+        result.grammar = self.sampler.take_grammar_times()
+        return result
+
+
+class DeviceSteps:
+    def __init__(
+        self,
+        model: CausalLM,
+        kv_cache: KvCache,
+        sampler: Sampler,
+        tensors: BatchTensors,
+        limits: GraphLimits,
+        token_budget: int,
+    ) -> None:
+        """Captures graphs: seconds to minutes. The model's attention is kernels."""
+        from engine.kernels.sampling import greedy_tokens  # Triton is not everywhere
+
+        self._pick = greedy_tokens
+        self.start_times = PhaseTimes()
+        self.merges_steps = True
+        self._device = device = kv_cache.data.device
+        self._model = model
+        self._kv_cache = kv_cache
+        self._sampler = sampler
+        self._tensors = tensors
+        self._max_decodes = limits.max_seqs
+        num_chunk_places = max(token_budget, MAX_CHUNKS)
+        # Rows of decodes, then chunks in the order of the batch.
+        num_places = self._max_decodes + num_chunk_places
+        self._found_P = torch.zeros(num_places, dtype=torch.int64, device=device)
+        is_cuda = device.type == "cuda"
+        # Of two launches that can be under way, and the one that is being read.
+        self._host_found_3P = torch.zeros(3, num_places, dtype=torch.int64, pin_memory=is_cuda)
+        self._decode_draws = DeviceDraws(self._max_decodes, device)
+        self._chunk_draws = DeviceDraws(num_chunk_places, device)
+        self._last: DeviceLaunch | None = None
+        self._num_launches = 0
+        with self.start_times.phase("chunk graphs"):
+            self._chunks = ChunkGraphs(model, kv_cache, token_budget, self._found_P[self._max_decodes :])
+        self._decodes: DecodeGraphs | None = None
+        self._mixed: MixedGraphs | None = None
+        if self._max_decodes:
+            with self.start_times.phase("decode graphs"):
+                self._decodes = DecodeGraphs(model, kv_cache, limits, self._found_P)
+            with self.start_times.phase("mixed graphs"):
+                self._mixed = MixedGraphs(model, kv_cache, self._decodes, self._chunks)
+
+    @torch.inference_mode()
+    def launch(self, batch: ScheduledBatch, layer_done: LayerDone | None) -> DeviceLaunch:
+        """The launch before may be under way if it is open; it is collected before the next one. Prompt
+        logprobs are waited for, and appended to their sequences."""
+        launch = DeviceLaunch(self._sampler)
+        decodes, chunks = ScheduledBatch(), batch
+        if self._decodes is not None:
+            decodes, chunks = batch.split(lambda seq: not seq.wants_prompt_logprobs)
+        self._sampler.begin(seq for seq in batch.sampled if not is_plain(seq))
+        prepared = prepare(chunks, self._tensors, speculates=False) if chunks.seqs else None
+        if prepared is None or (decodes.seqs and self._merge(decodes.seqs, prepared, launch)):
+            if prepared is None:
+                self._run_decodes(decodes.seqs, launch)
+            self._announce(layer_done, None)
+        else:
+            self._run_decodes(decodes.seqs, launch)
+            self._run_chunks(prepared, layer_done, launch)
+        self._copy_out(launch)
+        self._last = launch
+        return launch
+
+    def _merge(self, seqs: list[Sequence], prepared: PreparedBatch, launch: DeviceLaunch) -> bool:
+        """Whether they went through the layers together."""
+        mixed = self._mixed
+        if not self.merges_steps or mixed is None or prepared.prompt_rows or not mixed.fits(prepared.batch):
+            return False
+        placed = mixed.launch(seqs, self._pending_places(seqs), prepared.batch, len(prepared.sampled))
+        self._take_decodes(placed, launch)
+        self._take_chunks(prepared, self._chunks.logits(len(prepared.sampled)), launch)
+        return True
+
+    def _run_decodes(self, seqs: list[Sequence], launch: DeviceLaunch) -> None:
+        if seqs:
+            assert self._decodes is not None
+            self._take_decodes(self._decodes.launch(seqs, self._pending_places(seqs)), launch)
+
+    def _run_chunks(
+        self, prepared: PreparedBatch, layer_done: LayerDone | None, launch: DeviceLaunch
+    ) -> None:
+        num_sampled = len(prepared.sampled)
+        if not prepared.prompt_rows and self._chunks.fits(prepared.batch):
+            logits_NV = self._chunks.run(prepared.batch, num_sampled)
+            self._announce(layer_done, self._chunks.computed)
+            self._take_chunks(prepared, logits_NV, launch)
+            return
+        hidden_TD = self._model.forward(prepared.batch, self._kv_cache, layer_done)
+        for part in prepared.prompt_rows:
+            part.add_logprobs(self._model, hidden_TD)
+        if num_sampled:
+            logits_NV = self._model.logits(prepared.wanted(hidden_TD))
+            self._pick(logits_NV, self._found_P[self._max_decodes :][:num_sampled])
+            self._take_chunks(prepared, logits_NV, launch)
+
+    def _pending_places(self, seqs: list[Sequence]) -> dict[Sequence, int]:
+        last = self._last
+        return {} if last is None else {seq: last.places[seq] for seq in seqs if seq.num_pending_tokens}
+
+    def _take_decodes(self, placed: list[Sequence], launch: DeviceLaunch) -> None:
+        """A row of a longer prompt gives no token."""
+        assert self._decodes is not None
+        rows = [(row, seq) for row, seq in enumerate(placed) if seq.num_remaining_tokens == 1]
+        if any(_is_random(seq) for _, seq in rows):
+            positions_N = self._decodes.positions() + 1
+            self._decode_draws.draw(self._decodes.logits_NV, placed, positions_N, self._found_P)
+        self._take(rows, 0, self._decodes.logits_NV, launch)
+
+    def _take_chunks(self, prepared: PreparedBatch, logits_NV: torch.Tensor, launch: DeviceLaunch) -> None:
+        seqs = [part.seq for part in prepared.sampled]
+        if any(map(_is_random, seqs)):
+            positions_N = upload(np.array([seq.num_tokens for seq in seqs]), self._device)
+            self._chunk_draws.draw(logits_NV, seqs, positions_N, self._found_P[self._max_decodes :])
+        self._take(list(enumerate(seqs)), self._max_decodes, logits_NV, launch)
+
+    def _take(
+        self,
+        rows: list[tuple[int, Sequence]],
+        first_place: int,
+        logits_NV: torch.Tensor,
+        launch: DeviceLaunch,
+    ) -> None:
+        """rows: of the logits, with the sequence whose token follows."""
+        by_host = [(row, seq) for row, seq in rows if not is_plain(seq)]
+        launch.places.update((seq, first_place + row) for row, seq in rows if is_plain(seq))
+        if by_host:
+            index_N = upload(np.array([row for row, _ in by_host]), self._device)
+            launch.by_host.append((logits_NV[index_N].float(), [seq for _, seq in by_host]))
+
+    def _copy_out(self, launch: DeviceLaunch) -> None:
+        self._num_launches += 1
+        is_cuda = self._device.type == "cuda"
+        if launch.places:
+            launch.found_P = self._host_found_3P[self._num_launches % 3]
+            launch.found_P.copy_(self._found_P, non_blocking=True)
+        if not is_cuda or self._num_launches % _LOAD_STEPS == 0:
+            load_LE = self._model.take_expert_load()
+            if load_LE is not None:
+                host_LE = torch.empty(load_LE.shape, dtype=load_LE.dtype, pin_memory=is_cuda)
+                launch.load_LE = host_LE.copy_(load_LE, non_blocking=True)
+        if is_cuda:
+            launch.done = torch.cuda.Event()
+            launch.done.record()
+
+    def _announce(
+        self,
+        layer_done: LayerDone | None,
+        computed: Callable[[int], torch.cuda.Event | None] | None,
+    ) -> None:
+        """All layers at once, behind what was launched: a graph cannot call back. The events in it tell how
+        far it has got."""
+        if layer_done is not None:
+            for layer in range(self._kv_cache.layout.num_layers):
+                layer_done(layer, None if computed is None else computed(layer))
+
+
+def _is_random(seq: Sequence) -> bool:
+    return seq.sampling.temperature >= GREEDY_BELOW

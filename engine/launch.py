@@ -1,0 +1,38 @@
+"""A step that was started, and what it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engine.grammar.step_masks import GrammarTimes
+from engine.speculation.verification import NewTokens
+
+
+@dataclass(slots=True)
+class StepResult:
+    new: list[NewTokens] = field(default_factory=list)
+    expert_load: tuple[tuple[int, ...], ...] = ()
+    grammar: GrammarTimes = field(default_factory=GrammarTimes)
+
+
+class Launch(Protocol):
+    @property
+    def is_open(self) -> bool:
+        """Another step may be launched before collect(): every token it needs is on the device."""
+        ...
+
+    def collect(self) -> StepResult:
+        """Waits for the step. Once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedLaunch:
+    """A step that was computed while it was launched."""
+
+    result: StepResult
+    is_open: bool = False
+
+    def collect(self) -> StepResult:
+        return self.result
