@@ -318,10 +318,10 @@ def _prefill_kernel(
     out = (rows[:, None] * num_heads + head) * VALUE + tl.arange(0, VALUE)[None, :]
     num_stored = num_queries
     if IS_SHARED:
-        mass = mass_ptr + (share.to(tl.int64) * num_rows + rows) * num_heads + head
+        mass = mass_ptr + (share * num_rows + rows) * num_heads + head
         tl.store(mass, largest + tl.log2(total), mask=queries < num_queries)
         num_stored = tl.where(share == 0, num_queries, 0)
-        part = (share - 1).to(tl.int64) * num_rows * num_heads * VALUE
+        part = (share - 1) * num_rows * num_heads * VALUE
         tl.store(parts_ptr + part + out, values, mask=(queries < num_queries - num_stored)[:, None])
     values = values.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + out, values, mask=(queries < num_stored)[:, None])
