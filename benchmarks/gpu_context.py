@@ -205,6 +205,26 @@ def _check() -> None:
         print(f"check {num_rows} rows, {len(chunks)} chunks: within {TOLERANCE}", flush=True)
 
 
+def _check_replay() -> None:
+    """A captured graph follows what it finds on the device: no context, and all of it again."""
+    case = Case([(2000, 60), (0, 9), (40, 100)], 256)
+    call = partial(case.graph, None, None, None, 0)
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    start = case.paged.start.clone()
+    for name, now, expected in (
+        ("none", torch.zeros_like(start), case.plain(0)),
+        ("all", start, case.reference(0)),
+    ):
+        case.paged.start.copy_(now)
+        graph.replay()
+        error = relative_error(found, expected)
+        assert error < TOLERANCE, f"a graph replayed with context '{name}': error {error:.4f}"
+    print("check of a replayed graph: follows the context", flush=True)
+
+
 def _expand_name(t: ExpandTuning) -> str:
     return f"{t.num_rows}x{t.num_columns} warps {t.num_warps} stages {t.num_stages} programs {t.num_programs}"
 
@@ -259,6 +279,7 @@ def _time_no_context() -> None:
 
 def time_contexts() -> None:
     _check()
+    _check_replay()
     _time_no_context()
     _time_expansion()
     for num_tokens, length in itertools.product(NUM_TOKENS, LENGTHS):
