@@ -192,16 +192,19 @@ def _check() -> None:
     for num_rows, chunks in ((64, [(3000, 60)]), (512, mixed), (2048, [*mixed, (4096, 1500)])):
         case = Case(chunks, num_rows)
         expected = case.reference(0)
-        for tuning, shares in itertools.product(PREFILL_TILINGS, (1, None)):
+        variants: dict[str, Callable[[int], torch.Tensor]] = {
+            _prefill_name(tuning, shares): partial(case.graph, tuning, None, shares)
+            for tuning, shares in itertools.product(PREFILL_TILINGS, (1, None))
+        }
+        variants |= {_expand_name(t): partial(case.graph, None, t, None) for t in EXPAND_TILINGS}
+        for name, call in variants.items():
             try:
-                error = relative_error(case.graph(tuning, None, shares, 0), expected)
+                found = call(0)
             except Exception as failure:  # noqa: BLE001 - as above
-                print(f"  {_prefill_name(tuning, shares)} {type(failure).__name__}: {str(failure)[:80]}")
+                print(f"  {name} {type(failure).__name__}: {str(failure)[:80]}")
                 continue
-            assert error < TOLERANCE, f"{num_rows} rows, {tuning}, shares {shares}: error {error:.4f}"
-        for expand in EXPAND_TILINGS:
-            error = relative_error(case.graph(None, expand, None, 0), expected)
-            assert error < TOLERANCE, f"{num_rows} rows, {expand}: error {error:.4f}"
+            error = relative_error(found, expected)
+            assert error < TOLERANCE, f"{num_rows} rows, {name}: error {error:.4f}"
         print(f"check {num_rows} rows, {len(chunks)} chunks: within {TOLERANCE}", flush=True)
 
 
