@@ -285,6 +285,7 @@ def main() -> None:
     tables = modes.add_parser("table")
     tables.add_argument("--rows", type=int, nargs="+", default=list(range(len(ROWS))))
     tables.add_argument("--steps", nargs="+", choices=("merged", "apart"), default=["merged"])
+    tables.add_argument("--token-budget", type=int, default=8192)
     tables.add_argument("--json", type=Path)
     profiles = modes.add_parser("profile")
     profiles.add_argument("--streams", type=int, nargs="+", default=[1, 32, 256])
@@ -295,7 +296,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / "model"
         if args.mode == "table":
-            table(build(directory), args.rows, args.steps, args.json)
+            table(build(directory, token_budget=args.token_budget), args.rows, args.steps, args.json)
         elif args.mode == "profile":
             profile(build(directory), args.streams, args.kernels)
         elif args.mode == "check":

@@ -54,6 +54,7 @@ class DeviceLaunch:
     def is_open(self) -> bool:
         return not self.by_host
 
+    @torch.inference_mode()
     def collect(self) -> StepResult:
         if self.done is not None:
             self.done.synchronize()
