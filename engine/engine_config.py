@@ -12,6 +12,7 @@ from engine.checkpoint.model_config import ModelConfig
 from engine.checkpoint.weights import LoadFormat
 from engine.kv_layout import KvLayout
 from engine.memory import available_memory_bytes
+from engine.mixed_graphs import CHUNK_LADDER
 from engine.scheduler import SchedulerConfig
 
 DEFAULT_MAX_RUNNING = 64
@@ -88,10 +89,12 @@ class EngineConfig:
         if token_budget is None:
             most_decodes = max_running * (1 + num_speculative_tokens)
             token_budget = max(DEFAULT_TOKEN_BUDGET, most_decodes + self.block_size)
+        is_cuda = torch.device(self.device).type == "cuda"
         config = SchedulerConfig(
             token_budget=token_budget,
             max_running=max_running,
-            lookahead_tokens=int(num_speculative_tokens > 0 and torch.device(self.device).type == "cuda"),
+            mixed_budget=max(CHUNK_LADDER[-1], self.block_size) if is_cuda else None,
+            lookahead_tokens=int(is_cuda and num_speculative_tokens > 0),
             num_speculative_tokens=num_speculative_tokens,
         )
         try:

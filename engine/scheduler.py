@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 class SchedulerConfig:
     token_budget: int  # tokens of one step
     max_running: int  # sequences that run or have all blocks of a hand-off
+    mixed_budget: int | None = None  # tokens of chunks in a step that has decodes; None: what they leave
     growth_tokens: int = 128  # of further output that admission expects of each sequence
     lookahead_tokens: int = 0  # 0 or 1: a decode with drafts also has places for a step run ahead
     num_speculative_tokens: int = 0  # drafts of a decode that a step checks, at most
@@ -54,6 +55,10 @@ class SchedulerConfig:
             raise ValueError(
                 f"token_budget must be at least max_running + block_size = {least}, so that a full batch "
                 f"of decodes leaves room for one block of prefill; got {self.token_budget}"
+            )
+        if self.mixed_budget is not None and self.mixed_budget < block_size:
+            raise ValueError(
+                f"mixed_budget must be at least a block of {block_size}, got {self.mixed_budget}"
             )
 
 
@@ -146,6 +151,8 @@ class Scheduler:
         if self.config.num_speculative_tokens:
             self._schedule_drafts(batch)
         budget = self.config.token_budget - batch.num_tokens
+        if batch.seqs and self.config.mixed_budget is not None:
+            budget = min(budget, self.config.mixed_budget)
         chunks: list[tuple[Sequence, int]] = []
         for seq in self.running:
             if seq.num_remaining_tokens > 1 and (num_tokens := self._chunk_tokens(seq, budget)):
