@@ -11,6 +11,9 @@ for the first product, neighbours for the second.
 FP8: every 128 of depth the sum of a block goes to float32 accumulators with the scales of its rows and its
 columns; while one group of warps does that, the other keeps the tensor cores busy. The first product writes
 its results quantised: a tile holds the 128 columns that share a scale.
+
+Columns are multiples of two blocks, depth of 128 bytes. Neither Triton's interpreter nor another generation
+of devices runs it.
 """
 
 from __future__ import annotations
@@ -60,12 +63,6 @@ class SpecialisedTiles:
     @property
     def rows(self) -> int:
         return 2 * _PART_ROWS
-
-
-def fits_specialised(weights: ExpertWeights) -> bool:
-    """Whether no tile has a rest in columns or depth."""
-    hidden, size = weights.down.shape[1:]
-    return hidden % 256 == 0 and size % 128 == 0 and weights.down.dtype != torch.float32
 
 
 def run_products_specialised(
