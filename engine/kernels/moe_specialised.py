@@ -336,32 +336,33 @@ def _multiply_fp8(
     BLOCK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Both blocks as one product where the registers suffice for its sums beside the accumulators."""
+    """Both blocks as one product where the registers suffice for its sums beside the accumulators. A product
+    does not add to the sums `part` of the one before, but takes over their registers."""
     PART: gl.constexpr = a_ring.shape[1]
     DEPTH: gl.constexpr = a_ring.shape[2]
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    zero = gl.zeros([PART, 128], gl.float32, layout=MMA)
+    part = gl.zeros([PART, 128], gl.float32, layout=MMA)
     if BLOCK == 128:
-        left, right = zero, zero
+        left, right = part, part
     else:
-        left, right = _halves(zero)
+        left, right = _halves(part)
     rows = first + gl.arange(0, PART, layout=gl.SliceLayout(1, left.type.layout))
     row_offsets = gl.minimum(rows, end - 1) * (depth // DEPTH)
     for k in range(depth // DEPTH):
-        row_scale = gl.load(a_scale_ptr + k + row_offsets)
-        left_scale = gl.load(left_scale_ptr + k)
-        right_scale = gl.load(right_scale_ptr + k)
         slot = count % STAGES
         mbarrier.wait(is_full.index(slot), count // STAGES & 1)
         count += 1
+        row_scale = gl.load(a_scale_ptr + k + row_offsets)
+        left_scale = gl.load(left_scale_ptr + k)
+        right_scale = gl.load(right_scale_ptr + k)
         a, b = a_ring.index(2 * slot + INDEX), b_ring.index(slot)
-        part = warpgroup_mma(a, b.slice(0, 128).permute((1, 0)), zero, use_acc=False, is_async=True)
+        part = warpgroup_mma(a, b.slice(0, 128).permute((1, 0)), part, use_acc=False, is_async=True)
         part = warpgroup_mma_wait(0, deps=(part,))
         if BLOCK == 128:
             left += part * (row_scale * left_scale)[:, None]
             # Nothing to wait for: keeps the next product, and its registers, behind the sum.
             left = warpgroup_mma_wait(0, deps=(left,))
-            part = warpgroup_mma(a, b.slice(128, 128).permute((1, 0)), zero, use_acc=False, is_async=True)
+            part = warpgroup_mma(a, b.slice(128, 128).permute((1, 0)), part, use_acc=False, is_async=True)
             part = warpgroup_mma_wait(0, deps=(part,))
             _release(is_empty, count, STAGES)
             right += part * (row_scale * right_scale)[:, None]
