@@ -13,11 +13,13 @@ from engine.checkpoint import fp8
 from engine.checkpoint.model_config import MoeConfig
 from engine.checkpoint.weights import WeightSource
 from engine.kernels.fp8_quantise import FP8_GROUP, quantise_rows
-from engine.kernels.moe_choice import Choice
+from engine.kernels.moe_choice import Choice, Route
 from engine.kernels.moe_combine import combine_pairs
 from engine.kernels.moe_gate import GateSpec, choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_gemm import ExpertWeights, multiply_down, multiply_up_gate
+from engine.kernels.moe_persistent import PersistentTiles, run_products_persistent
 from engine.kernels.moe_route import max_tiles, route_pairs
+from engine.kernels.moe_specialised import SpecialisedTiles, run_products_specialised
 from engine.kernels.moe_tiles import MoeTiles, moe_tiles
 from engine.layers.mlp import load_up_gate
 
@@ -59,18 +61,35 @@ class FusedMoeLayer:
 
 
 def run_experts(
-    x_TD: torch.Tensor, choice: Choice, spec: GateSpec, weights: ExpertWeights, tiles: MoeTiles
+    x_TD: torch.Tensor,
+    choice: Choice,
+    spec: GateSpec,
+    weights: ExpertWeights,
+    tiles: MoeTiles | PersistentTiles | SpecialisedTiles,
 ) -> torch.Tensor:
     num_tokens = x_TD.shape[0]
     route = choice.route
-    if route is None:
+    if route is None or route.tile_rows != tiles.rows:
         num_tiles = max_tiles(num_tokens, spec.top_k, spec.num_shared, spec.num_experts, tiles.rows)
         route = route_pairs(choice, num_tiles, tiles.rows)
+    if isinstance(tiles, SpecialisedTiles):
+        y_PD = run_products_specialised(x_TD, route, spec, weights, tiles)
+    elif isinstance(tiles, PersistentTiles):
+        y_PD = run_products_persistent(x_TD, route, spec, weights, tiles)
+    else:
+        y_PD = _run_products(x_TD, route, spec, weights, tiles)
+    return combine_pairs(y_PD, choice.weights_TK)
+
+
+def _run_products(
+    x_TD: torch.Tensor, route: Route, spec: GateSpec, weights: ExpertWeights, tiles: MoeTiles
+) -> torch.Tensor:
+    """[P, D], pair p in row p."""
     is_quantised = weights.is_fp8 and not tiles.quantises_inside
     x = quantise_rows(x_TD) if is_quantised else x_TD
     h_PI = multiply_up_gate(x, weights, route, spec.experts_per_token, tiles.up_gate)
     h = quantise_rows(h_PI) if is_quantised else h_PI
-    return combine_pairs(multiply_down(h, weights, route, tiles.down), choice.weights_TK)
+    return multiply_down(h, weights, route, tiles.down)
 
 
 def run_experts_reference(
