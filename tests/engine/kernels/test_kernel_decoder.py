@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="kernel tests need the package triton (pip install triton)")
 
-from engine import chunk_graphs, mixed_graphs
+from engine import chunk_graphs, mixed_graphs, warm_up
 from engine.checkpoint.model_config import load_model_config
 from engine.checkpoint.random_presets import hub_config
 from engine.checkpoint.weights import open_weights
@@ -171,6 +171,19 @@ def test_an_engine_that_only_computes_prompts_has_no_graphs_of_decodes(checkpoin
     engine = build(checkpoint, device, uses_kernels=True, uses_graphs=True, decodes=False)
     plain = build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False)
     assert engine._runner.device_steps is not None and engine._runner.device_steps._decodes is None
+    prompts = [[5], [7, 8, 9]]
+    assert answers(engine, prompts, temperature=0.0) == answers(plain, prompts, temperature=0.0)
+
+
+def test_a_warm_up_leaves_nothing_behind(
+    checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm_up, "_NUM_PROMPTS", (1, 3))
+    engine = build(checkpoint, device, uses_kernels=True, uses_graphs=True, decodes=False)
+    plain = build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False)
+    warm_up.warm_up(engine._runner, engine.kv_cache, 24, MAX_MODEL_LEN)
+    assert engine.kv_cache.data[:, :4].count_nonzero()  # it computed something
+    assert not engine.cached_hashes() and not engine.has_work
     prompts = [[5], [7, 8, 9]]
     assert answers(engine, prompts, temperature=0.0) == answers(plain, prompts, temperature=0.0)
 
