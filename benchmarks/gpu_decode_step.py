@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -266,9 +267,14 @@ def graph_time(graph: torch.cuda.CUDAGraph) -> float:
 
 
 @cache
-def _small() -> tuple[CausalLM, KvCache]:
-    config = _shape(2)
-    return _model(config), _cache(config, 256 * 64)
+def _small(*, is_exact: bool = False) -> CausalLM:
+    """Two layers: a dense one and one of experts."""
+    return _model(_shape(2), is_exact=is_exact)
+
+
+@cache
+def _small_cache() -> KvCache:
+    return _cache(_shape(2), 256 * 64)
 
 
 def _compile(work: tuple[int, Variant]) -> str | None:
@@ -276,7 +282,7 @@ def _compile(work: tuple[int, Variant]) -> str | None:
     num_rows, variant = work
     try:
         variant.apply()
-        Step(*_small(), num_rows, 40)()
+        Step(_small(), _small_cache(), num_rows, 40)()
         torch.cuda.synchronize()
     except Exception as error:  # noqa: BLE001 - what does not compile is no result
         return f"{variant.name} at {num_rows}: {type(error).__name__} {str(error)[-160:]}"
@@ -286,6 +292,7 @@ def _compile(work: tuple[int, Variant]) -> str | None:
 def compile_all(rows: list[int], num_processes: int) -> None:
     began = time.monotonic()
     work = [(num_rows, variant) for num_rows in rows for variant in variants(num_rows)]
+    random.Random(0).shuffle(work)  # or all compile the same at the same time
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
         failed = [text for text in pool.map(_compile, work) if text]
     print(f"{len(work)} combinations compiled in {time.monotonic() - began:.0f} s", *failed, sep="\n  ")
@@ -295,15 +302,15 @@ def compile_all(rows: list[int], num_processes: int) -> None:
 
 
 def check(num_rows: int, context: int) -> Iterator[str]:
-    """On a model of two layers: of float32 and of bfloat16, with the same rows cached."""
+    """On a model of two layers, in float32 without kernels and in bfloat16, with the same rows cached."""
     config = _shape(2)
     exact_cache = _cache(config, num_rows * (context + BLOCK_SIZE), "float32")
     _fill(exact_cache)
     exact_cache.data.copy_(exact_cache.data.bfloat16())
     cache = _cache(config, num_rows * (context + BLOCK_SIZE))
     cache.data.copy_(exact_cache.data)
-    expected = Step(_model(config, is_exact=True), exact_cache, num_rows, context).plainly()
-    step = Step(_model(config), cache, num_rows, context)
+    expected = Step(_small(is_exact=True), exact_cache, num_rows, context).plainly()
+    step = Step(_small(), cache, num_rows, context)
     bits: dict[str, torch.Tensor] = {}
     for variant in (BEFORE, *SWITCHED[1:6]):
         graph = step.graph(variant)
@@ -358,7 +365,8 @@ def time_variants(model: CausalLM, cache: KvCache, num_rows: int, context: int) 
     times = {name: seconds for seconds, name in found}
     before, after = times.get("before", float("nan")), times.get("all", float("nan"))
     print(f"\n{num_rows} rows of {context}: before {before:.0f} us, all {after:.0f}; difference to all:")
-    print("  " + "; ".join(f"{name} {seconds - after:+.0f}" for seconds, name in sorted(found)), flush=True)
+    print("  " + "; ".join(f"{name} {seconds - after:+.0f}" for seconds, name in sorted(found)))
+    print(f"  fastest: {min(found)[1]}", flush=True)
 
 
 def profile(model: CausalLM, cache: KvCache, context: int, variant: Variant) -> None:
@@ -402,6 +410,7 @@ def main() -> None:
         attempt(lambda n=node: print(check_capture(n), flush=True))
     for num_rows in (1, 3, 8):
         attempt(lambda n=num_rows: [print(line, flush=True) for line in check(n, args.context)])
+    _small.cache_clear()
     torch.cuda.empty_cache()
     began = time.monotonic()
     config = _shape(args.layers)

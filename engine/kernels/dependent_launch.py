@@ -4,7 +4,8 @@ compute capability 9.0): a kernel may start when every program of the one before
 
 The rule for a kernel that is launched with launch_options():
 1. It calls wait() before it writes anything, and before it reads anything that a kernel writes. Weights and
-   other constants may be read, and anything may be prefetched into L2, before.
+   other constants, if not written by the very kernel before, may be read, and anything may be prefetched into
+   L2, before.
 2. Some program of every launch calls wait(). Then the end of a kernel means the end of all kernels before it,
    so what follows a wait is ordered as if launches did not overlap: also writing where a kernel two launches
    ago read.
