@@ -61,7 +61,8 @@ def signal(DEPENDENT: tl.constexpr):
 def prefetch(rows, NUM: tl.constexpr):
     """Into L2 NUM elements from each of these addresses on. Not under the interpreter."""
     LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
-    pointers = rows[:, None] + LINE * tl.arange(0, NUM // LINE)[None, :]
+    LINES: tl.constexpr = NUM // LINE if NUM > LINE else 1
+    pointers = rows[:, None] + LINE * tl.arange(0, LINES)[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",
