@@ -10,6 +10,7 @@ Random weights; kernels are compiled by several processes beforehand.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import random
 import tempfile
@@ -295,7 +296,12 @@ def compile_all(rows: list[int], num_processes: int) -> None:
     random.Random(0).shuffle(work)  # or all compile the same at the same time
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
         failed = [text for text in pool.map(_compile, work) if text]
-    print(f"{len(work)} combinations compiled in {time.monotonic() - began:.0f} s", *failed, sep="\n  ")
+    print(
+        f"{len(work)} combinations compiled in {time.monotonic() - began:.0f} s",
+        *failed,
+        sep="\n  ",
+        flush=True,
+    )
 
 
 # --- checks
@@ -403,7 +409,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 32, 256])
     parser.add_argument("--context", type=int, default=1100)
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 4))
+    parser.add_argument("--limit", type=int, default=330, help="seconds after which it gives up")
     args = parser.parse_args()
+    faulthandler.dump_traceback_later(args.limit, exit=True)
+    began = time.monotonic()
     print(torch.cuda.get_device_name(), torch.__version__)
     compile_all(args.rows, args.processes)
     for node in ("a copy", "a fill", "an event"):
@@ -412,17 +421,18 @@ def main() -> None:
         attempt(lambda n=num_rows: [print(line, flush=True) for line in check(n, args.context)])
     _small.cache_clear()
     torch.cuda.empty_cache()
-    began = time.monotonic()
+    loading = time.monotonic()
     config = _shape(args.layers)
     model = _model(config)
     cache = _cache(config, max(4100, max(args.rows) * (args.context + BLOCK_SIZE)))
     _fill(cache)
-    print(f"model of {args.layers} layers in {time.monotonic() - began:.0f} s")
+    print(f"model of {args.layers} layers in {time.monotonic() - loading:.0f} s", flush=True)
     for variant in (BEFORE, AFTER):
         attempt(lambda v=variant: profile(model, cache, args.context, v))
     for num_rows in args.rows:
         attempt(lambda n=num_rows: time_variants(model, cache, n, args.context))
     attempt(lambda: time_variants(model, cache, 1, 4000))
+    print(f"{time.monotonic() - began:.0f} s in all")
 
 
 if __name__ == "__main__":
