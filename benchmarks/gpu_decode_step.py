@@ -144,6 +144,10 @@ EXPERTS = [
     Variant("neither bulk", {}, tiles=MoeTiles(16, _UPS[0], _DOWNS[0])),
     Variant("up 64 bulk", {}, tiles=MoeTiles(16, replace(_UPS[2], is_bulk=True), _BULK[1])),
 ]
+GATES = [
+    Variant(f"gate {experts} x {warps}", {"gate_experts": experts, "gate_warps": warps})
+    for experts, warps in ((1, 1), (1, 2), (1, 4), (2, 2), (2, 8), (4, 4))
+]
 LARGE = [BEFORE, AFTER, Variant("all, dependent to 256", {"dependent_rows": 256})]
 
 
@@ -154,7 +158,7 @@ def variants(num_rows: int) -> list[Variant]:
     if num_rows > 1:
         found += LINEARS
     if num_rows in (1, 8):
-        found += SHARES
+        found += SHARES + (GATES if num_rows == 1 else GATES[-2:])
     if num_rows in (1, 4, 8):
         found += EXPERTS
     return found

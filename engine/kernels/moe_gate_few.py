@@ -33,7 +33,6 @@ from engine.kernels.step_switches import SWITCHES
 
 MAX_TOKENS = 8
 _MAX_COMPARISONS = 1 << 15  # of experts with experts, all tokens together
-_EXPERTS = 2  # of a program
 _SPAN = 1024  # elements that a thread fetches
 
 
@@ -67,14 +66,15 @@ def choose_of_sum(
     route = choice.route
     assert route is not None
     sum_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
-    padded = max(_EXPERTS, triton.next_power_of_2(spec.num_experts))
+    experts = SWITCHES.gate_experts
+    padded = max(experts, triton.next_power_of_2(spec.num_experts))
     logits = torch.empty(num_tokens, padded, dtype=torch.float32, device=x_TD.device)
     options = launch_options(num_tokens)
-    threads = 128 if num_tokens <= 2 else 256
+    threads = 32 * SWITCHES.gate_warps * (1 if num_tokens <= 2 else 2)
     num_fetching = 0
     if options["DEPENDENT"]:
         num_fetching = min(needed_next.numel(), SWITCHES.fetched_shared << 20) // (_SPAN * threads)
-    _gate_few_kernel[(padded // _EXPERTS + num_fetching,)](
+    _gate_few_kernel[(padded // experts + num_fetching,)](
         x_TD,
         delta_TD,
         norm[0],
@@ -108,7 +108,7 @@ def choose_of_sum(
         TOPK_GROUPS=spec.topk_groups,
         IS_GROUP_OF_TWO=spec.is_group_of_two,
         NORM=spec.norm_weights,
-        EXPERTS=_EXPERTS,
+        EXPERTS=experts,
         BLOCK_D=triton.next_power_of_2(hidden),
         TILES_PAD=triton.next_power_of_2(few_tiles(MAX_TOKENS, spec)),
         SPAN=_SPAN,
