@@ -14,14 +14,17 @@ from engine.checkpoint.model_config import MoeConfig
 from engine.checkpoint.weights import WeightSource
 from engine.kernels.fp8_quantise import FP8_GROUP, quantise_rows
 from engine.kernels.moe_choice import Choice, Route
-from engine.kernels.moe_combine import combine_pairs
+from engine.kernels.moe_combine import combine_into_norm_, combine_pairs
 from engine.kernels.moe_gate import GateSpec, choose_experts_fused, new_gate_state, split_weight
+from engine.kernels.moe_gate_few import choose_of_sum, takes_few
 from engine.kernels.moe_gemm import ExpertWeights, multiply_down, multiply_up_gate
 from engine.kernels.moe_persistent import PersistentTiles, run_products_persistent
 from engine.kernels.moe_route import max_tiles, route_pairs
 from engine.kernels.moe_specialised import SpecialisedTiles, run_products_specialised
 from engine.kernels.moe_tiles import MoeTiles, moe_tiles
+from engine.kernels.step_switches import SWITCHES
 from engine.layers.mlp import load_up_gate
+from engine.layers.rms_norm import RmsNorm
 
 
 class FusedMoeLayer:
@@ -53,6 +56,27 @@ class FusedMoeLayer:
             x_TD, choice, self._spec, self._weights, moe_tiles(num_tokens, self._weights.up_gate.dtype)
         )
 
+    def between_norms(
+        self, x_TD: torch.Tensor, delta_TD: torch.Tensor, norm: RmsNorm, next_norm: RmsNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + delta + this layer of norm(x + delta), and next_norm of that. x may change in place."""
+        num_tokens, spec = x_TD.shape[0], self._spec
+        if num_tokens == 0:
+            return x_TD, torch.empty_like(x_TD)
+        if SWITCHES.joins_gate and takes_few(num_tokens, spec):
+            shared = self._weights.up_gate[spec.num_experts :]
+            gate = (self._gate_PED, self._bias_E)
+            found = choose_of_sum(x_TD, delta_TD, (norm.weight_D, norm.eps), gate, spec, self._state, shared)
+            x_TD, normed_TD, choice = found.sum_TD, found.normed_TD, found.choice
+        else:
+            normed_TD = norm.add_(x_TD, delta_TD)
+            choice = choose_experts_fused(normed_TD, self._gate_PED, self._bias_E, spec, self._state)
+        tiles = moe_tiles(num_tokens, self._weights.up_gate.dtype)
+        y_PD = multiply_experts(normed_TD, choice, spec, self._weights, tiles)
+        if SWITCHES.joins_combine:
+            return x_TD, combine_into_norm_(y_PD, choice.weights_TK, x_TD, next_norm.weight_D, next_norm.eps)
+        return x_TD, next_norm.add_(x_TD, combine_pairs(y_PD, choice.weights_TK))
+
     def take_load(self) -> torch.Tensor:
         """int64 [E] on the device: tokens by logical expert since the last call. Waits for nothing."""
         load_E = self._state.load_E.clone()
@@ -67,18 +91,27 @@ def run_experts(
     weights: ExpertWeights,
     tiles: MoeTiles | PersistentTiles | SpecialisedTiles,
 ) -> torch.Tensor:
+    return combine_pairs(multiply_experts(x_TD, choice, spec, weights, tiles), choice.weights_TK)
+
+
+def multiply_experts(
+    x_TD: torch.Tensor,
+    choice: Choice,
+    spec: GateSpec,
+    weights: ExpertWeights,
+    tiles: MoeTiles | PersistentTiles | SpecialisedTiles,
+) -> torch.Tensor:
+    """[T * K, D]: what each chosen expert makes of its token."""
     num_tokens = x_TD.shape[0]
     route = choice.route
     if route is None or route.tile_rows != tiles.rows:
         num_tiles = max_tiles(num_tokens, spec.top_k, spec.num_shared, spec.num_experts, tiles.rows)
         route = route_pairs(choice, num_tiles, tiles.rows)
     if isinstance(tiles, SpecialisedTiles):
-        y_PD = run_products_specialised(x_TD, route, spec, weights, tiles)
-    elif isinstance(tiles, PersistentTiles):
-        y_PD = run_products_persistent(x_TD, route, spec, weights, tiles)
-    else:
-        y_PD = _run_products(x_TD, route, spec, weights, tiles)
-    return combine_pairs(y_PD, choice.weights_TK)
+        return run_products_specialised(x_TD, route, spec, weights, tiles)
+    if isinstance(tiles, PersistentTiles):
+        return run_products_persistent(x_TD, route, spec, weights, tiles)
+    return _run_products(x_TD, route, spec, weights, tiles)
 
 
 def _run_products(
