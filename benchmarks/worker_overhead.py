@@ -5,8 +5,8 @@
 The real worker (engine, scheduler, link service, metrics, registry and block index on a Redis server of its
 own) around a model that sleeps outside the interpreter and makes one token; a client as a process, which
 reads the link as a router does. Threads: the event loop, the engine's (on a CPU: the tensors of a step are
-made there too), and all others, which are gRPC's. Requests of one token are taken off those of many, so
-prompts are no part of a token's cost.
+made there too), and all others, which are gRPC's. A token's cost is that of the steps in which all streams
+decode and none begins or ends.
 
 late      how long the engine thread waits for the interpreter when its device is done, p50 / p99
 messages  of the link, a step
@@ -86,11 +86,15 @@ class SleepingModel:
         self.step_s = 0.001
         self.num_steps = 0
         self.late_s: list[float] = []
+        self.num_streams = 0
+        self.marks: list[tuple[float, CpuTimes]] = []  # at steps in which that many streams decode
 
     def forward(
         self, batch: ForwardBatch, kv_cache: KvCache, layer_done: LayerDone | None = None
     ) -> torch.Tensor:
         self.num_steps += 1
+        if batch.num_decodes == batch.num_tokens == self.num_streams:
+            self.marks.append((time.perf_counter(), CpuTimes.now()))
         due_at = time.perf_counter() + self.step_s
         time.sleep(self.step_s)
         self.late_s.append(time.perf_counter() - due_at)
@@ -129,15 +133,18 @@ class CpuTimes:
 
     @classmethod
     def now(cls) -> CpuTimes:
-        """On the event loop's thread."""
+        """On any thread."""
         [engine_thread] = [thread for thread in threading.enumerate() if thread.name == "engine"]
-        assert engine_thread.ident is not None
-        loop = time.thread_time()
-        engine = time.clock_gettime(time.pthread_getcpuclockid(engine_thread.ident))
+        loop, engine = map(_thread_cpu_s, (threading.main_thread(), engine_thread))
         return cls(loop, engine, time.process_time() - loop - engine)
 
     def minus(self, other: CpuTimes) -> CpuTimes:
         return CpuTimes(self.loop - other.loop, self.engine - other.engine, self.others - other.others)
+
+
+def _thread_cpu_s(thread: threading.Thread) -> float:
+    assert thread.ident is not None
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
 class Client:
@@ -235,28 +242,25 @@ async def running_worker(model: SleepingModel) -> AsyncIterator[str]:
 
 async def bench_steps(client: Client, model: SleepingModel, streams: int, step_s: float) -> dict[str, float]:
     model.step_s = step_s
-    num_tokens = 1 + max(20, round(2.0 / step_s))
-    costs = []
-    for tokens in (1, num_tokens):
-        model.late_s.clear()
-        model.num_steps = 0
-        before = CpuTimes.now()
-        num_messages, [seconds] = await client.visit(streams, STEP_PROMPT, tokens)
-        costs.append(CpuTimes.now().minus(before))
-    spent = costs[1].minus(costs[0])
-    per_token = 1e6 / (streams * (num_tokens - 1))
-    per_step = 1e6 / (num_tokens - 1)
+    model.num_streams = streams
+    model.num_steps = 0
+    model.late_s.clear()
+    model.marks.clear()
+    num_messages, _ = await client.visit(streams, STEP_PROMPT, 1 + max(20, round(2.0 / step_s)))
+    (began, before), *_, (ended, after) = model.marks
+    num_steps = len(model.marks) - 1
+    spent = after.minus(before)
+    per_token = 1e6 / (streams * num_steps)
     late = sorted(1e6 * value for value in model.late_s)
-    rate = streams * num_tokens / seconds
     return {
         "streams": streams,
-        "tokens/s": rate,
-        "of the device's": rate * step_s / streams,
+        "tokens/s": streams * num_steps / (ended - began),
+        "of the device's": num_steps * step_s / (ended - began),
         "loop us/token": spent.loop * per_token,
         "engine us/token": spent.engine * per_token,
         "others us/token": spent.others * per_token,
-        "loop us/step": spent.loop * per_step,
-        "engine us/step": spent.engine * per_step,
+        "loop us/step": spent.loop / num_steps * 1e6,
+        "engine us/step": spent.engine / num_steps * 1e6,
         "late us p50": percentile(late, 50),
         "late us p99": percentile(late, 99),
         "messages": num_messages / model.num_steps,
