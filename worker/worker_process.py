@@ -69,7 +69,7 @@ _OUTBOX_BYTES = 2 << 30  # sixteen prompts of 4096 tokens of DeepSeek-V2-Lite
 _STOP_S = 10.0  # for the step in which the engine is
 # So long the engine thread waits for the interpreter when its device is done and the event loop is busy;
 # Python's 5 ms are longer than many a step.
-_SWITCH_S = 0.0002
+_SWITCH_S = 0.0005
 
 log = get_logger(__name__)
 
