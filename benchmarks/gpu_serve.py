@@ -43,6 +43,7 @@ from benchmarks.gpu_loads import (
 from benchmarks.gpu_topologies import SERVED_NAME, TINY, TOPOLOGIES, Scale, topology, write_model
 from benchmarks.results_file import table, write_result
 from benchmarks.serving import Server, baton_up
+from engine.checkpoint.model_config import DUMMY_SPREADS
 from kvstore.embedded import EmbeddedServer
 
 COLUMNS = {
@@ -171,7 +172,8 @@ def _tails(log_dir: Path) -> Iterator[str]:
 
 def _scale(args: argparse.Namespace) -> Scale:
     scale = TINY if args.tiny else Scale()
-    changes: dict[str, Any] = {"fp8_experts": args.fp8}
+    shape = {**scale.shape, "baton_dummy_spread": args.weights}
+    changes: dict[str, Any] = {"fp8_experts": args.fp8, "shape": shape}
     if args.token_budget:
         changes["token_budget"] = args.token_budget
     if args.shared_prefill_budget:
@@ -188,7 +190,8 @@ def _facts(args: argparse.Namespace) -> dict[str, str]:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     version, device = run.stdout.strip().splitlines()
     dtype = "FP8 experts" if args.fp8 else _scale(args).dtype
-    return {"device": device, "torch and number of devices": version, "weights": dtype}
+    weights = f"{dtype}, {args.weights}"
+    return {"device": device, "torch and number of devices": version, "weights": weights}
 
 
 def publish(path: Path) -> None:
@@ -217,6 +220,9 @@ def _arguments() -> argparse.ArgumentParser:
     run.add_argument("--seconds", type=float, default=12.0, help="of each rate (default %(default)s)")
     run.add_argument("--policy", help="of the router (default: the topology's)")
     run.add_argument("--fp8", action="store_true", help="experts in FP8")
+    run.add_argument(
+        "--weights", choices=DUMMY_SPREADS, default="variance", help="engine/checkpoint/dummy_weights.py"
+    )
     run.add_argument("--token-budget", type=int, help="of a step (default: 8192)")
     run.add_argument("--shared-prefill-budget", type=int, help="the same on a shared GPU (default: 1024)")
     run.add_argument("--shared-prefill-share", type=float, help="of the time on a shared GPU (default: 0.4)")

@@ -15,14 +15,18 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import sys
 import traceback
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NoReturn, Protocol
 
 import grpc
+import uvloop
 from prometheus_client import CollectorRegistry
 
 from engine.engine import Engine
@@ -33,6 +37,7 @@ from kvstore.redis_index import RedisIndex
 from kvstore.registry import RedisRegistry, WorkerRecord, WorkerRole
 from kvstore.store import Store
 from servicekit.errors import WorkerLost
+from servicekit.garbage import exempt_from_garbage_search
 from servicekit.host import host_id, reachable_host
 from servicekit.lifecycle import drain_on_signals
 from servicekit.logging import get_logger
@@ -62,6 +67,9 @@ __all__ = ["EpMembership", "Service", "WorkerParts", "WorkerProcess"]
 EXIT_FAILED = 1
 _OUTBOX_BYTES = 2 << 30  # sixteen prompts of 4096 tokens of DeepSeek-V2-Lite
 _STOP_S = 10.0  # for the step in which the engine is
+# So long the engine thread waits for the interpreter when its device is done and the event loop is busy;
+# Python's 5 ms are longer than many a step.
+_SWITCH_S = 0.0005
 
 log = get_logger(__name__)
 
@@ -115,7 +123,7 @@ class WorkerProcess:
             log.error("group_lost", reason=str(error))
             return EXIT_FAILED
         try:
-            return asyncio.run(self._serve(engine, store, tracer, credentials))
+            return uvloop.run(self._serve(engine, store, tracer, credentials))
         except OSError as error:
             log.error("cannot_start", reason=str(error))
             return EXIT_MISTAKE
@@ -159,6 +167,8 @@ class WorkerProcess:
             stack.push_async_callback(store.close)
             registration = Registration(RedisRegistry(store, record.model), record, parts.load.load)
             health.watch(registration)
+            exempt_from_garbage_search()
+            sys.setswitchinterval(_SWITCH_S)
             return await self._until_end(parts, registration, record, index, drain)
 
     @property
@@ -265,9 +275,11 @@ class WorkerProcess:
 
 
 def _publish(index: RedisIndex, step: StepOutput) -> None:
-    index.evict(step.block_events.removed)
-    for block_hash, tier in step.block_events.placed:
-        index.publish([block_hash], tier)
+    events = step.block_events
+    if events.removed:
+        index.evict(events.removed)
+    for tier, placed in groupby(events.placed, key=itemgetter(1)):
+        index.publish((block_hash for block_hash, _ in placed), tier)
 
 
 async def _fail_with(engine: AsyncEngine) -> NoReturn:
