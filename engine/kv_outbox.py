@@ -4,6 +4,9 @@ KV that is handed off leaves the device while later layers are computed: a copy 
 front of it are done, on a stream of its own, into memory that other processes of the host can open. Who reads
 it waits for no forward pass.
 
+A reader that can open the device's cache itself needs no copies and takes no slots: it only has to hear when
+the device has got there.
+
 A sequence has its slots from its start to its end. Slots of an ended one are used again at once: copies are
 made in order, and nobody reads slots of a sequence that has ended.
 """
@@ -37,16 +40,18 @@ class OutboxCopy:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    copy: OutboxCopy
+    copy: OutboxCopy | None  # None: only to be waited for
     computed: torch.cuda.Event | None  # None: on the CPU
-    on_copied: Callable[[], None]
+    on_ready: Callable[[], None]
 
 
 class KvOutbox:
-    """take(), send(), give_back() and poll() on the engine thread. Owns its memory and a thread that waits
-    for copies."""
+    """take(), send(), tell(), give_back() and poll() on the engine thread. Owns its memory and a thread that
+    waits for the device."""
 
     def __init__(self, device: KvCache, num_slots: int) -> None:
+        """Exports the device's cache: from now on somebody waits until its blocks are final."""
+        device.export()
         self.cache = KvCache(device.layout, num_slots, is_shared=True)  # the slots are its blocks
         self._device = device
         self._free: list[range] = [range(num_slots)]  # ascending, no two touch
@@ -90,10 +95,12 @@ class KvOutbox:
     ) -> None:
         """on_copied() on another thread, once the slots hold what the blocks hold when `computed` is
         reached, or what was launched so far is done. Copies are made one after another."""
-        if self._stream is not None and computed is None:
-            computed = torch.cuda.Event()
-            computed.record(torch.cuda.current_stream(self._device.data.device))
-        self._jobs.put(_Job(copy, computed, on_copied))
+        self._put(copy, on_copied, computed)
+
+    def tell(self, on_computed: Callable[[], None], computed: torch.cuda.Event | None = None) -> None:
+        """on_computed() on that thread and in that order, once `computed` is reached: for a reader that
+        copies from the cache itself."""
+        self._put(None, on_computed, computed)
 
     def poll(self) -> None:
         """Raises what a copy raised."""
@@ -115,29 +122,42 @@ class KvOutbox:
             self.is_pinned = False
         self.cache.close()
 
+    def _put(
+        self, copy: OutboxCopy | None, on_ready: Callable[[], None], computed: torch.cuda.Event | None
+    ) -> None:
+        if self._stream is not None and computed is None:
+            computed = torch.cuda.Event()
+            computed.record(torch.cuda.current_stream(self._device.data.device))
+        self._jobs.put(_Job(copy, computed, on_ready))
+
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             if self._failure is not None or self._is_closing:
                 continue
             try:
-                self._copy(job)
-                job.on_copied()
+                self._make_ready(job)
+                job.on_ready()
             except BaseException as error:  # noqa: BLE001 - belongs to the engine thread
                 self._failure = error
                 self.on_failure()
 
     @torch.inference_mode()
-    def _copy(self, job: _Job) -> None:
-        copy = job.copy
+    def _make_ready(self, job: _Job) -> None:
         if self._stream is None or job.computed is None:
-            payload = self._device.read_blocks(copy.first_layer, copy.num_layers, copy.block_ids)
-            self.cache.write_blocks(copy.first_layer, copy.num_layers, copy.slots, payload)
+            if job.copy is not None:
+                self._copy_on_cpu(job.copy)
             return
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(job.computed)
-            layers = slice(copy.first_layer, copy.first_layer + copy.num_layers)
-            copy_out(self._device.data[layers], copy.block_ids, self.cache.data[layers], copy.slots[0])
+            if job.copy is not None:
+                layers = slice(job.copy.first_layer, job.copy.first_layer + job.copy.num_layers)
+                source, target = self._device.data[layers], self.cache.data[layers]
+                copy_out(source, job.copy.block_ids, target, job.copy.slots[0])
             self._stream.synchronize()
+
+    def _copy_on_cpu(self, copy: OutboxCopy) -> None:
+        payload = self._device.read_blocks(copy.first_layer, copy.num_layers, copy.block_ids)
+        self.cache.write_blocks(copy.first_layer, copy.num_layers, copy.slots, payload)
 
 
 def copy_out(source: torch.Tensor, block_ids: list[int], target: torch.Tensor, first_slot: int) -> None:
