@@ -9,8 +9,8 @@ import numpy as np
 from engine.kv_cache import KvCache
 from proto.prefill_pb2 import KvChunk, PrefillFinished
 from worker.cancellation import run_in_thread
-from worker.kv_carrier import KvCarrier
-from worker.kv_chunks import INLINE_BYTES, ChunkTally, num_chunk_bytes, verified_bytes
+from worker.kv_carrier import KvCarrier, num_chunk_bytes
+from worker.kv_chunks import INLINE_BYTES, ChunkTally
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ class ChunkReceiver:
         """Returns, or is cancelled, only when nothing writes to the blocks any more."""
         self._cover(chunk_pb)
         num_bytes = num_chunk_bytes(chunk_pb, self._kv_cache.layout)
-        if num_bytes <= INLINE_BYTES:
+        if num_bytes <= INLINE_BYTES and not self._kv_cache.is_on_device:
             self._write(chunk_pb, payload)
         else:
             await run_in_thread(self._write, chunk_pb, payload)
@@ -79,9 +79,5 @@ class ChunkReceiver:
         part[:] = True
 
     def _write(self, chunk_pb: KvChunk, payload: memoryview) -> None:
-        layout = self._kv_cache.layout
         block_ids = self._block_ids[chunk_pb.first_block : chunk_pb.first_block + chunk_pb.num_blocks]
-        first_layer, num_layers = chunk_pb.first_layer, chunk_pb.num_layers
-        with self._kv_cache.landing(num_chunk_bytes(chunk_pb, layout)) as landing:
-            kv_bytes = verified_bytes(self._carrier, chunk_pb, payload, layout, landing)
-            self._kv_cache.write_blocks(first_layer, num_layers, block_ids, kv_bytes, self._fence)
+        self._carrier.write(chunk_pb, payload, self._kv_cache, block_ids, self._fence)
