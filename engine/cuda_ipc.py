@@ -55,21 +55,21 @@ class OpenedMemory:
             raise OSError(f"a handle of {len(exported.handle)} bytes")
         self._device = device
         self._base: int | None = None
-        handle = _Handle.from_buffer_copy(exported.handle)
-        opened = ctypes.c_uint64()
+        handle, opened = _Handle.from_buffer_copy(exported.handle), ctypes.c_uint64()
         with _context(device) as driver:
             _call(driver, "cuIpcOpenMemHandle_v2", ctypes.byref(opened), handle, _LAZY_PEER_ACCESS)
             self._base = opened.value
-            _, found = _allocation(driver, opened.value)
-        if exported.offset_bytes + num_bytes > found:
-            self.close()
-            raise OSError(
-                f"an allocation of {found} bytes, expected {num_bytes} from {exported.offset_bytes} on"
-            )
-        storage = torch._C._construct_storage_from_data_pointer(
-            opened.value + exported.offset_bytes, device, num_bytes
-        )
-        self.data = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+            try:
+                _, found = _allocation(driver, opened.value)
+                if exported.offset_bytes + num_bytes > found:
+                    raise OSError(
+                        f"an allocation of {found} bytes, expected {num_bytes} from "
+                        f"{exported.offset_bytes} on"
+                    )
+                self.data = _bytes_at(opened.value + exported.offset_bytes, num_bytes, device)
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         """Nothing on the device may be reading it any more. Idempotent."""
@@ -78,6 +78,12 @@ class OpenedMemory:
         if base is not None:
             with _context(self._device) as driver:
                 _call(driver, "cuIpcCloseMemHandle", ctypes.c_uint64(base))
+
+
+def _bytes_at(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
+    """uint8 [num_bytes] that nobody owns. The memory may be of another device: this one reads it."""
+    storage = torch._C._construct_storage_from_data_pointer(address, device, num_bytes)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 
 @contextmanager
