@@ -10,18 +10,18 @@ import numpy as np
 import torch
 
 from engine.block_runs import common_runs, runs
+from engine.side_stream import SideStream
 
 _MAX_DIRECT_COPIES = 96  # of one write; in more pieces it is scattered on the device
 
 
 class DeviceWrites:
-    """On a stream of its own, through pinned memory. One write at a time, from any thread."""
+    """On a stream of its own, one after another, from any thread."""
 
     def __init__(self, data: torch.Tensor) -> None:
         """data [layers, blocks, ...] on a CUDA device."""
         self._data = data
-        self._stream = torch.cuda.Stream(data.device)
-        self._lock = threading.Lock()
+        self._stream = SideStream(data.device)
         self._idle = PinnedBuffers()
 
     def fence(self) -> torch.cuda.Event:
@@ -39,9 +39,9 @@ class DeviceWrites:
         payload: memoryview | bytes,
         after: torch.cuda.Event | None,
     ) -> None:
-        """Behind `after`, or behind all that was launched so far. On return the blocks are written, and the
-        payload may change."""
-        with self._idle.holding(payload) as source, self._behind(after):
+        """Through pinned memory, behind `after`, or behind all that was launched so far. On return the blocks
+        are written, and the payload may change."""
+        with self._idle.holding(payload) as source, self._stream.behind(after):
             target = self._data[layers]
             values = source.view(self._data.dtype).view(target.shape[0], len(block_ids), *target.shape[2:])
             copy_in(values, target, block_ids)
@@ -57,21 +57,8 @@ class DeviceWrites:
     ) -> None:
         """As write(), of what is in these blocks of another cache [layers, blocks, ...] that this device can
         read. On return nothing reads the source any more."""
-        with self._behind(after):
+        with self._stream.behind(after):
             copy_across(source[layers], source_ids, self._data[layers], block_ids)
-
-    @contextmanager
-    def _behind(self, after: torch.cuda.Event | None) -> Iterator[None]:
-        """What is launched inside the block is done when it is left."""
-        with self._lock, torch.cuda.stream(self._stream):
-            if after is None:
-                after = torch.cuda.Event()
-                after.record(torch.cuda.default_stream(self._data.device))
-            self._stream.wait_event(after)
-            try:
-                yield
-            finally:
-                self._stream.synchronize()
 
     @contextmanager
     def landing(self, num_bytes: int) -> Iterator[memoryview]:

@@ -22,6 +22,7 @@ import torch
 
 from engine.block_runs import runs
 from engine.cuda_ipc import MemoryHandle, OpenedMemory, export_memory
+from engine.device_reads import DeviceReads
 from engine.device_writes import DeviceWrites
 from engine.kv_export import STAMP_BYTES, KvExport
 from engine.kv_layout import KvLayout
@@ -69,7 +70,9 @@ class KvCache:
             self.data = torch.zeros(shape, dtype=dtype, device=device, pin_memory=is_pinned)
         self._rows = [layer.view(-1, *layout.token_shape) for layer in self.data.unbind()]
         self._bytes_LBX = self._byte_view() if device == "cpu" else None
-        self._device_writes = DeviceWrites(self.data) if self.data.device.type == "cuda" else None
+        is_cuda = self.data.device.type == "cuda"
+        self._device_reads = DeviceReads(self.data) if is_cuda else None
+        self._device_writes = DeviceWrites(self.data) if is_cuda else None
 
     @classmethod
     def attach(cls, name: str, layout: KvLayout, num_blocks: int) -> AttachedKvCache:
@@ -107,13 +110,12 @@ class KvCache:
         self, first_layer: int, num_layers: int, block_ids: list[int], into: memoryview | None = None
     ) -> memoryview:
         """A copy of the bytes, [layer][block][token in block][token_shape]; it may lie in `into`, when that
-        is just as large."""
+        is just as large. On CUDA behind all that was launched so far."""
         layers = slice(first_layer, first_layer + num_layers)
-        if self._bytes_LBX is not None:
-            return gather(self._bytes_LBX[layers], block_ids, into)
-        index = torch.tensor(block_ids, device=self.data.device)
-        picked = self.data[layers].index_select(1, index).cpu().contiguous()
-        return picked.view(-1).view(torch.uint8).numpy().data
+        if self._device_reads is not None:
+            return self._device_reads.read(layers, block_ids)
+        assert self._bytes_LBX is not None, "closed"
+        return gather(self._bytes_LBX[layers], block_ids, into)
 
     def write_blocks(
         self,
@@ -199,7 +201,7 @@ class KvCache:
         """Give the memory back; tensors of this cache must not be used afterwards. Idempotent."""
         self._bytes_LBX = None
         self._rows = []
-        self._device_writes = None
+        self._device_reads = self._device_writes = None
         self.exported = self._stamp = None
         self.data = torch.empty(0)
         close_map(self._map)

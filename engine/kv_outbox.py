@@ -21,11 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.block_runs import runs
+from engine.device_reads import copy_out
 from engine.kv_cache import KvCache
 from engine.pinned_memory import pin, unpin
-
-_MAX_DIRECT_COPIES = 96  # of one rectangle; in more pieces it is gathered on the device first
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,15 +156,3 @@ class KvOutbox:
     def _copy_on_cpu(self, copy: OutboxCopy) -> None:
         payload = self._device.read_blocks(copy.first_layer, copy.num_layers, copy.block_ids)
         self.cache.write_blocks(copy.first_layer, copy.num_layers, copy.slots, payload)
-
-
-def copy_out(source: torch.Tensor, block_ids: list[int], target: torch.Tensor, first_slot: int) -> None:
-    """source and target [layers, blocks, ...]; the slots are a run. Starts the copies."""
-    pieces = list(runs(block_ids))
-    if len(pieces) * source.shape[0] > _MAX_DIRECT_COPIES:
-        source = source.index_select(1, torch.tensor(block_ids, device=source.device))
-        pieces = [(0, 0, len(block_ids))]
-    for blocks, slots in zip(source, target, strict=True):
-        for start, first_id, length in pieces:
-            new = blocks[first_id : first_id + length]
-            slots[first_slot + start : first_slot + start + length].copy_(new, non_blocking=True)

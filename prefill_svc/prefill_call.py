@@ -30,6 +30,7 @@ from proto.prefill_pb2 import PrefillFinished, PrefillRequest, PrefillStarted
 from servicekit.errors import InvalidRequest
 from servicekit.logging import get_logger
 from worker.async_engine import AsyncEngine
+from worker.cancellation import run_in_thread
 from worker.conversions import all_logprobs_to_pb, draft_to_pb, logprobs_to_pb
 from worker.kv_carrier import KvCarrier, MappedCacheCarrier, SharedMemoryCarrier, shared_cache_pb
 from worker.kv_chunks import ChunkTally
@@ -126,7 +127,8 @@ class PrefillCall:
         try:
             await self._engine.call(lambda engine: add_sequence(engine, seq))
             while self.finished is None:
-                for frame in self._frames(await self._events.next()):
+                frames = self._frames(await self._events.next())
+                while (frame := await self._next_frame(frames)) is not None:
                     await context.write(frame)
             return await _read_commit(context)
         finally:
@@ -135,6 +137,16 @@ class PrefillCall:
                 self._engine.post(lambda engine: engine.release(seq.seq_id))
             else:
                 self._engine.post(lambda engine: engine.abort(seq.seq_id))
+
+    async def _next_frame(self, frames: Iterator[bytes]) -> bytes | None:
+        if self._waits_for_device:
+            return await run_in_thread(next, frames, None)
+        return next(frames, None)
+
+    @property
+    def _waits_for_device(self) -> bool:
+        """The outbox had no room: chunks are read off the device itself, behind forward passes."""
+        return self.started is not None and self.started.origin.is_on_device and not self._events.reads_device
 
     def _frames(self, event: PrefillEvent) -> Iterator[bytes]:
         """Each chunk's bytes are read when its frame is asked for."""

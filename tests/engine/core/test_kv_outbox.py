@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.block_runs import common_runs
+from engine.device_reads import copy_out
 from engine.device_writes import PinnedBuffers, copy_across, copy_in
 from engine.engine import Engine
 from engine.kv_cache import KvCache
-from engine.kv_outbox import KvOutbox, OutboxCopy, copy_out
+from engine.kv_outbox import KvOutbox, OutboxCopy
 from engine.outputs import TokenLogprobs
 from engine.sequence import Sequence
 from tests.engine.core.engine_driver import CopyingListener, greedy, hand_off, run
