@@ -42,6 +42,10 @@ class ChunkReceiver:
     def num_bytes(self) -> int:
         return self._tally.num_bytes
 
+    @property
+    def is_complete(self) -> bool:
+        return bool(self._is_covered.all())
+
     async def receive(self, chunk_pb: KvChunk, payload: memoryview) -> None:
         """Returns, or is cancelled, only when nothing writes to the blocks any more."""
         self._cover(chunk_pb)
@@ -54,7 +58,7 @@ class ChunkReceiver:
 
     def verify_finished(self, finished_pb: PrefillFinished) -> None:
         self._tally.verify(finished_pb)
-        if not self._is_covered.all():
+        if not self.is_complete:
             num_missing = int((~self._is_covered).sum())
             raise ValueError(f"{num_missing} of {self._is_covered.size} blocks of a layer never came")
 

@@ -6,7 +6,7 @@
    and written into them.
 3. COMMITTED: everything arrived and was verified; the sequence joins the running batch. Or ABORTED, from 1
    or 2. Bytes without checksums are right if the prefill worker still held their blocks after the last copy:
-   it is told of the commit before it, and must say that the call ended well.
+   it is told of the commit when all are copied, and must end the call well before there is one.
 
 The caller owns the sequence: whatever `run` raises, the caller aborts it in the engine.
 """
@@ -163,7 +163,7 @@ class Handoff:
                 finished_at = self._clock()
                 is_checked = carrier.has_checksums or self.num_bytes == 0
                 if not is_checked:
-                    await self._confirm(call)
+                    await self._check_ended_well(call)
                 # STARTED took a while to get here, so this is early; but never before the token arrived.
                 sampled_at = min(finished_at, started_at + finished_pb.prefill_s)
                 # Before the commit: that waits for the engine's present step and tells nothing of the way.
@@ -229,6 +229,9 @@ class Handoff:
                 now = self._clock()
                 self.transfer_s = now - first_chunk_at
                 self._arrivals.append((now, receiver.num_bytes))
+                if receiver.is_complete and not carrier.has_checksums:
+                    # Now, so that the end of the call follows FINISHED at once.
+                    await _say_committed(call)
         finally:
             self.num_bytes = receiver.num_bytes
         finished_pb = read_header(frame, FrameKind.PREFILL_FINISHED, PrefillFinished)
@@ -270,11 +273,8 @@ class Handoff:
             handoff_s=first.timings_pb.handoff_s,
         )
 
-    async def _confirm(self, call: FrameCall) -> None:
-        """Raises HandoffFailed unless the prefill worker held its blocks until now."""
-        with contextlib.suppress(asyncio.InvalidStateError):  # the call has ended: its code tells
-            await call.write(pack_frame(FrameKind.PREFILL_COMMITTED, PrefillCommitted()))
-            await call.done_writing()
+    async def _check_ended_well(self, call: FrameCall) -> None:
+        """Raises HandoffFailed unless the prefill worker held its blocks until it was told of the commit."""
         code = await call.code()
         check_cancelled()
         if code is not grpc.StatusCode.OK:
@@ -325,12 +325,17 @@ async def _next(call: FrameCall) -> Frame:
     return await next_frame(call, FrameKind.PREFILL_FINISHED)
 
 
+async def _say_committed(call: FrameCall) -> None:
+    with contextlib.suppress(asyncio.InvalidStateError):  # the call has ended: its code tells
+        await call.write(pack_frame(FrameKind.PREFILL_COMMITTED, PrefillCommitted()))
+        await call.done_writing()
+
+
 async def _tell_committed(call: FrameCall) -> None:
     """The sequence is ours already: a prefill worker that cannot be told any more changes nothing."""
-    with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError):
+    with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
         async with asyncio.timeout(_CLOSE_S):
-            await call.write(pack_frame(FrameKind.PREFILL_COMMITTED, PrefillCommitted()))
-            await call.done_writing()
+            await _say_committed(call)
             await call.code()
     check_cancelled()
 

@@ -4,6 +4,7 @@ CPU here, and a shared memory file stands in for its memory; everything else is 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import grpc
 import pytest
 
-from engine.kv_cache import KvCache
+from engine.kv_cache import AttachedKvCache, KvCache
+from engine.kv_export import KvExport
 from prefill_svc import prefill_call
 from prefill_svc.prefill_service import PrefillService
 from proto.prefill_pb2 import KvChunk, PrefillStarted
@@ -75,6 +77,11 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(WAIT_S):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+def open_shared(self: KvCache, exported: KvExport) -> AttachedKvCache:
+    """Whatever device the cache says it is on."""
+    return KvCache.attach(exported.memory.handle.decode(), self.layout, exported.num_blocks)
 
 
 def received(decode: FakeWorker, carrier: str) -> float:
@@ -164,7 +171,35 @@ async def test_a_cache_that_cannot_be_opened_costs_no_hand_off(monkeypatch: pyte
         assert received(decode, "device_memory") == 0 < received(decode, "shared_memory")
 
 
-async def test_blocks_are_held_until_they_are_copied_and_the_commit_waits_for_that(
+async def test_blocks_are_held_while_they_are_copied_beside_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copy_blocks, copying, may_go_on = KvCache.copy_blocks, threading.Event(), threading.Event()
+
+    def slow_copy(self: KvCache, *arguments: Any) -> None:
+        copying.set()
+        assert may_go_on.wait(WAIT_S)
+        copy_blocks(self, *arguments)
+
+    monkeypatch.setattr(KvCache, "copy_blocks", slow_copy)
+    monkeypatch.setattr(KvCache, "is_on_device", True)
+    monkeypatch.setattr(KvCache, "open_peer", open_shared)
+    async with workers() as (prefill, decode, router):
+        await map_first(router, decode, prefill)
+        _, reply = await router.submit(greedy_spec(PROMPT, 10, cache_salt="a"), prefill)
+        await asyncio.to_thread(copying.wait, WAIT_S)
+        await asyncio.sleep(0.1)  # the prefill worker is done, for all it knows
+        assert await prefill.used_blocks() == 12
+        assert not reply.has_tokens.is_set()
+        may_go_on.set()
+        await reply.ended.wait()
+        assert reply.token_ids == expected_tokens(PROMPT, 10)
+        assert not reply.timings.prefill_fell_back
+        await decode.until_idle()
+        await prefill.until_idle()
+
+
+async def test_the_commit_waits_until_the_prefill_worker_says_that_it_held_the_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A prefill worker whose call ended early may have computed something else into the blocks."""
