@@ -13,6 +13,7 @@ class SideStream:
     """One user at a time, of any thread."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)
         self._lock = threading.Lock()
 
@@ -23,7 +24,7 @@ class SideStream:
         with self._lock, torch.cuda.stream(self._stream):
             if after is None:
                 after = torch.cuda.Event()
-                after.record(torch.cuda.default_stream(self._stream.device))
+                after.record(torch.cuda.default_stream(self._device))
             self._stream.wait_event(after)
             try:
                 yield

@@ -99,7 +99,7 @@ class DeviceMappings:
             # Found before the cache is opened: an owner that is gone by then has none that opens.
             owner = psutil.Process(exported.pid)
             cache = await asyncio.to_thread(self._open_peer, exported)
-        except (OSError, ValueError, psutil.Error) as error:
+        except (OSError, ValueError, RuntimeError, psutil.Error) as error:
             log.warning("device_memory_refused", peer_address=address, reason=str(error))
             return
         if address in self._mappings:
