@@ -194,6 +194,7 @@ class WorkerProcess:
             async_engine,
             self._settings.host_id or host_id(),
             accepts_shared_memory=self._settings.shared_memory,
+            accepts_device_memory=self._settings.shared_memory and self._settings.device_memory,
             channels=partial(build_channel, credentials=credentials),
             tracer=tracer,
         )
