@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import sys
 import traceback
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -67,9 +66,6 @@ __all__ = ["EpMembership", "Service", "WorkerParts", "WorkerProcess"]
 EXIT_FAILED = 1
 _OUTBOX_BYTES = 2 << 30  # sixteen prompts of 4096 tokens of DeepSeek-V2-Lite
 _STOP_S = 10.0  # for the step in which the engine is
-# So long the engine thread waits for the interpreter when its device is done and the event loop is busy;
-# Python's 5 ms are longer than many a step.
-_SWITCH_S = 0.0005
 
 log = get_logger(__name__)
 
@@ -168,7 +164,6 @@ class WorkerProcess:
             registration = Registration(RedisRegistry(store, record.model), record, parts.load.load)
             health.watch(registration)
             exempt_from_garbage_search()
-            sys.setswitchinterval(_SWITCH_S)
             return await self._until_end(parts, registration, record, index, drain)
 
     @property
