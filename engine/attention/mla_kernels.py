@@ -34,14 +34,13 @@ class MlaKernels:
         self, rows_TC: torch.Tensor, q_THQ: torch.Tensor, cache: torch.Tensor, plan: DevicePlan
     ) -> torch.Tensor:
         """[T, H, V]. rows (latent, shared key) and q as projected; both are changed in place."""
-        from engine.kernels.mla_few_rows import MAX_TOKENS
         from engine.kernels.mla_rows import prepare_mla_rows
         from engine.kernels.step_switches import SWITCHES
 
         num_decodes = plan.num_decodes
         num_tokens, num_heads, q_size = q_THQ.shape
         is_decode_only = num_decodes == num_tokens
-        if SWITCHES.joins_attention and is_decode_only and 0 < num_tokens <= MAX_TOKENS:
+        if is_decode_only and 0 < num_tokens <= SWITCHES.joins_attention:
             return self._decode_few(rows_TC, q_THQ, cache, plan)
         q_SHC = q_THQ.new_empty(num_decodes, num_heads, rows_TC.shape[1])
         rotated = q_SHC[..., self._rank :] if is_decode_only else q_THQ[..., self._nope :]

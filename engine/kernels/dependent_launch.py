@@ -4,14 +4,12 @@ compute capability 9.0): a kernel may start when every program of the one before
 
 The rule for a kernel that is launched with launch_options():
 1. It calls wait() before it writes anything, and before it reads anything that a kernel writes. Weights and
-   other constants, if not written by the very kernel before, may be read, and anything may be prefetched into
-   L2, before.
+   other constants may be read before.
 2. Some program of every launch calls wait(). Then the end of a kernel means the end of all kernels before it,
    so what follows a wait is ordered as if launches did not overlap: also writing where a kernel two launches
    ago read.
 3. signal() promises nothing about memory and comes first, so that the successor's programs can be there
-   early. Only if the successor reads before its own wait() what an earlier kernel wrote must signal() come
-   after wait(); the successor then reads past L1 (.cg).
+   early.
 A kernel launched in the ordinary way, as torch's are, starts when all before it have ended, and its end is
 its signal.
 """
@@ -55,19 +53,3 @@ def signal(DEPENDENT: tl.constexpr):
     """The next kernel may start once every program got here."""
     if DEPENDENT:
         gdc_launch_dependents()
-
-
-@triton.jit
-def prefetch(rows, NUM: tl.constexpr):
-    """Into L2 NUM elements from each of these addresses on. Not under the interpreter."""
-    LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = NUM // LINE if NUM > LINE else 1
-    pointers = rows[:, None] + LINE * tl.arange(0, LINES)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -1,4 +1,4 @@
-# ruff: noqa: PLR0913, PLR0915 - a kernel takes its pointers, strides and sizes one by one
+# ruff: noqa: PLR0913 - a kernel takes its pointers, strides and sizes one by one
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 """x @ weight.T of a dense layer: FP8 weights with a scale for each 128 x 128 block, and few rows times bf16
 weights, where reading the weights once is all that counts.
@@ -12,12 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.dependent_launch import launch_options, prefetch, signal, wait
+from engine.kernels.dependent_launch import launch_options, signal, wait
 from engine.kernels.fp8_quantise import FP8_GROUP, Fp8Rows, quantise_rows
 from engine.kernels.linear_tiles import LinearTile, linear_tile
 from engine.kernels.moe_gemm import quantise_tile
-
-_MAX_PREFETCHED = 2048  # of a column's inputs
 
 
 def multiply_fp8(
@@ -64,7 +62,6 @@ def multiply_into(
         DEPTH=tile.depth,
         GROUP=tile.group,
         PRECISION="ieee" if weight_NK.dtype == torch.float32 else "tf32",
-        PREFETCHED=min(_MAX_PREFETCHED, 1 << (depth.bit_length() - 1)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch_options(num_rows),
@@ -91,7 +88,6 @@ def _linear_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
-    PREFETCHED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     signal(DEPENDENT)
@@ -113,8 +109,6 @@ def _linear_kernel(
     w = w_ptr + w_columns[None, :] * depth + ks[:, None]
     scale_columns = tl.cdiv(depth, 128)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if DEPENDENT:
-        prefetch(w_ptr + w_columns * depth, PREFETCHED)
     wait(DEPENDENT)
     for k in range(tl.cdiv(depth, DEPTH)):
         if IS_EVEN:

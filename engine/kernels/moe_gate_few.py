@@ -1,11 +1,10 @@
-# ruff: noqa: PLR0913, PLR0915 - a kernel takes its pointers, strides and sizes one by one
+# ruff: noqa: PLR0913 - a kernel takes its pointers, strides and sizes one by one
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 """The gate of few tokens in one kernel with the residual sum and the norm before it.
 
 A step of one token waits here for one thing after another while the memory rests. So each program takes a few
 experts, whose weights it has read before the token is there; it norms the token by itself; the last one to
-arrive chooses, by counting for each expert those that are better. Programs beyond these fetch into L2 what
-every token needs next: the shared experts' weights.
+arrive chooses, by counting for each expert those that are better.
 
 T tokens, D hidden, E routed experts, S shared experts, P parts of a weight (see split_weight).
 """
@@ -18,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.dependent_launch import launch_options, prefetch, signal, wait
+from engine.kernels.dependent_launch import launch_options, signal, wait
 from engine.kernels.moe_choice import Choice
 from engine.kernels.moe_gate import (
     ROUTE_ROWS,
@@ -33,7 +32,6 @@ from engine.kernels.step_switches import SWITCHES
 
 MAX_TOKENS = 8
 _MAX_COMPARISONS = 1 << 15  # of experts with experts, all tokens together
-_SPAN = 1024  # elements that a thread fetches
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +53,9 @@ def choose_of_sum(
     gate: tuple[torch.Tensor, torch.Tensor | None],
     spec: GateSpec,
     state: GateState,
-    needed_next: torch.Tensor,
 ) -> NormedChoice:
     """choose_experts_fused of the norm of x + delta, both as add_rms_norm_ has them. norm: weight and eps;
-    gate: weight [P, E, D] and bias. needed_next: weights that the step needs whatever is chosen."""
+    gate: weight [P, E, D] and bias."""
     num_tokens, hidden = x_TD.shape
     assert x_TD.is_contiguous() and delta_TD.is_contiguous()
     weight_PED, bias_E = gate
@@ -69,12 +66,7 @@ def choose_of_sum(
     experts = SWITCHES.gate_experts
     padded = max(experts, triton.next_power_of_2(spec.num_experts))
     logits = torch.empty(num_tokens, padded, dtype=torch.float32, device=x_TD.device)
-    options = launch_options(num_tokens)
-    threads = 32 * SWITCHES.gate_warps * (1 if num_tokens <= 2 else 2)
-    num_fetching = 0
-    if options["DEPENDENT"]:
-        num_fetching = min(needed_next.numel(), SWITCHES.fetched_shared << 20) // (_SPAN * threads)
-    _gate_few_kernel[(padded // experts + num_fetching,)](
+    _gate_few_kernel[(padded // experts,)](
         x_TD,
         delta_TD,
         norm[0],
@@ -90,7 +82,6 @@ def choose_of_sum(
         state.arrivals_G,
         route.sorted_pairs_P,
         route.tile_expert_M,
-        needed_next,
         hidden,
         route.tile_expert_M.shape[0],
         norm[1],
@@ -111,10 +102,8 @@ def choose_of_sum(
         EXPERTS=experts,
         BLOCK_D=triton.next_power_of_2(hidden),
         TILES_PAD=triton.next_power_of_2(few_tiles(MAX_TOKENS, spec)),
-        SPAN=_SPAN,
-        THREADS=threads,
-        num_warps=threads // 32,
-        **options,
+        num_warps=SWITCHES.gate_warps,
+        **launch_options(num_tokens),
     )
     return NormedChoice(sum_TD, normed_TD, choice)
 
@@ -136,7 +125,6 @@ def _gate_few_kernel(
     arrivals_ptr,
     pairs_ptr,
     tiles_ptr,
-    next_ptr,
     hidden,
     num_tiles,
     eps,
@@ -157,18 +145,11 @@ def _gate_few_kernel(
     EXPERTS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILES_PAD: tl.constexpr,
-    SPAN: tl.constexpr,
-    THREADS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     signal(DEPENDENT)
     pid = tl.program_id(0)
     PROGRAMS: tl.constexpr = E_PAD // EXPERTS
-    if DEPENDENT:
-        if pid >= PROGRAMS:
-            spans = (pid - PROGRAMS) * THREADS + tl.arange(0, THREADS)
-            prefetch(next_ptr + spans.to(tl.int64) * SPAN, SPAN)
-            return
     experts = pid * EXPERTS + tl.arange(0, EXPERTS)
     dims = tl.arange(0, BLOCK_D)
     is_dim = dims < hidden

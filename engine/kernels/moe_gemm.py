@@ -19,13 +19,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from engine.kernels.dependent_launch import launch_options, prefetch, signal, wait
+from engine.kernels.dependent_launch import launch_options, signal, wait
 from engine.kernels.fp8_quantise import FP8_GROUP, Fp8Rows
 from engine.kernels.moe_choice import Route
-from engine.kernels.step_switches import SWITCHES
 
 _PAIRS_OF_ROW = 8  # more or less; for launch_options
-_PREFETCHED = 512  # of a column's inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +122,6 @@ def _launch(
         GROUP=tile.group,
         PRECISION="ieee" if b_ENK.dtype == torch.float32 else "tf32",
         IS_BULK=is_bulk,
-        PREFETCHED=min(_PREFETCHED, 1 << (depth.bit_length() - 1)) if SWITCHES.prefetches_down else 0,
         **launch_options(route.sorted_pairs_P.shape[0] // _PAIRS_OF_ROW),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -171,14 +168,10 @@ def _grouped_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     IS_BULK: tl.constexpr,
-    PREFETCHED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    # The second product reads the route and fetches weights while the first one goes on, so the first one
-    # signals when the route is written.
-    if IS_GATED:
-        wait(DEPENDENT)
-        signal(DEPENDENT)
+    signal(DEPENDENT)
+    wait(DEPENDENT)
     pid = tl.program_id(0)
     num_column_blocks = tl.cdiv(num_out, COLUMNS)
     # GROUP tiles of rows for one block of columns, then the next block of columns.
@@ -187,9 +180,9 @@ def _grouped_kernel(
     group_size = tl.minimum(num_tiles - group * GROUP, GROUP)
     m = group * GROUP + in_group % group_size
     n = in_group // group_size
-    start = tl.load(tile_start_ptr + m, cache_modifier=".cg")
-    end = tl.load(tile_end_ptr + m, cache_modifier=".cg")
-    expert = tl.load(tile_expert_ptr + m, cache_modifier=".cg").to(tl.int64)
+    start = tl.load(tile_start_ptr + m)
+    end = tl.load(tile_end_ptr + m)
+    expert = tl.load(tile_expert_ptr + m).to(tl.int64)
     if start >= end:
         return
 
@@ -198,11 +191,6 @@ def _grouped_kernel(
     columns = n * COLUMNS + tl.arange(0, COLUMNS)
     is_column = columns < num_out
     ks = tl.arange(0, DEPTH)
-    if not IS_GATED:
-        if DEPENDENT and PREFETCHED:
-            prefetch(b_ptr + (expert * b_rows + tl.minimum(columns, num_out - 1)) * depth, PREFETCHED)
-        signal(DEPENDENT)
-        wait(DEPENDENT)
     if IS_GATED:
         a_rows = tl.load(pairs_ptr + rows, mask=is_row, other=0) // EXPERTS_PER_TOKEN
     else:

@@ -9,13 +9,17 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 from engine.kernels.attention_decode import DecodeTuning, decode_shares, mla_decode
 from engine.kernels.dependent_launch import launch_options
+from engine.kernels.few_rows import FewRowsTile
 from engine.kernels.mla_few_rows import merge_and_expand, prepare_few_rows
 from engine.kernels.mla_rows import prepare_mla_rows
 from engine.kernels.moe_combine import combine_into_norm_, combine_pairs
+from engine.kernels.moe_few import multiply_down_few, multiply_up_gate_few, sum_down_one
 from engine.kernels.moe_gate import GateSpec, choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_gate_few import choose_of_sum, takes_few
+from engine.kernels.moe_gemm import ExpertWeights
 from engine.kernels.rms_norm import add_rms_norm_
 from engine.kernels.row_task import RowTask
+from engine.moe.fused_experts import run_experts_reference
 from tests.engine.kernels.kernel_batches import padded_tables, scattered_batch
 
 RANK, ROPE, NOPE, VALUE, HEADS = 32, 16, 16, 32, 3
@@ -64,7 +68,7 @@ def test_the_gate_of_few_tokens_is_sum_norm_and_gate(
     bias = torch.randn(spec.num_experts, device=device) if spec.is_sigmoid else None
     state, state_apart = (new_gate_state(spec.num_experts, device) for _ in range(2))
 
-    found = choose_of_sum(x, delta, norm, (weight_PED, bias), spec, state, x.new_empty(0))
+    found = choose_of_sum(x, delta, norm, (weight_PED, bias), spec, state)
 
     total = x.clone()
     normed = add_rms_norm_(total, delta, *norm)
@@ -91,7 +95,7 @@ def test_equal_scores_go_to_the_lower_expert(device: str) -> None:
     gate = (torch.ones(1, 12, 32, device=device), None)
     norm = (torch.ones(32, device=device), 1e-6)
     state = new_gate_state(12, device)
-    found = choose_of_sum(x, x.clone(), norm, gate, PLAIN, state, x.new_empty(0))
+    found = choose_of_sum(x, x.clone(), norm, gate, PLAIN, state)
     assert found.choice.ids_TK.tolist() == [[0, 1, 2, 12, 13]] * 2
 
 
@@ -100,7 +104,7 @@ def test_a_gate_without_numbers_chooses_experts_that_exist(device: str) -> None:
     x = torch.full((2, 32), float("nan"), device=device)
     gate = (torch.randn(1, 12, 32, device=device), None)
     norm = (torch.ones(32, device=device), 1e-6)
-    found = choose_of_sum(x, x.clone(), norm, gate, PLAIN, new_gate_state(12, device), x.new_empty(0))
+    found = choose_of_sum(x, x.clone(), norm, gate, PLAIN, new_gate_state(12, device))
     assert found.choice.ids_TK.tolist() == [[0, 1, 2, 12, 13]] * 2
 
 
@@ -108,6 +112,31 @@ def test_a_large_gate_is_left_to_the_matrix_units() -> None:
     assert takes_few(8, PLAIN)
     assert not takes_few(0, PLAIN)
     assert not takes_few(9, PLAIN)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("spec", [PLAIN, GROUPED])
+def test_experts_of_few_tokens_without_matrix_units(num_tokens: int, spec: GateSpec, device: str) -> None:
+    """Sizes that are no multiple of a program's outputs, and tokens that share experts."""
+    tile = FewRowsTile(4, 4)
+    torch.manual_seed(num_tokens)
+    x = torch.randn(num_tokens, 21, device=device)
+    gate = torch.randn(1, spec.num_experts, 21, device=device)
+    bias = torch.randn(spec.num_experts, device=device) if spec.is_sigmoid else None
+    choice = choose_experts_fused(x, gate, bias, spec, new_gate_state(spec.num_experts, device))
+    route = choice.route
+    assert route is not None
+    up_gate = torch.randn(spec.num_all_experts, 2 * 10, 21, device=device)
+    weights = ExpertWeights(up_gate, torch.randn(spec.num_all_experts, 21, 10, device=device))
+    expected = run_experts_reference(x, choice, spec, weights)
+
+    h = multiply_up_gate_few(x, weights, route, spec, tile)
+    found = combine_pairs(multiply_down_few(h, weights, route, spec, tile), choice.weights_TK)
+
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+    if num_tokens == 1:
+        summed = sum_down_one(h, weights, choice.weights_TK, route, spec, 4)
+        torch.testing.assert_close(summed, expected, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
