@@ -36,8 +36,7 @@ SPEC = GateSpec(
 TUNED_TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 
 
-def random_weights(is_fp8: bool) -> ExpertWeights:
-    num = SPEC.num_all_experts
+def random_weights(is_fp8: bool, num: int = SPEC.num_all_experts) -> ExpertWeights:
     up_gate = torch.randn(num, 2 * SIZE, HIDDEN, device="cuda", dtype=torch.bfloat16).mul_(HIDDEN**-0.5)
     down = torch.randn(num, HIDDEN, SIZE, device="cuda", dtype=torch.bfloat16).mul_(SIZE**-0.5)
     if not is_fp8:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 class SchedulerConfig:
     token_budget: int  # tokens of one step
     max_running: int  # sequences that run or have all blocks of a hand-off
+    mixed_budget: int | None = None  # tokens of chunks in a step that has decodes; None: what they leave
     growth_tokens: int = 128  # of further output that admission expects of each sequence
     lookahead_tokens: int = 0  # 0 or 1: a decode with drafts also has places for a step run ahead
     num_speculative_tokens: int = 0  # drafts of a decode that a step checks, at most
@@ -54,6 +55,10 @@ class SchedulerConfig:
             raise ValueError(
                 f"token_budget must be at least max_running + block_size = {least}, so that a full batch "
                 f"of decodes leaves room for one block of prefill; got {self.token_budget}"
+            )
+        if self.mixed_budget is not None and self.mixed_budget < block_size:
+            raise ValueError(
+                f"mixed_budget must be at least a block of {block_size}, got {self.mixed_budget}"
             )
 
 
@@ -146,6 +151,8 @@ class Scheduler:
         if self.config.num_speculative_tokens:
             self._schedule_drafts(batch)
         budget = self.config.token_budget - batch.num_tokens
+        if batch.seqs and self.config.mixed_budget is not None:
+            budget = min(budget, self.config.mixed_budget)
         chunks: list[tuple[Sequence, int]] = []
         for seq in self.running:
             if seq.num_remaining_tokens > 1 and (num_tokens := self._chunk_tokens(seq, budget)):
@@ -325,18 +332,19 @@ class Scheduler:
 
     def _decodes(self, seq: Sequence) -> bool:
         """One token to compute, unless that one is pending and the last."""
-        if seq.num_remaining_tokens != 1:
-            return False
         num_pending = seq.num_pending_tokens
+        num_tokens = len(seq.token_ids) + num_pending  # asked of every sequence in every step: few calls
+        if num_tokens - seq.num_computed_tokens != 1:
+            return False
         return not num_pending or (
-            seq.num_output_tokens + num_pending < seq.max_output_tokens
-            and seq.num_tokens + num_pending < self._num_possible_tokens
+            num_tokens - seq.num_prompt_tokens < seq.max_output_tokens
+            and num_tokens < self._num_possible_tokens
         )
 
     def _lacks_block(self, seq: Sequence) -> bool:
         """A decode has no place for its newest token."""
         num_ahead = 0 if seq.keeps_blocks else self.config.lookahead_tokens
-        num_wanted = seq.num_tokens + seq.num_pending_tokens + num_ahead
+        num_wanted = len(seq.token_ids) + seq.num_pending_tokens + num_ahead
         return len(seq.block_table) * self.block_size < num_wanted and self._decodes(seq)
 
     def _preempt(self, seq: Sequence) -> None:

@@ -14,9 +14,18 @@ BLOCK_SIZE = 4
 
 
 def build(
-    num_blocks: int = 64, token_budget: int = 16, max_running: int = 8, growth_tokens: int = 8
+    num_blocks: int = 64,
+    token_budget: int = 16,
+    max_running: int = 8,
+    growth_tokens: int = 8,
+    mixed_budget: int | None = None,
 ) -> Scheduler:
-    config = SchedulerConfig(token_budget=token_budget, max_running=max_running, growth_tokens=growth_tokens)
+    config = SchedulerConfig(
+        token_budget=token_budget,
+        max_running=max_running,
+        growth_tokens=growth_tokens,
+        mixed_budget=mixed_budget,
+    )
     chain = HashChain(model_fingerprint="test", block_size=BLOCK_SIZE)
     return Scheduler(config, BlockPool(num_blocks), chain)
 
@@ -44,6 +53,14 @@ def compute(scheduler: Scheduler, batch: ScheduledBatch) -> None:
 
 def plan(batch: ScheduledBatch) -> list[tuple[int, int]]:
     return [(seq.seq_id, count) for seq, count in zip(batch.seqs, batch.num_scheduled_tokens, strict=True)]
+
+
+def test_beside_decodes_chunks_have_a_budget_of_their_own() -> None:
+    scheduler = build(token_budget=16, mixed_budget=8)
+    scheduler.add(sequence(1, 15))
+    assert plan(step(scheduler)) == [(1, 15)]
+    scheduler.add(sequence(2, 11))
+    assert [plan(step(scheduler)) for _ in range(2)] == [[(1, 1), (2, 8)], [(1, 1), (2, 3)]]
 
 
 def test_a_long_prompt_is_computed_in_chunks_that_end_at_blocks() -> None:

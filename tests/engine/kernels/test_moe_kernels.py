@@ -19,8 +19,11 @@ from engine.kernels.fp8_quantise import dequantise_rows, quantise_rows, quantise
 from engine.kernels.moe_choice import Choice
 from engine.kernels.moe_combine import combine_pairs, combine_pairs_reference
 from engine.kernels.moe_gate import choose_experts_fused, new_gate_state, split_weight
+from engine.kernels.moe_gather import gather_fp8_rows
 from engine.kernels.moe_gemm import ExpertWeights, Tile
+from engine.kernels.moe_persistent import PersistentTile, PersistentTiles
 from engine.kernels.moe_route import max_tiles, route_pairs, route_pairs_reference
+from engine.kernels.moe_specialised import SpecialisedTile, SpecialisedTiles
 from engine.kernels.moe_tiles import MoeTiles, moe_tiles
 from engine.moe.fused_experts import (
     FusedMoeLayer,
@@ -208,6 +211,57 @@ def test_experts_give_the_weighted_sum(
     expected = run_experts_reference(x, choice, gate_spec(config), weights)
     assert found.dtype == dtype
     assert relative_error(found, expected) < tolerance
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (HALF, 1e-2)])
+def test_persistent_programs_give_the_weighted_sum(
+    num_tokens: int, dtype: torch.dtype, tolerance: float, device: str
+) -> None:
+    torch.manual_seed(3)
+    config = moe_config(moe_intermediate_size=64)
+    choice = random_choice(num_tokens, config, device)
+    weights = random_experts(14, 128, 64, dtype, device)
+    x = torch.randn(num_tokens, 128, dtype=dtype, device=device)
+    tiles = PersistentTiles(16, PersistentTile(32, 32, 4, 2, 2), PersistentTile(16, 64, 4, 2))
+
+    found = run_experts(x, choice, gate_spec(config), weights, tiles)
+
+    expected = run_experts_reference(x, choice, gate_spec(config), weights)
+    assert relative_error(found, expected) < tolerance
+
+
+def test_gathered_rows_are_those_of_the_sorted_pairs(device: str) -> None:
+    torch.manual_seed(4)
+    choice = random_choice(21, moe_config(), device)
+    route = route_pairs(choice, max_tiles(21, 3, 2, 12, 16), 16)
+    x = quantise_rows(torch.randn(21, 384, device=device))
+
+    found = gather_fp8_rows(x, route, 21 * 3, 5)
+
+    tokens = route.sorted_pairs_P.long() // 5
+    assert torch.equal(found.values.float(), x.values[tokens[: 21 * 3]].float())
+    assert torch.equal(found.scales, x.scales[tokens])
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs Hopper"
+)
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize(("is_fp8", "tolerance"), [(False, 1e-2), (True, FP8_ERROR)])
+def test_specialised_warps_give_the_weighted_sum(block: int, is_fp8: bool, tolerance: float) -> None:
+    torch.manual_seed(3)
+    config = moe_config(moe_intermediate_size=256)
+    weights = random_experts(14, 512, 256, torch.bfloat16, "cuda", is_fp8)
+    tile = SpecialisedTile(block, num_stages=3, group=2)
+    for num_tokens in (17, 300, 1000):
+        choice = random_choice(num_tokens, config, "cuda")
+        x = torch.randn(num_tokens, 512, dtype=torch.bfloat16, device="cuda")
+
+        found = run_experts(x, choice, gate_spec(config), weights, SpecialisedTiles(tile, tile))
+
+        expected = run_experts_reference(x, choice, gate_spec(config), weights)
+        assert relative_error(found, expected) < tolerance
 
 
 @pytest.mark.parametrize("quantises_inside", [True, False])
