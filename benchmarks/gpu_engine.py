@@ -1,26 +1,29 @@
 """The engine on one GPU, in process, with DeepSeek-V2-Lite's shape and made-up weights.
 
-    python -m benchmarks.gpu_engine table   [--rows 0 4 7] [--json FILE]   the table of rates; with --steps
-                                            merged apart once each way: chunks and decodes in one pass or two
+    python -m benchmarks.gpu_engine table   [--rows 0 4 7] [--json FILE]   the table of rates
+                                            [--weights uniform] [--fp8]    engine/checkpoint/dummy_weights.py
     python -m benchmarks.gpu_engine profile [--streams 1 32 256]           what a step's time goes to
     python -m benchmarks.gpu_engine check                                  same tokens as the plain CPU form
     python -m benchmarks.gpu_engine publish FILE                           a page of benchmarks/results/
 
 The load is a closed loop: as many requests at a time as the concurrency says, each with its own random
 prompt, greedy, to its full length. Times are wall-clock from Engine.add() to the step that gave the token.
+
+What a decode step reads depends on the weights, so two rows compare only where they touch as many experts:
+after the timed part of a row the same load is decoded for some steps more, and counted are the experts that
+tokens were sent to (mean over layers and steps) and the tokens of a step that differ.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -30,13 +33,14 @@ from benchmarks.gpu_shape import write_shape
 from benchmarks.gpu_table import COLUMNS as ROW_COLUMNS
 from benchmarks.gpu_table import ROWS
 from engine.build import build_engine
+from engine.checkpoint.model_config import DUMMY_SPREADS
 from engine.engine import Engine
 from engine.engine_config import EngineConfig
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
-COLUMNS = ("steps", *ROW_COLUMNS)
-VOCAB_SIZE = 102400
+COLUMNS = ("weights", *ROW_COLUMNS, "experts", "different tokens")
+COUNTED_STEPS = 16
 SMALL = {
     "num_hidden_layers": 4,
     "hidden_size": 512,
@@ -79,6 +83,18 @@ class Row:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """By a decode step, on average."""
+
+    experts: float | None  # of a layer; None: the model has none
+    tokens: float  # that differ
+
+    def columns(self) -> dict[str, float | None]:
+        experts = None if self.experts is None else round(self.experts, 1)
+        return {"experts": experts, "different tokens": round(self.tokens, 1)}
+
+
 class ClosedLoop:
     def __init__(self, engine: Engine, seed: int = 0) -> None:
         self._engine = engine
@@ -88,7 +104,7 @@ class ClosedLoop:
     def add(self, prompt_len: int, output_len: int) -> int:
         seq_id = self._next_id
         self._next_id += 1
-        prompt = self._rng.integers(0, VOCAB_SIZE, prompt_len).tolist()
+        prompt = self._rng.integers(0, self._engine.vocab_size, prompt_len).tolist()
         sampling = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
         self._engine.add(Sequence(seq_id, prompt, sampling))
         return seq_id
@@ -116,17 +132,46 @@ class ClosedLoop:
         seconds = time.perf_counter() - began
         return Row(concurrency, prompt_len, output_len, num_requests, seconds, list(answers.values()))
 
+    def decode(self, concurrency: int, prompt_len: int, output_len: int) -> None:
+        """Until that many sequences are past their prompts."""
+        for _ in range(concurrency):
+            self.add(prompt_len, output_len)
+        while self._engine.load().num_waiting_tokens:
+            self._engine.step()
 
-def build(directory: Path, *, uses_graphs: bool = True, token_budget: int = 8192) -> Engine:
+    def count(self, concurrency: int, prompt_len: int, output_len: int) -> Touched:
+        """Leaves nothing running. output_len: far more than COUNTED_STEPS."""
+        self.decode(concurrency, prompt_len, output_len)
+        experts, tokens = [], []
+        _take_expert_load(self._engine)
+        for _ in range(COUNTED_STEPS):
+            step = self._engine.step()
+            # The runner may have read and reset the counts in this very step.
+            for layer in step.stats.expert_load or _take_expert_load(self._engine):
+                experts.append(sum(num_tokens > 0 for num_tokens in layer))
+            tokens.append(len({token_id for output in step.outputs for token_id in output.token_ids}))
+        self._engine.abort_all()
+        return Touched(fmean(experts) if experts else None, fmean(tokens))
+
+
+def _take_expert_load(engine: Engine) -> list[list[int]]:
+    """[layer][expert] tokens since the last call. Waits for the device."""
+    load_LE = engine._runner._model.take_expert_load()
+    return [] if load_LE is None else load_LE.tolist()
+
+
+def build(
+    directory: Path, weights: str = "variance", *, is_fp8: bool = False, token_budget: int = 8192
+) -> Engine:
     config = EngineConfig(
-        model_dir=write_shape(directory),
+        model_dir=write_shape(directory, baton_dummy_spread=weights),
         load_format="dummy",
         dtype="bfloat16",
         device="cuda",
         max_model_len=4608,
         max_running=256,
         token_budget=token_budget,
-        uses_graphs=uses_graphs,
+        has_fp8_experts=is_fp8,
     )
     began = time.perf_counter()
     engine = build_engine(config)
@@ -140,18 +185,19 @@ def build(directory: Path, *, uses_graphs: bool = True, token_budget: int = 8192
     return engine
 
 
-def table(engine: Engine, rows: list[int], steps: list[str], path: Path | None) -> None:
+def table(engine: Engine, weights: str, rows: list[int], path: Path | None) -> None:
+    """`weights`: what the rows say of them."""
     loop = ClosedLoop(engine)
     loop.run(8, 1024, 8, 16)  # kernels of chunks are compiled
     loop.run(2, 4096, 4, 4)
     found: list[dict[str, Any]] = []
     print("| " + " | ".join(COLUMNS) + " |", flush=True)
-    for i, mode in itertools.product(rows, steps):
-        assert engine._runner.device_steps is not None
-        engine._runner.device_steps.merges_steps = mode == "merged"  # one engine: to build two takes minutes
-        columns = {"steps": mode, **loop.run(*ROWS[i]).columns()}
+    for i in rows:
+        columns = {"weights": weights, **loop.run(*ROWS[i]).columns()}
+        if columns["output"] > COUNTED_STEPS:
+            columns |= loop.count(*ROWS[i][:3]).columns()
         found.append(columns)
-        print("| " + " | ".join(str(columns[name]) for name in COLUMNS) + " |", flush=True)
+        print("| " + " | ".join(str(columns.get(name, "")) for name in COLUMNS) + " |", flush=True)
         if path is not None:
             facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
             path.write_text(json.dumps({**facts, "rows": found}, indent=1))
@@ -162,10 +208,7 @@ def profile(engine: Engine, streams: list[int], num_kernels: int) -> None:
     loop.run(8, 1024, 4, 8)
     loop.run(1, 4096, 1, 1)
     for num_streams in streams:
-        for _ in range(num_streams):
-            loop.add(1024, 64)
-        while engine.load().num_waiting_tokens:
-            engine.step()
+        loop.decode(num_streams, 1024, 64)
         for _ in range(3):
             engine.step()
         _profile_steps(engine, f"decode of {num_streams}", 10, num_kernels)
@@ -284,8 +327,9 @@ def main() -> None:
     modes = parser.add_subparsers(dest="mode", required=True)
     tables = modes.add_parser("table")
     tables.add_argument("--rows", type=int, nargs="+", default=list(range(len(ROWS))))
-    tables.add_argument("--steps", nargs="+", choices=("merged", "apart"), default=["merged"])
     tables.add_argument("--token-budget", type=int, default=8192)
+    tables.add_argument("--weights", choices=DUMMY_SPREADS, default="variance")
+    tables.add_argument("--fp8", action="store_true", help="experts in FP8")
     tables.add_argument("--json", type=Path)
     profiles = modes.add_parser("profile")
     profiles.add_argument("--streams", type=int, nargs="+", default=[1, 32, 256])
@@ -296,7 +340,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / "model"
         if args.mode == "table":
-            table(build(directory, token_budget=args.token_budget), args.rows, args.steps, args.json)
+            name = f"{args.weights}, FP8 experts" if args.fp8 else args.weights
+            engine = build(directory, args.weights, is_fp8=args.fp8, token_budget=args.token_budget)
+            table(engine, name, args.rows, args.json)
         elif args.mode == "profile":
             profile(build(directory), args.streams, args.kernels)
         elif args.mode == "check":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -30,6 +30,7 @@ SWEEP_COLUMNS = (
 )
 ISOLATION_COLUMNS = ("streams", "long prompts", "TPOT p50 ms", "TPOT p99 ms", "times", "longest gap p99 ms")
 HANDOFF_COLUMNS = ("carrier", "prompt", "TTFT ms", "hand-off ms", "share of TTFT", "MB", "transfer ms")
+ADDED_COLUMNS = ("topology", "carrier", "TTFT ms", "without ms", "hand-off ms", "share of TTFT without")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +118,16 @@ class Clients:
             samples = [await sample(client, self._target, self._server, ids, 2) for ids in prompts]
         return handoff_row(prompt_len, samples[1:])
 
+    async def without_handoff(self) -> dict[str, Any]:
+        """The same prompts, of a worker that keeps them."""
+        prompt_len = self._loads.long.prompt_len
+        prompts = self._workload(self._loads.handoff_requests + 1, prompt_len, 2).prompts()
+        async with HttpClient(self._target.server) as client:
+            measured = [await measure(client, self._target, ids, 2) for ids in prompts]
+        _check(measured)
+        ttft_ms = round(1e3 * median(m.ttft_s for m in measured[1:]), 2)
+        return dict.fromkeys(HANDOFF_COLUMNS) | {"prompt": prompt_len, "TTFT ms": ttft_ms}
+
     async def _chat(self, streams: int) -> list[RequestMeasurement]:
         chat = self._loads.chat
         num_requests = streams * self._loads.isolation_requests
@@ -190,6 +201,25 @@ def handoff_row(prompt_len: int, samples: Sequence[Sample]) -> dict[str, Any]:
         "MB": round(median(s.num_bytes for s in samples) / 1e6, 1),
         "transfer ms": round(1e3 * median(s.transfer_s for s in samples), 2),
     }
+
+
+def added_rows(topologies: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One for each topology with a hand-off."""
+    [local] = topologies.get("both", {}).get("handoff") or [None]
+    without_ms = local and local["TTFT ms"]
+    return [
+        {
+            "topology": name,
+            "carrier": row["carrier"],
+            "TTFT ms": row["TTFT ms"],
+            "without ms": without_ms,
+            "hand-off ms": row["hand-off ms"],
+            "share of TTFT without": without_ms and round(row["hand-off ms"] / without_ms, 3),
+        }
+        for name, found in topologies.items()
+        for row in found.get("handoff", ())
+        if row is not local
+    ]
 
 
 def longest_gaps_s(measured: Sequence[RequestMeasurement]) -> list[float]:

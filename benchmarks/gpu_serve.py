@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu_serve run [--topologies both shared two] [--parts rows sweep isolation handoff]
                                        [--rows 0 4 7] [--rates 8 16 24] [--seconds 12] [--json FILE]
+                                       [--carriers ipc pinned grpc]
     python -m benchmarks.gpu_serve publish FILE
 
 DeepSeek-V2-Lite's shape with made-up weights. Parts:
@@ -10,9 +11,11 @@ rows       the table of closed loops, greedy, to the full length
 sweep      Poisson arrivals, three quarters chat and one quarter long prompts, nothing shared. Good: TTFT of
            at most 1 s and TPOT of at most 15 ms; good/s counts requests by when they were sent
 isolation  TPOT of chat streams, alone and beside a constant stream of long prompts
-handoff    long prompts one at a time: TTFT, and the part of the hand-off that compute does not hide
+handoff    long prompts one at a time: TTFT, and the part of the hand-off that compute does not hide; with
+           topology both the TTFT of the same prompts without a hand-off, on a GPU that nobody shares
 
-A topology that fails is named, with the ends of its logs, and the next one is tried.
+With several carriers each topology with a hand-off is run once for each. A topology that fails is named, with
+the ends of its logs, and the next one is tried.
 """
 
 from __future__ import annotations
@@ -33,16 +36,28 @@ from typing import Any
 from baton.bench.load import Target
 from benchmarks import gpu_table
 from benchmarks.gpu_loads import (
+    ADDED_COLUMNS,
     HANDOFF_COLUMNS,
     ISOLATION_COLUMNS,
     SWEEP_COLUMNS,
     TINY_LOADS,
     Clients,
     Loads,
+    added_rows,
 )
-from benchmarks.gpu_topologies import SERVED_NAME, TINY, TOPOLOGIES, Scale, topology, write_model
+from benchmarks.gpu_topologies import (
+    CARRIERS,
+    SERVED_NAME,
+    TINY,
+    TOPOLOGIES,
+    Scale,
+    Topology,
+    topology,
+    write_model,
+)
 from benchmarks.results_file import table, write_result
 from benchmarks.serving import Server, baton_up
+from engine.checkpoint.model_config import DUMMY_SPREADS
 from kvstore.embedded import EmbeddedServer
 
 COLUMNS = {
@@ -52,7 +67,6 @@ COLUMNS = {
     "handoff": HANDOFF_COLUMNS,
 }
 START_COLUMNS = ("process", "event", "seconds")
-_PARTS_OF = {"both": ("rows", "sweep", "isolation")}  # without a hand-off; the others have all
 _START_TIMEOUT_S = 400.0
 _TAIL_BYTES = 3000
 
@@ -68,26 +82,36 @@ def main(argv: list[str] | None = None) -> int:
         log_dir = args.log_dir or Path(name) / "logs"
         scale = _scale(args)
         model_dir = write_model(Path(name) / SERVED_NAME, scale)
-        for topology_name in args.topologies:
+        for title, topology_name, carrier in _runs(args):
             found: dict[str, Any] = {}
-            document["topologies"][topology_name] = found
+            document["topologies"][title] = found
             try:
-                _run_topology(topology_name, model_dir, args, log_dir / topology_name, found)
+                plan = topology(topology_name, model_dir, scale, args.policy, carrier)
+                _run_topology(title, plan, args, log_dir / title, found)
             except Exception as error:  # noqa: BLE001 - device time is scarce: on to the next one
                 failed += 1
                 found["error"] = repr(error)
-                print(f"{topology_name} FAILED: {error}", *_tails(log_dir / topology_name), sep="\n")
+                print(f"{title} FAILED: {error}", *_tails(log_dir / title), sep="\n")
             if args.json:
                 args.json.write_text(json.dumps(document, indent=1) + "\n")
+    if rows := added_rows(document["topologies"]):
+        _show("what a hand-off adds, beside the same prompts without one", ADDED_COLUMNS, rows)
     return 1 if failed else 0
 
 
+def _runs(args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """(title, topology, carrier)"""
+    for name in args.topologies:
+        if name == "both" or len(args.carriers) == 1:
+            yield name, name, args.carriers[0]
+        else:
+            yield from ((f"{name}-{carrier}", name, carrier) for carrier in args.carriers)
+
+
 def _run_topology(
-    name: str, model_dir: Path, args: argparse.Namespace, log_dir: Path, found: dict[str, Any]
+    name: str, plan: Topology, args: argparse.Namespace, log_dir: Path, found: dict[str, Any]
 ) -> None:
     """Results so far are in `found` when it raises."""
-    scale = _scale(args)
-    plan = topology(name, model_dir, scale, args.policy)
     store = EmbeddedServer()
     try:
         environment = {**plan.environment, "REDIS_URL": store.start()}
@@ -112,18 +136,18 @@ async def _measure(
     await clients.warm_up()
     print(f"warmed up in {time.monotonic() - began:.1f} s", flush=True)
     for part in args.parts:
-        if part not in _PARTS_OF.get(name, COLUMNS):
-            continue
         rows = found.setdefault(part, [])
         _show(part, COLUMNS[part], [])
-        async for row in _part(part, clients, args, loads):
+        async for row in _part(part, clients, args, loads, hands_off=name != "both"):
             if part == "handoff":
                 row = {"carrier": _last_carrier(log_dir), **row}
             rows.append(row)
             print(table(COLUMNS[part], [row])[-1], flush=True)
 
 
-async def _part(part: str, clients: Clients, args: argparse.Namespace, loads: Loads) -> Any:
+async def _part(
+    part: str, clients: Clients, args: argparse.Namespace, loads: Loads, *, hands_off: bool
+) -> Any:
     if part == "rows":
         for i in args.rows if args.rows is not None else range(len(loads.rows)):
             yield await clients.row(*loads.rows[i])
@@ -134,8 +158,10 @@ async def _part(part: str, clients: Clients, args: argparse.Namespace, loads: Lo
         for streams in loads.isolation_streams:
             for row in await clients.isolation(streams):
                 yield row
-    else:
+    elif hands_off:
         yield await clients.handoff()
+    else:
+        yield await clients.without_handoff()
 
 
 def _show(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
@@ -171,7 +197,8 @@ def _tails(log_dir: Path) -> Iterator[str]:
 
 def _scale(args: argparse.Namespace) -> Scale:
     scale = TINY if args.tiny else Scale()
-    changes: dict[str, Any] = {"fp8_experts": args.fp8}
+    shape = {**scale.shape, "baton_dummy_spread": args.weights}
+    changes: dict[str, Any] = {"fp8_experts": args.fp8, "shape": shape}
     if args.token_budget:
         changes["token_budget"] = args.token_budget
     if args.shared_prefill_budget:
@@ -188,7 +215,8 @@ def _facts(args: argparse.Namespace) -> dict[str, str]:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     version, device = run.stdout.strip().splitlines()
     dtype = "FP8 experts" if args.fp8 else _scale(args).dtype
-    return {"device": device, "torch and number of devices": version, "weights": dtype}
+    weights = f"{dtype}, {args.weights}"
+    return {"device": device, "torch and number of devices": version, "weights": weights}
 
 
 def publish(path: Path) -> None:
@@ -211,12 +239,16 @@ def _arguments() -> argparse.ArgumentParser:
     modes = parser.add_subparsers(dest="mode", required=True)
     run = modes.add_parser("run")
     run.add_argument("--topologies", nargs="+", choices=TOPOLOGIES, default=["both"])
+    run.add_argument("--carriers", nargs="+", choices=tuple(CARRIERS), default=["ipc"])
     run.add_argument("--parts", nargs="+", choices=tuple(COLUMNS), default=list(COLUMNS))
     run.add_argument("--rows", type=int, nargs="+", help="of the table (default: all)")
     run.add_argument("--rates", type=float, nargs="+", default=[8.0, 16.0, 24.0, 32.0, 48.0])
     run.add_argument("--seconds", type=float, default=12.0, help="of each rate (default %(default)s)")
     run.add_argument("--policy", help="of the router (default: the topology's)")
     run.add_argument("--fp8", action="store_true", help="experts in FP8")
+    run.add_argument(
+        "--weights", choices=DUMMY_SPREADS, default="variance", help="engine/checkpoint/dummy_weights.py"
+    )
     run.add_argument("--token-budget", type=int, help="of a step (default: 8192)")
     run.add_argument("--shared-prefill-budget", type=int, help="the same on a shared GPU (default: 1024)")
     run.add_argument("--shared-prefill-share", type=float, help="of the time on a shared GPU (default: 0.4)")

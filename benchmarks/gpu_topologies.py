@@ -72,7 +72,13 @@ _HANDS_EVERYTHING_OFF = {
     "BATON_ROUTER_POLICY": "round_robin",
     "BATON_ROUTER_LOCAL_PREFILL_MAX_TOKENS": "0",
 }
-TOPOLOGIES = ("both", "shared", "shared-grpc", "two", "two-handoff")
+TOPOLOGIES = ("both", "shared", "two", "two-handoff")
+# How KV gets from process to process: each is told not to use what is better.
+CARRIERS: Mapping[str, Mapping[str, str]] = {
+    "ipc": {},
+    "pinned": {"BATON_PREFILL_DEVICE_MEMORY": "false", "BATON_DECODE_DEVICE_MEMORY": "false"},
+    "grpc": {"BATON_PREFILL_SHARED_MEMORY": "false", "BATON_DECODE_SHARED_MEMORY": "false"},
+}
 
 
 def write_model(directory: Path, scale: Scale) -> Path:
@@ -84,7 +90,9 @@ def write_model(directory: Path, scale: Scale) -> Path:
     return directory
 
 
-def topology(name: str, model_dir: Path, scale: Scale, policy: str | None = None) -> Topology:
+def topology(
+    name: str, model_dir: Path, scale: Scale, policy: str | None = None, carrier: str = "ipc"
+) -> Topology:
     """both: one worker that prefills and decodes. shared: a prefill and a decode worker on the first GPU,
     every prompt handed off. two: one worker each on two GPUs, the router decides; two-handoff: every prompt
     is handed off."""
@@ -111,8 +119,7 @@ def topology(name: str, model_dir: Path, scale: Scale, policy: str | None = None
         options += ["--gpus", "0,1"]
     if name == "two-handoff":
         environment |= _HANDS_EVERYTHING_OFF
-    if name == "shared-grpc":
-        environment |= {"BATON_PREFILL_SHARED_MEMORY": "false", "BATON_DECODE_SHARED_MEMORY": "false"}
+    environment |= CARRIERS[carrier]
     if policy is not None:
         environment["BATON_ROUTER_POLICY"] = policy
     return Topology(options=tuple(options), environment=environment)

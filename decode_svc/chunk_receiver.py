@@ -9,8 +9,8 @@ import numpy as np
 from engine.kv_cache import KvCache
 from proto.prefill_pb2 import KvChunk, PrefillFinished
 from worker.cancellation import run_in_thread
-from worker.kv_carrier import KvCarrier
-from worker.kv_chunks import INLINE_BYTES, ChunkTally, num_chunk_bytes, verified_bytes
+from worker.kv_carrier import KvCarrier, num_chunk_bytes
+from worker.kv_chunks import INLINE_BYTES, ChunkTally
 
 if TYPE_CHECKING:
     import torch
@@ -42,11 +42,15 @@ class ChunkReceiver:
     def num_bytes(self) -> int:
         return self._tally.num_bytes
 
+    @property
+    def is_complete(self) -> bool:
+        return bool(self._is_covered.all())
+
     async def receive(self, chunk_pb: KvChunk, payload: memoryview) -> None:
         """Returns, or is cancelled, only when nothing writes to the blocks any more."""
         self._cover(chunk_pb)
         num_bytes = num_chunk_bytes(chunk_pb, self._kv_cache.layout)
-        if num_bytes <= INLINE_BYTES:
+        if num_bytes <= INLINE_BYTES and not self._kv_cache.is_on_device:
             self._write(chunk_pb, payload)
         else:
             await run_in_thread(self._write, chunk_pb, payload)
@@ -54,7 +58,7 @@ class ChunkReceiver:
 
     def verify_finished(self, finished_pb: PrefillFinished) -> None:
         self._tally.verify(finished_pb)
-        if not self._is_covered.all():
+        if not self.is_complete:
             num_missing = int((~self._is_covered).sum())
             raise ValueError(f"{num_missing} of {self._is_covered.size} blocks of a layer never came")
 
@@ -79,9 +83,5 @@ class ChunkReceiver:
         part[:] = True
 
     def _write(self, chunk_pb: KvChunk, payload: memoryview) -> None:
-        layout = self._kv_cache.layout
         block_ids = self._block_ids[chunk_pb.first_block : chunk_pb.first_block + chunk_pb.num_blocks]
-        first_layer, num_layers = chunk_pb.first_layer, chunk_pb.num_layers
-        with self._kv_cache.landing(num_chunk_bytes(chunk_pb, layout)) as landing:
-            kv_bytes = verified_bytes(self._carrier, chunk_pb, payload, layout, landing)
-            self._kv_cache.write_blocks(first_layer, num_layers, block_ids, kv_bytes, self._fence)
+        self._carrier.write(chunk_pb, payload, self._kv_cache, block_ids, self._fence)

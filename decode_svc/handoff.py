@@ -5,7 +5,8 @@
 2. TRANSFERRING: the prefill worker has started; blocks are extended to the whole prompt, chunks are verified
    and written into them.
 3. COMMITTED: everything arrived and was verified; the sequence joins the running batch. Or ABORTED, from 1
-   or 2.
+   or 2. Bytes without checksums are right if the prefill worker still held their blocks after the last copy:
+   it is told of the commit when all are copied, and must end the call well before there is one.
 
 The caller owns the sequence: whatever `run` raises, the caller aborts it in the engine.
 """
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
+import grpc
 import grpc.aio
 
 from decode_svc.chunk_receiver import ChunkReceiver
@@ -39,6 +41,7 @@ from servicekit.rpc import error_from_rpc
 from worker.cancellation import check_cancelled
 from worker.conversions import draft_from_pb, layout_to_pb, logprobs_from_pb
 from worker.deadline import Deadline
+from worker.device_mappings import MappedCache
 from worker.kv_carrier import KvCarrier
 from worker.kv_frames import (
     PREFILL_METHOD,
@@ -113,6 +116,7 @@ class Handoff:
         self._num_held_blocks = 0
         self._arrivals: list[tuple[float, int]] = []  # when, and how many bytes had come by then
         self._accepts_shared_memory = environment.accepts_shared_memory_of(self._address)
+        self._mapped: MappedCache | None = None
         self._clock = asyncio.get_running_loop().time
 
     @property
@@ -129,8 +133,9 @@ class Handoff:
                 self._num_held_blocks = self._num_blocks
             else:
                 self._num_held_blocks = await self._engine.call(lambda e: reserve_sequence(e, self._seq))
-            async with self._environment.channels.channel(self._address) as channel:
-                await self._call(channel, on_commit)
+            with self._environment.device_mappings.mapped(self._address) as self._mapped:
+                async with self._environment.channels.channel(self._address) as channel:
+                    await self._call(channel, on_commit)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, peer=f"prefill worker {self._address}") from error
         except ValueError as error:
@@ -147,18 +152,25 @@ class Handoff:
             started_at = self._clock()
             self.state = HandoffState.TRANSFERRING
             with self._traced():
-                with self._environment.receiving_carrier(
-                    started_pb, self._address, is_shared_accepted=self._accepts_shared_memory
+                with self._environment.handoff_carrier(
+                    started_pb,
+                    self._address,
+                    self._mapped,
+                    is_shared_accepted=self._accepts_shared_memory,
                 ) as carrier:
                     self.carrier_name = carrier.name
                     finished_pb = await self._transfer(call, started_pb, carrier)
                 finished_at = self._clock()
+                is_checked = carrier.has_checksums or self.num_bytes == 0
+                if not is_checked:
+                    await self._check_ended_well(call)
                 # STARTED took a while to get here, so this is early; but never before the token arrived.
                 sampled_at = min(finished_at, started_at + finished_pb.prefill_s)
                 # Before the commit: that waits for the engine's present step and tells nothing of the way.
                 self._tell_rate(sampled_at)
                 await self._commit(self._first_token(started_pb, finished_pb), sampled_at, on_commit)
-            await _tell_committed(call)
+            if is_checked:
+                await _tell_committed(call)
         finally:
             call.cancel()
 
@@ -191,6 +203,8 @@ class Handoff:
             num_held_blocks=self._num_held_blocks,
             host_id=environment.host_id,
             accepts_shared_memory=self._accepts_shared_memory,
+            accepts_device_memory=environment.accepts_device_memory,
+            mapped_cache="" if self._mapped is None else self._mapped.name,
         )
         request_pb.sequence.time_left_s = self._deadline.time_left_s
         if self._submit_pb.HasField("peer"):
@@ -215,6 +229,9 @@ class Handoff:
                 now = self._clock()
                 self.transfer_s = now - first_chunk_at
                 self._arrivals.append((now, receiver.num_bytes))
+                if receiver.is_complete and not carrier.has_checksums:
+                    # Now, so that the end of the call follows FINISHED at once.
+                    await _say_committed(call)
         finally:
             self.num_bytes = receiver.num_bytes
         finished_pb = read_header(frame, FrameKind.PREFILL_FINISHED, PrefillFinished)
@@ -255,6 +272,16 @@ class Handoff:
             carrier=self.carrier_name,
             handoff_s=first.timings_pb.handoff_s,
         )
+
+    async def _check_ended_well(self, call: FrameCall) -> None:
+        """Raises HandoffFailed unless the prefill worker held its blocks until it was told of the commit."""
+        code = await call.code()
+        check_cancelled()
+        if code is not grpc.StatusCode.OK:
+            raise HandoffFailed(
+                f"prefill worker {self._address} gave the blocks up before they were copied: {code.name}",
+                state=self.state.value,
+            )
 
     def _tell_rate(self, sampled_at: float) -> None:
         """What the compute did not hide."""
@@ -298,12 +325,17 @@ async def _next(call: FrameCall) -> Frame:
     return await next_frame(call, FrameKind.PREFILL_FINISHED)
 
 
+async def _say_committed(call: FrameCall) -> None:
+    with contextlib.suppress(asyncio.InvalidStateError):  # the call has ended: its code tells
+        await call.write(pack_frame(FrameKind.PREFILL_COMMITTED, PrefillCommitted()))
+        await call.done_writing()
+
+
 async def _tell_committed(call: FrameCall) -> None:
     """The sequence is ours already: a prefill worker that cannot be told any more changes nothing."""
-    with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError):
+    with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
         async with asyncio.timeout(_CLOSE_S):
-            await call.write(pack_frame(FrameKind.PREFILL_COMMITTED, PrefillCommitted()))
-            await call.done_writing()
+            await _say_committed(call)
             await call.code()
     check_cancelled()
 

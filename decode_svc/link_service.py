@@ -10,17 +10,16 @@ import grpc
 import grpc.aio
 
 from decode_svc.branches import BranchGroups, BranchTurn
+from decode_svc.link_updates import LinkUpdates
 from decode_svc.request import DecodeRequest, RequestEnvironment
 from proto import link_pb2
-from proto.link_pb2 import LinkRequest, LinkResponse, SequenceUpdate, Submit
+from proto.link_pb2 import LinkRequest, LinkResponse, Submit
 from servicekit.errors import InvalidRequest, ServingError
 from servicekit.rpc import abort_with
 from worker.load import LoadMeter
 
 LINK_SERVICE = "baton.v1.LinkService"
 LINK_METHOD = "Link"
-# Of updates in one message. Far below the message limit, far above the updates of an ordinary step.
-_MAX_UPDATE_BYTES = 1 << 20
 
 
 class LinkService:
@@ -59,8 +58,7 @@ class Link:
         self._group = group
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._branch_groups = BranchGroups()
-        self._updates: list[SequenceUpdate] = []
-        self._has_updates = asyncio.Event()
+        self._updates = LinkUpdates()
 
     def receive(self, request_pb: LinkRequest) -> None:
         if request_pb.HasField("submit"):
@@ -75,14 +73,16 @@ class Link:
             task.cancel()
 
     async def write(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """One message a step: the engine's outputs of a step are delivered before this runs again."""
+        """One message a step, unless the last one still waits for the router: then all since together."""
         await context.write(LinkResponse(load=self._load_pb()))
+        num_counted = 0
         while True:
-            await self._has_updates.wait()
-            self._has_updates.clear()
-            updates, self._updates = self._updates, []
-            for part in _parts(updates):
-                await context.write(LinkResponse(updates=part, load=self._load_pb()))
+            messages = await self._updates.take()
+            self._environment.metrics.count_tokens(self._updates.num_tokens - num_counted)
+            num_counted = self._updates.num_tokens
+            for message in messages:
+                message.load.MergeFrom(self._load_pb())
+                await context.write(message)
 
     def _load_pb(self) -> link_pb2.WorkerLoad:
         load = self._load  # rates change slowly and come with the registry, not with every step
@@ -100,7 +100,7 @@ class Link:
             # Not an update for that key: it would end the request that owns it.
             raise InvalidRequest(f"key {key} is already in use on this link")
         group = self._branch_groups.join(submit_pb.branch_group)
-        request = DecodeRequest(self._environment, submit_pb, self._send, BranchTurn(group))
+        request = DecodeRequest(self._environment, submit_pb, self._updates, BranchTurn(group))
         task = self._group.create_task(request.run())
         self._tasks[key] = task
         task.add_done_callback(lambda done: self._forget(key, request, done))
@@ -110,24 +110,6 @@ class Link:
         self._branch_groups.leave(request.branch_group)
         if task.cancelled():
             request.cancelled_before_run()
-
-    def _send(self, update_pb: SequenceUpdate) -> None:
-        self._updates.append(update_pb)
-        self._has_updates.set()
-
-
-def _parts(updates: list[SequenceUpdate]) -> list[list[SequenceUpdate]]:
-    """In order, each with at most _MAX_UPDATE_BYTES or one update."""
-    parts: list[list[SequenceUpdate]] = [[]]
-    num_bytes = 0
-    for update_pb in updates:
-        size = update_pb.ByteSize()
-        if parts[-1] and num_bytes + size > _MAX_UPDATE_BYTES:
-            parts.append([])
-            num_bytes = 0
-        parts[-1].append(update_pb)
-        num_bytes += size
-    return parts
 
 
 def _leaves(group: BaseExceptionGroup[ServingError]) -> Iterator[ServingError]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as PbSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from decode_svc.branches import BranchTurn
 from decode_svc.handoff import FirstToken, Handoff
+from decode_svc.link_updates import LinkUpdates
 from decode_svc.metrics import DecodeMetrics
 from decode_svc.request_trace import RequestTrace
 from engine.kv_load import KvSource
@@ -57,7 +58,7 @@ class DecodeRequest:
         self,
         environment: RequestEnvironment,
         submit_pb: Submit,
-        send: Callable[[SequenceUpdate], None],
+        updates: LinkUpdates,
         turn: BranchTurn,
     ) -> None:
         """`turn` of a group of one waits for nobody."""
@@ -67,10 +68,11 @@ class DecodeRequest:
         self._key = submit_pb.key
         self._submit_pb = submit_pb
         self._spec_pb = submit_pb.sequence
-        self._send = send
+        self._updates = updates
         self._turn = turn
-        self._ended = asyncio.Event()
-        self._failure: ServingError | None = None  # of the engine, told already
+        self._has_ended = False  # the final update is on its way
+        self._over = asyncio.Event()  # and the engine does nothing more for it
+        self._failure: BaseException | None = None  # why the engine has ended it or did not take it
         self._prompt_logprobs_pb: PbSequence[
             common_pb2.TokenLogprobs
         ] = ()  # of another branch of this prompt
@@ -133,8 +135,8 @@ class DecodeRequest:
     async def _run_locally(self, source: KvSource | None) -> None:
         seq = await decode_sequence(self._engine, self._spec_pb, source)
         with self._owned(seq):
-            await self._engine.call(lambda engine: add_sequence(engine, seq))
-            await self._until_ended()
+            self._engine.send(lambda engine: add_sequence(engine, seq), self._refused)
+            await self._until_over()
 
     async def _run_handed_off(self, deadline: Deadline) -> bool:
         """False when the prefill worker failed, with nothing left of the attempt."""
@@ -159,11 +161,16 @@ class DecodeRequest:
                 return False
             finally:
                 self._metrics.observe_handoff(handoff)
-            await self._until_ended()
+            await self._until_over()
         return True
 
-    async def _until_ended(self) -> None:
-        await self._ended.wait()
+    def _refused(self, error: BaseException) -> None:
+        """By the engine, which has not taken the sequence."""
+        self._failure = error
+        self._over.set()
+
+    async def _until_over(self) -> None:
+        await self._over.wait()
         if self._failure is not None:
             raise self._failure
 
@@ -174,7 +181,7 @@ class DecodeRequest:
             yield
         finally:
             self._engine.detach(seq.seq_id)
-            if not self._ended.is_set():
+            if not self._has_ended:
                 self._engine.post(lambda engine: engine.abort(seq.seq_id))
 
     def _on_commit(self, first: FirstToken, ended: SequenceOutput | None) -> None:
@@ -197,9 +204,17 @@ class DecodeRequest:
         )
 
     def _on_output(self, output: SequenceOutput) -> None:
+        if self._num_tokens and output.finish_reason is None and not output.logprobs:
+            self._num_tokens += len(output.token_ids)
+            self._updates.add_tokens(self._key, output.token_ids)
+        else:
+            self._on_other_output(output)
+
+    def _on_other_output(self, output: SequenceOutput) -> None:
+        """The first and the last token, and those that come with more."""
         if output.error is not None:
-            self._failure = InvalidRequest(output.error)
-            self._end(SequenceUpdate(key=self._key, error=error_to_pb(self._failure)))
+            self._failure = failure = InvalidRequest(output.error)
+            self._end(SequenceUpdate(key=self._key, error=error_to_pb(failure)))
             return
         update_pb = SequenceUpdate(
             key=self._key,
@@ -225,15 +240,15 @@ class DecodeRequest:
         self._update(update_pb)
 
     def _update(self, update_pb: SequenceUpdate) -> None:
-        if self._ended.is_set():
+        if self._has_ended:
             return
         self._num_tokens += len(update_pb.token_ids)
-        self._metrics.count_tokens(len(update_pb.token_ids))
         if update_pb.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
             self._finish_reason = _REASON_NAMES.get(update_pb.finish_reason, "abort")
             self._trace.last_token(self._num_tokens)
-            self._ended.set()
-        self._send(update_pb)
+            self._has_ended = True
+            self._over.set()
+        self._updates.add(update_pb)
 
     def _tell_first_token(self, timings_pb: RequestTimings, *, is_last: bool) -> None:
         self._first_token_at = time.monotonic()
@@ -260,9 +275,10 @@ class DecodeRequest:
         )
 
     def _end(self, update_pb: SequenceUpdate) -> None:
-        if not self._ended.is_set():
-            self._ended.set()
-            self._send(update_pb)
+        if not self._has_ended:
+            self._has_ended = True
+            self._over.set()
+            self._updates.add(update_pb)
 
     def _reason_after(self, token_id: int) -> FinishReason:
         sampling_pb = self._spec_pb.sampling

@@ -27,6 +27,7 @@ from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.speculation.draft_plan import DraftLimits
 from engine.tiers.build import build_lower_tiers
+from engine.warm_up import warm_up
 
 Progress = Callable[[int, int], None]
 
@@ -90,6 +91,9 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
         draft_limits=draft_limits,
     )
     times.seconds |= runner.start_times.seconds
+    if graph_limits is not None and model.uses_kernels:
+        with times.phase("warm-up"):
+            warm_up(runner, kv_cache, scheduler_config.token_budget, size.max_model_len)
     with times.phase("host memory"):
         engine = Engine(runner, kv_cache, limits, scheduler_config, ep, build_lower_tiers(config, layout))
         if num_slots := config.outbox_bytes // layout.block_bytes:

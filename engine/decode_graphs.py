@@ -53,7 +53,7 @@ class DecodeGraphs:
         self._ladder = batch_ladder(limits.max_seqs)
         max_blocks = -(-limits.max_model_len // self._block_size)
         is_cuda = device.type == "cuda"
-        self._host = DecodeRows(limits.max_seqs, max_blocks, is_pinned=is_cuda)
+        self._host = DecodeRows(limits.max_seqs, is_pinned=is_cuda)
         self._uploaded = torch.cuda.Event() if is_cuda else None
         self._found_P = found_P
         # token ids, positions, places of pending tokens; -1: none
@@ -84,13 +84,11 @@ class DecodeGraphs:
         """Copies the inputs of a step of so many rows in; the sequences in the order of their rows."""
         if self._uploaded is not None:
             self._uploaded.synchronize()  # then the host's buffers may change
-        placed, has_changed = self._host.update(seqs, num_rows, places)
+        placed = self._host.update(seqs, num_rows, places)
         self._rows_3N.copy_(self._host.rows_3N, non_blocking=True)
-        if has_changed:
-            num_seqs = len(placed)
-            self._tables_NB[:num_seqs].copy_(self._host.tables_NB[:num_seqs], non_blocking=True)
         if self._uploaded is not None:
             self._uploaded.record()
+        self._host.write_tables(self._tables_NB)
         return placed
 
     def positions(self) -> torch.Tensor:

@@ -13,15 +13,14 @@ import numpy as np
 import torch
 
 from engine.sequence import Sequence
+from engine.uploads import upload
 
 
 class DecodeRows:
-    def __init__(self, max_seqs: int, max_blocks: int, *, is_pinned: bool) -> None:
+    def __init__(self, max_seqs: int, *, is_pinned: bool) -> None:
         # token ids, positions, places of pending tokens
         self.rows_3N = torch.zeros(3, max_seqs, dtype=torch.int64, pin_memory=is_pinned)
-        self.tables_NB = torch.zeros(max_seqs, max_blocks, dtype=torch.int32, pin_memory=is_pinned)
         self._rows = self.rows_3N.numpy()
-        self._tables = self.tables_NB.numpy()
         self._row_of: dict[Sequence, int] = {}
         self._known: list[list[int]] = []  # the block table of each row, and how much of it is written
         self._lengths: list[int] = []
@@ -31,16 +30,15 @@ class DecodeRows:
         seqs: list[Sequence],
         num_rows: int,
         places: Mapping[Sequence, int] = MappingProxyType({}),
-    ) -> tuple[list[Sequence], bool]:
-        """The sequences in the order of their rows, and whether a table has changed. Rows beyond them, up to
-        num_rows, get position -1. places: of the pending tokens; the other rows get place -1."""
+    ) -> list[Sequence]:
+        """The sequences in the order of their rows. Rows beyond them, up to num_rows, get position -1.
+        places: of the pending tokens; the other rows get place -1."""
         self._drop_others(seqs)
         for seq in seqs:
             if seq not in self._row_of:
                 self._row_of[seq] = len(self._known)
                 self._known.append([])
                 self._lengths.append(0)
-        has_changed = self.write_tables()
         placed = list(self._row_of)
         placed.sort(key=self._row_of.__getitem__)
         positions = [seq.num_computed_tokens for seq in placed]
@@ -53,7 +51,7 @@ class DecodeRows:
         self._rows[1, num_seqs:num_rows] = -1
         self._rows[2, :num_seqs] = [places.get(seq, -1) for seq in placed]
         self._rows[2, num_seqs:num_rows] = -1
-        return placed, has_changed
+        return placed
 
     def _drop_others(self, seqs: list[Sequence]) -> None:
         wanted = set(seqs)
@@ -71,16 +69,22 @@ class DecodeRows:
             self._known.pop()
             self._lengths.pop()
 
-    def write_tables(self) -> bool:
-        """Brings the tables up to date; whether one has changed."""
-        has_changed = False
+    def write_tables(self, tables_NB: torch.Tensor) -> None:
+        """Brings the rows' block tables on the device up to date: what has changed is uploaded, and nobody
+        waits."""
+        rows: list[int] = []
+        columns: list[int] = []
+        block_ids: list[int] = []
         for seq, row in self._row_of.items():
             table = seq.block_table
             if self._known[row] is not table:
                 self._known[row], self._lengths[row] = table, 0
             first, end = self._lengths[row], len(table)
             if first != end:
-                self._tables[row, first:end] = np.array(table[first:], dtype=np.int32)
+                rows += [row] * (end - first)
+                columns += range(first, end)
+                block_ids += table[first:]
                 self._lengths[row] = end
-                has_changed = True
-        return has_changed
+        if rows:
+            changes_3M = upload(np.array([rows, columns, block_ids]), tables_NB.device)
+            tables_NB[changes_3M[0], changes_3M[1]] = changes_3M[2].to(tables_NB.dtype)

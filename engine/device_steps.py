@@ -87,7 +87,6 @@ class DeviceSteps:
 
         self._pick = greedy_tokens
         self.start_times = PhaseTimes()
-        self.merges_steps = True
         self._device = device = kv_cache.data.device
         self._model = model
         self._kv_cache = kv_cache
@@ -139,7 +138,7 @@ class DeviceSteps:
     def _merge(self, seqs: list[Sequence], prepared: PreparedBatch, launch: DeviceLaunch) -> bool:
         """Whether they went through the layers together."""
         mixed = self._mixed
-        if not self.merges_steps or mixed is None or prepared.prompt_rows or not mixed.fits(prepared.batch):
+        if mixed is None or prepared.prompt_rows or not mixed.fits(prepared.batch):
             return False
         placed = mixed.launch(seqs, self._pending_places(seqs), prepared.batch, len(prepared.sampled))
         self._take_decodes(placed, launch)

@@ -9,19 +9,19 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from engine.block_runs import runs
+from engine.block_runs import common_runs, runs
+from engine.side_stream import SideStream
 
 _MAX_DIRECT_COPIES = 96  # of one write; in more pieces it is scattered on the device
 
 
 class DeviceWrites:
-    """On a stream of its own, through pinned memory. One write at a time, from any thread."""
+    """On a stream of its own, one after another, from any thread."""
 
     def __init__(self, data: torch.Tensor) -> None:
         """data [layers, blocks, ...] on a CUDA device."""
         self._data = data
-        self._stream = torch.cuda.Stream(data.device)
-        self._lock = threading.Lock()
+        self._stream = SideStream(data.device)
         self._idle = PinnedBuffers()
 
     def fence(self) -> torch.cuda.Event:
@@ -39,17 +39,26 @@ class DeviceWrites:
         payload: memoryview | bytes,
         after: torch.cuda.Event | None,
     ) -> None:
-        """Behind `after`, or behind all that was launched so far. On return the blocks are written, and the
-        payload may change."""
-        with self._idle.holding(payload) as source, self._lock, torch.cuda.stream(self._stream):
-            if after is None:
-                after = torch.cuda.Event()
-                after.record(torch.cuda.default_stream(self._data.device))
-            self._stream.wait_event(after)
+        """Through pinned memory, behind `after`, or behind all that was launched so far. On return the blocks
+        are written, and the payload may change."""
+        with self._idle.holding(payload) as source, self._stream.behind(after):
             target = self._data[layers]
             values = source.view(self._data.dtype).view(target.shape[0], len(block_ids), *target.shape[2:])
             copy_in(values, target, block_ids)
-            self._stream.synchronize()
+
+    @torch.inference_mode()
+    def copy(
+        self,
+        layers: slice,
+        block_ids: list[int],
+        source: torch.Tensor,
+        source_ids: list[int],
+        after: torch.cuda.Event | None,
+    ) -> None:
+        """As write(), of what is in these blocks of another cache [layers, blocks, ...] that this device can
+        read. On return nothing reads the source any more."""
+        with self._stream.behind(after):
+            copy_across(source[layers], source_ids, self._data[layers], block_ids)
 
     @contextmanager
     def landing(self, num_bytes: int) -> Iterator[memoryview]:
@@ -105,3 +114,26 @@ def copy_in(source: torch.Tensor, target: torch.Tensor, block_ids: list[int]) ->
     for blocks, new in zip(target, source, strict=True):
         for start, first_id, length in pieces:
             blocks[first_id : first_id + length].copy_(new[start : start + length], non_blocking=True)
+
+
+def copy_across(
+    source: torch.Tensor, source_ids: list[int], target: torch.Tensor, target_ids: list[int]
+) -> None:
+    """Both [layers, all blocks, ...] and contiguous. Starts the copies."""
+    pieces = list(common_runs(source_ids, target_ids))
+    if len(pieces) * target.shape[0] > _MAX_DIRECT_COPIES:
+        picked = _words(source).index_select(1, torch.tensor(source_ids, device=source.device))
+        _words(target).index_copy_(1, torch.tensor(target_ids, device=target.device), picked)
+        return
+    for new, blocks in zip(source, target, strict=True):
+        for source_id, target_id, length in pieces:
+            blocks[target_id : target_id + length].copy_(
+                new[source_id : source_id + length], non_blocking=True
+            )
+
+
+def _words(blocks: torch.Tensor) -> torch.Tensor:
+    """[layers, blocks, words] of the same bytes: the wider the words, the faster they are gathered."""
+    flat = blocks.view(*blocks.shape[:2], -1)
+    is_even = flat.shape[2] * flat.element_size() % torch.int64.itemsize == 0
+    return flat.view(torch.int64 if is_even else torch.uint8)

@@ -15,9 +15,12 @@ every one out of step(), ends the engine.
 from __future__ import annotations
 
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from engine.block_pool import BlockPool
 from engine.device_share import DeviceShare
@@ -47,6 +50,11 @@ class EngineLimits:
     max_model_len: int  # tokens of prompt and output
     vocab_size: int
     eos_token_ids: frozenset[int]
+
+
+def _extremes(token_ids: array[int]) -> tuple[int, int]:
+    values = np.frombuffer(token_ids, dtype=np.int64)
+    return int(values.min()), int(values.max())
 
 
 @dataclass(slots=True)
@@ -358,7 +366,7 @@ class Engine:
         if seq.kv_listener is not None and not seq.keeps_blocks:
             raise ValueError("a sequence with a KV listener must keep its blocks")
         for token_ids, what in (
-            (seq.token_ids, "token id"),
+            (_extremes(seq.token_ids), "token id"),
             (seq.sampling.logit_bias, "logit_bias for token id"),
             (seq.sampling.stop_token_ids, "stop token id"),
             (seq.sampling.allowed_token_ids, "allowed token id"),

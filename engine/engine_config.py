@@ -15,10 +15,10 @@ from engine.memory import available_memory_bytes
 from engine.mixed_graphs import CHUNK_LADDER
 from engine.scheduler import SchedulerConfig
 
-DEFAULT_MAX_RUNNING = 64
-# One step of a 135 M model prefills this many tokens in about a second on two slow cores: no decode waits
-# longer.
-DEFAULT_TOKEN_BUDGET = 512
+DEFAULT_MAX_RUNNING = {"cpu": 64, "cuda": 256}
+# On two slow cores one step of a 135 M model prefills this many tokens in about a second: no decode waits
+# longer. On a GPU, where decodes have a mixed_budget, a prompt goes through the layers in few pieces.
+DEFAULT_TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}
 MAX_SPECULATIVE_TOKENS = 8
 MAX_DEFAULT_KV_BYTES = 4 << 30
 DEFAULT_DISK_KV_BYTES = 8 << 30
@@ -84,12 +84,13 @@ class EngineConfig:
         """EngineConfigError for a budget that starves somebody."""
         if self.block_size < 1:
             raise EngineConfigError(f"block_size must be 1 or more, got {self.block_size}")
-        max_running = DEFAULT_MAX_RUNNING if self.max_running is None else self.max_running
+        kind = torch.device(self.device).type
+        is_cuda = kind == "cuda"
+        max_running = DEFAULT_MAX_RUNNING.get(kind, 64) if self.max_running is None else self.max_running
         token_budget = self.token_budget
         if token_budget is None:
             most_decodes = max_running * (1 + num_speculative_tokens)
-            token_budget = max(DEFAULT_TOKEN_BUDGET, most_decodes + self.block_size)
-        is_cuda = torch.device(self.device).type == "cuda"
+            token_budget = max(DEFAULT_TOKEN_BUDGET.get(kind, 512), most_decodes + self.block_size)
         config = SchedulerConfig(
             token_budget=token_budget,
             max_running=max_running,

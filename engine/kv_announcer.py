@@ -2,14 +2,15 @@
 
 With an outbox the cache is on a device, whose forward pass has only been launched when a layer is reported:
 rectangles are copied to the outbox behind it and announced there, on another thread, in larger groups, since
-each costs a copy.
+each costs a copy. A listener whose reader copies from the device itself hears of the blocks there instead,
+when the forward pass has got so far.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from engine.kv_cache import KvCache
 from engine.kv_outbox import KvOutbox, OutboxCopy
@@ -24,6 +25,16 @@ GROUP_BYTES = 1 << 20
 OUTBOX_GROUP_BYTES = 8 << 20
 
 
+@runtime_checkable
+class DeviceListener(Protocol):
+    """A KvListener that can say so."""
+
+    @property
+    def reads_device(self) -> bool:
+        """Its reader copies from the cache itself, wherever that is."""
+        ...
+
+
 @dataclass(slots=True)
 class _Chunk:
     """Blocks of one listening sequence that this step completes."""
@@ -32,6 +43,7 @@ class _Chunk:
     first_block: int
     block_ids: list[int]
     slots: range | None  # of these blocks in the outbox
+    reads_device: bool
     layers_per_group: int
     num_announced_layers: int = 0
 
@@ -57,7 +69,7 @@ class KvAnnouncer:
             return
         assert seq.times.scheduled is not None
         origin = self._kv_cache
-        if self._outbox is not None:
+        if self._outbox is not None and not _reads_device(listener):
             seq.outbox_slots = self._outbox.take(len(seq.block_table))
             if seq.outbox_slots is not None:
                 origin = self._outbox.cache
@@ -100,7 +112,8 @@ class KvAnnouncer:
         block_ids = seq.block_table[first_block:end_block]
         slots = None if seq.outbox_slots is None else seq.outbox_slots[first_block:end_block]
         layer_bytes = len(block_ids) * self._layer_block_bytes
-        return _Chunk(listener, first_block, block_ids, slots, max(1, self._group_bytes // layer_bytes))
+        layers_per_group = max(1, self._group_bytes // layer_bytes)
+        return _Chunk(listener, first_block, block_ids, slots, _reads_device(listener), layers_per_group)
 
     def _layer_done(self, chunk: _Chunk, layer: int, computed: torch.cuda.Event | None) -> None:
         first_layer = chunk.num_announced_layers
@@ -113,10 +126,15 @@ class KvAnnouncer:
         for start in range(0, len(chunk.block_ids), stride):
             part = slice(start, start + stride)
             ids, first_block = chunk.block_ids[part], chunk.first_block + start
-            if chunk.slots is None:
-                chunk.listener.kv_ready(first_layer, num_layers, first_block, ids)
-                continue
-            assert self._outbox is not None
-            slots = list(chunk.slots[part])
+            slots = ids if chunk.slots is None else list(chunk.slots[part])
             ready = partial(chunk.listener.kv_ready, first_layer, num_layers, first_block, slots)
-            self._outbox.send(OutboxCopy(first_layer, num_layers, ids, slots), ready, computed)
+            if self._outbox is not None and chunk.slots is not None:
+                self._outbox.send(OutboxCopy(first_layer, num_layers, ids, slots), ready, computed)
+            elif self._outbox is not None and chunk.reads_device:
+                self._outbox.tell(ready, computed)
+            else:
+                ready()
+
+
+def _reads_device(listener: KvListener) -> bool:
+    return isinstance(listener, DeviceListener) and listener.reads_device

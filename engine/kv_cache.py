@@ -21,7 +21,10 @@ import numpy as np
 import torch
 
 from engine.block_runs import runs
+from engine.cuda_ipc import MemoryHandle, OpenedMemory, export_memory
+from engine.device_reads import DeviceReads
 from engine.device_writes import DeviceWrites
+from engine.kv_export import STAMP_BYTES, KvExport
 from engine.kv_layout import KvLayout
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,6 +50,9 @@ class KvCache:
         self.layout = layout
         self.num_blocks = num_blocks
         self.shared_name: str | None = None
+        self.exported: KvExport | None = None  # set by export()
+        self.export_refusal = ""  # why it could not be
+        self._stamp: torch.Tensor | None = None  # uint8 [STAMP_BYTES] behind the blocks, on CUDA
         self._file: int | None = None
         self._map: mmap.mmap | None = None
         shape = (layout.num_layers, num_blocks, layout.block_size, *layout.token_shape)
@@ -55,11 +61,18 @@ class KvCache:
             self._create_file()
             assert self._map is not None
             self.data: torch.Tensor = torch.frombuffer(self._map, dtype=dtype).view(shape)
+        elif torch.device(device).type == "cuda":
+            num_stamps = STAMP_BYTES // dtype.itemsize
+            flat = torch.zeros(math.prod(shape) + num_stamps, dtype=dtype, device=device)
+            self.data = flat[:-num_stamps].view(shape)
+            self._stamp = flat[-num_stamps:].view(torch.uint8)
         else:
             self.data = torch.zeros(shape, dtype=dtype, device=device, pin_memory=is_pinned)
         self._rows = [layer.view(-1, *layout.token_shape) for layer in self.data.unbind()]
         self._bytes_LBX = self._byte_view() if device == "cpu" else None
-        self._device_writes = DeviceWrites(self.data) if self.data.device.type == "cuda" else None
+        is_cuda = self.data.device.type == "cuda"
+        self._device_reads = DeviceReads(self.data) if is_cuda else None
+        self._device_writes = DeviceWrites(self.data) if is_cuda else None
 
     @classmethod
     def attach(cls, name: str, layout: KvLayout, num_blocks: int) -> AttachedKvCache:
@@ -69,6 +82,11 @@ class KvCache:
     @property
     def size_bytes(self) -> int:
         return self.num_blocks * self.layout.block_bytes
+
+    @property
+    def is_on_device(self) -> bool:
+        """Then who reads or writes blocks may have to wait for forward passes."""
+        return self._device_writes is not None
 
     def layer(self, i: int) -> torch.Tensor:
         """[num_blocks, block_size, *token_shape], a view."""
@@ -92,13 +110,12 @@ class KvCache:
         self, first_layer: int, num_layers: int, block_ids: list[int], into: memoryview | None = None
     ) -> memoryview:
         """A copy of the bytes, [layer][block][token in block][token_shape]; it may lie in `into`, when that
-        is just as large."""
+        is just as large. On CUDA behind all that was launched so far."""
         layers = slice(first_layer, first_layer + num_layers)
-        if self._bytes_LBX is not None:
-            return gather(self._bytes_LBX[layers], block_ids, into)
-        index = torch.tensor(block_ids, device=self.data.device)
-        picked = self.data[layers].index_select(1, index).cpu().contiguous()
-        return picked.view(-1).view(torch.uint8).numpy().data
+        if self._device_reads is not None:
+            return self._device_reads.read(layers, block_ids)
+        assert self._bytes_LBX is not None, "closed"
+        return gather(self._bytes_LBX[layers], block_ids, into)
 
     def write_blocks(
         self,
@@ -127,6 +144,50 @@ class KvCache:
         for start, first_id, length in runs(block_ids):
             target[:, first_id : first_id + length] = source[:, start : start + length]
 
+    def export(self) -> None:
+        """Another process of this machine may open_peer() the cache from now on, as `exported` says, if the
+        driver lets it. It must read only what somebody tells it is there."""
+        name = secrets.token_hex(STAMP_BYTES)
+        try:
+            if self._stamp is not None:
+                self._stamp.copy_(torch.frombuffer(bytearray.fromhex(name), dtype=torch.uint8))
+                memory = export_memory(self.data)
+            elif self.shared_name is not None:
+                memory = MemoryHandle(self.shared_name.encode(), 0, "")
+            else:
+                raise OSError("it is in private memory")
+        except (OSError, RuntimeError) as error:
+            self.export_refusal = str(error)
+            return
+        self.exported = KvExport(name=name, pid=os.getpid(), num_blocks=self.num_blocks, memory=memory)
+
+    def open_peer(self, exported: KvExport) -> PeerKvCache:
+        """Another process's cache of this layout, to copy_blocks() from. OSError when it is gone, or cannot
+        be read from where this one is."""
+        if self.is_on_device != bool(exported.memory.device_uuid):
+            raise OSError("one of the two caches is on a device, the other one is not")
+        if self.is_on_device:
+            return OpenedKvCache(exported, self.layout, self.data.device)
+        return AttachedKvCache(exported.memory.handle.decode(), self.layout, exported.num_blocks)
+
+    def copy_blocks(
+        self,
+        source: KvCache | PeerKvCache,
+        first_layer: int,
+        num_layers: int,
+        source_ids: list[int],
+        block_ids: list[int],
+        after: torch.cuda.Event | None = None,
+    ) -> None:
+        """As write_blocks() of what is in these blocks of the other cache, without a detour."""
+        if isinstance(source, OpenedKvCache):
+            assert self._device_writes is not None
+            layers = slice(first_layer, first_layer + num_layers)
+            self._device_writes.copy(layers, block_ids, source.data, source_ids, after)
+        else:
+            payload = source.read_blocks(first_layer, num_layers, source_ids)
+            self.write_blocks(first_layer, num_layers, block_ids, payload, after)
+
     @contextmanager
     def landing(self, num_bytes: int) -> Iterator[memoryview | None]:
         """On CUDA, memory from which write_blocks() copies without a detour, inside the block."""
@@ -140,7 +201,8 @@ class KvCache:
         """Give the memory back; tensors of this cache must not be used afterwards. Idempotent."""
         self._bytes_LBX = None
         self._rows = []
-        self._device_writes = None
+        self._device_reads = self._device_writes = None
+        self.exported = self._stamp = None
         self.data = torch.empty(0)
         close_map(self._map)
         self._map = None
@@ -202,6 +264,43 @@ class AttachedKvCache:
         self._bytes_LBX = None
         close_map(self._map)
         self._map = None
+
+
+class OpenedKvCache:
+    """Another process's cache on a device, read-only. It stays readable after the owner's death, until
+    close(), and its memory stays taken for as long."""
+
+    def __init__(self, exported: KvExport, layout: KvLayout, device: torch.device) -> None:
+        """`device` is who reads it. OSError when it is gone, or cannot be read."""
+        self.layout = layout
+        self.num_blocks = exported.num_blocks
+        num_bytes = exported.num_blocks * layout.block_bytes
+        self._memory = OpenedMemory(exported.memory, num_bytes + STAMP_BYTES, device)
+        try:
+            self._check(bytes.fromhex(exported.name), num_bytes)
+        except BaseException:
+            self._memory.close()
+            raise
+        blocks = self._memory.data[:num_bytes].view(TORCH_DTYPES[layout.dtype])
+        # [layers, blocks, block_size, *token_shape]
+        self.data = blocks.view(layout.num_layers, self.num_blocks, layout.block_size, *layout.token_shape)
+
+    def close(self) -> None:
+        self.data = torch.empty(0)
+        self._memory.close()
+
+    def _check(self, stamp: bytes, num_bytes: int) -> None:
+        """Some machines open the memory of another device and then read anything but what is there."""
+        try:
+            with torch.cuda.stream(torch.cuda.Stream(self._memory.data.device)):
+                found = self._memory.data[num_bytes:].cpu()
+        except RuntimeError as error:
+            raise OSError(f"it cannot be read: {error}") from error
+        if bytes(found.tolist()) != stamp:
+            raise OSError("what was opened is not that cache")
+
+
+PeerKvCache = AttachedKvCache | OpenedKvCache
 
 
 def gather(

@@ -4,6 +4,9 @@ KV that is handed off leaves the device while later layers are computed: a copy 
 front of it are done, on a stream of its own, into memory that other processes of the host can open. Who reads
 it waits for no forward pass.
 
+A reader that can open the device's cache itself needs no copies and takes no slots: it only has to hear when
+the device has got there.
+
 A sequence has its slots from its start to its end. Slots of an ended one are used again at once: copies are
 made in order, and nobody reads slots of a sequence that has ended.
 """
@@ -18,11 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.block_runs import runs
+from engine.device_reads import copy_out
 from engine.kv_cache import KvCache
 from engine.pinned_memory import pin, unpin
-
-_MAX_DIRECT_COPIES = 96  # of one rectangle; in more pieces it is gathered on the device first
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +38,18 @@ class OutboxCopy:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    copy: OutboxCopy
+    copy: OutboxCopy | None  # None: only to be waited for
     computed: torch.cuda.Event | None  # None: on the CPU
-    on_copied: Callable[[], None]
+    on_ready: Callable[[], None]
 
 
 class KvOutbox:
-    """take(), send(), give_back() and poll() on the engine thread. Owns its memory and a thread that waits
-    for copies."""
+    """take(), send(), tell(), give_back() and poll() on the engine thread. Owns its memory and a thread that
+    waits for the device."""
 
     def __init__(self, device: KvCache, num_slots: int) -> None:
+        """Exports the device's cache: from now on somebody waits until its blocks are final."""
+        device.export()
         self.cache = KvCache(device.layout, num_slots, is_shared=True)  # the slots are its blocks
         self._device = device
         self._free: list[range] = [range(num_slots)]  # ascending, no two touch
@@ -90,10 +93,12 @@ class KvOutbox:
     ) -> None:
         """on_copied() on another thread, once the slots hold what the blocks hold when `computed` is
         reached, or what was launched so far is done. Copies are made one after another."""
-        if self._stream is not None and computed is None:
-            computed = torch.cuda.Event()
-            computed.record(torch.cuda.current_stream(self._device.data.device))
-        self._jobs.put(_Job(copy, computed, on_copied))
+        self._put(copy, on_copied, computed)
+
+    def tell(self, on_computed: Callable[[], None], computed: torch.cuda.Event | None = None) -> None:
+        """on_computed() on that thread and in that order, once `computed` is reached: for a reader that
+        copies from the cache itself."""
+        self._put(None, on_computed, computed)
 
     def poll(self) -> None:
         """Raises what a copy raised."""
@@ -115,38 +120,39 @@ class KvOutbox:
             self.is_pinned = False
         self.cache.close()
 
+    def _put(
+        self, copy: OutboxCopy | None, on_ready: Callable[[], None], computed: torch.cuda.Event | None
+    ) -> None:
+        if self._stream is not None and computed is None:
+            computed = torch.cuda.Event()
+            computed.record(torch.cuda.current_stream(self._device.data.device))
+        self._jobs.put(_Job(copy, computed, on_ready))
+
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             if self._failure is not None or self._is_closing:
                 continue
             try:
-                self._copy(job)
-                job.on_copied()
+                self._make_ready(job)
+                job.on_ready()
             except BaseException as error:  # noqa: BLE001 - belongs to the engine thread
                 self._failure = error
                 self.on_failure()
 
     @torch.inference_mode()
-    def _copy(self, job: _Job) -> None:
-        copy = job.copy
+    def _make_ready(self, job: _Job) -> None:
         if self._stream is None or job.computed is None:
-            payload = self._device.read_blocks(copy.first_layer, copy.num_layers, copy.block_ids)
-            self.cache.write_blocks(copy.first_layer, copy.num_layers, copy.slots, payload)
+            if job.copy is not None:
+                self._copy_on_cpu(job.copy)
             return
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(job.computed)
-            layers = slice(copy.first_layer, copy.first_layer + copy.num_layers)
-            copy_out(self._device.data[layers], copy.block_ids, self.cache.data[layers], copy.slots[0])
+            if job.copy is not None:
+                layers = slice(job.copy.first_layer, job.copy.first_layer + job.copy.num_layers)
+                source, target = self._device.data[layers], self.cache.data[layers]
+                copy_out(source, job.copy.block_ids, target, job.copy.slots[0])
             self._stream.synchronize()
 
-
-def copy_out(source: torch.Tensor, block_ids: list[int], target: torch.Tensor, first_slot: int) -> None:
-    """source and target [layers, blocks, ...]; the slots are a run. Starts the copies."""
-    pieces = list(runs(block_ids))
-    if len(pieces) * source.shape[0] > _MAX_DIRECT_COPIES:
-        source = source.index_select(1, torch.tensor(block_ids, device=source.device))
-        pieces = [(0, 0, len(block_ids))]
-    for blocks, slots in zip(source, target, strict=True):
-        for start, first_id, length in pieces:
-            new = blocks[first_id : first_id + length]
-            slots[first_slot + start : first_slot + start + length].copy_(new, non_blocking=True)
+    def _copy_on_cpu(self, copy: OutboxCopy) -> None:
+        payload = self._device.read_blocks(copy.first_layer, copy.num_layers, copy.block_ids)
+        self.cache.write_blocks(copy.first_layer, copy.num_layers, copy.slots, payload)

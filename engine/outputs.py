@@ -29,9 +29,9 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # one a token: to make a frozen one takes seven times as long
 class SequenceOutput:
-    """New tokens, or the end, of one sequence.
+    """New tokens, or the end, of one sequence. Nobody changes it.
 
     After a finish_reason the engine has forgotten seq_id, unless the sequence was added with keeps_blocks:
     then its blocks stay until release().

@@ -82,6 +82,10 @@ class Runner:
             return self.device_steps.launch(batch, layer_done)
         return FinishedLaunch(self._run(batch, layer_done))
 
+    def forget_expert_load(self) -> None:
+        """What was computed so far does not count."""
+        self._model.take_expert_load()
+
     def join_group(self, recount: Callable[[int], None]) -> None:
         """recount(rows) before each pass that agree() knows nothing of, in every step and on every rank."""
         if self._drafter is not None:

@@ -332,18 +332,19 @@ class Scheduler:
 
     def _decodes(self, seq: Sequence) -> bool:
         """One token to compute, unless that one is pending and the last."""
-        if seq.num_remaining_tokens != 1:
-            return False
         num_pending = seq.num_pending_tokens
+        num_tokens = len(seq.token_ids) + num_pending  # asked of every sequence in every step: few calls
+        if num_tokens - seq.num_computed_tokens != 1:
+            return False
         return not num_pending or (
-            seq.num_output_tokens + num_pending < seq.max_output_tokens
-            and seq.num_tokens + num_pending < self._num_possible_tokens
+            num_tokens - seq.num_prompt_tokens < seq.max_output_tokens
+            and num_tokens < self._num_possible_tokens
         )
 
     def _lacks_block(self, seq: Sequence) -> bool:
         """A decode has no place for its newest token."""
         num_ahead = 0 if seq.keeps_blocks else self.config.lookahead_tokens
-        num_wanted = seq.num_tokens + seq.num_pending_tokens + num_ahead
+        num_wanted = len(seq.token_ids) + seq.num_pending_tokens + num_ahead
         return len(seq.block_table) * self.block_size < num_wanted and self._decodes(seq)
 
     def _preempt(self, seq: Sequence) -> None:

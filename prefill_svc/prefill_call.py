@@ -4,7 +4,8 @@
 2. Started: all its blocks are allocated; STARTED goes out.
 3. Computing: the engine announces rectangles of the cache as they become final. Only these announcements are
    queued; bytes are read when the stream has room for them, so a slow receiver holds blocks and no copies.
-   On a device they are copies in host memory already (engine.kv_outbox).
+   On a device they are copies in host memory already (engine.kv_outbox), or the receiver copies them off it
+   by itself.
 4. Finished: counts, checksum and the first token go out, once all rectangles have: copies off a device may
    end after the step that gave the token.
 5. Committed, or the call ended: the blocks become ordinary prefix cache.
@@ -29,8 +30,9 @@ from proto.prefill_pb2 import PrefillFinished, PrefillRequest, PrefillStarted
 from servicekit.errors import InvalidRequest
 from servicekit.logging import get_logger
 from worker.async_engine import AsyncEngine
+from worker.cancellation import run_in_thread
 from worker.conversions import all_logprobs_to_pb, draft_to_pb, logprobs_to_pb
-from worker.kv_carrier import KvCarrier, SharedMemoryCarrier, shared_cache_pb
+from worker.kv_carrier import KvCarrier, MappedCacheCarrier, SharedMemoryCarrier, shared_cache_pb
 from worker.kv_chunks import ChunkTally
 from worker.kv_frames import FrameKind, pack_frame, read_frame
 from worker.kv_rectangle import TARGET_CHUNK_BYTES, KvRectangle
@@ -57,7 +59,8 @@ class PrefillEvents:
     """What the engine says about one sequence, in order. The KvListener methods come on threads of the
     engine."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, *, reads_device: bool = False) -> None:
+        self.reads_device = reads_device
         self._engine = engine
         self._queue: asyncio.Queue[PrefillEvent] = asyncio.Queue()
 
@@ -100,7 +103,9 @@ class PrefillCall:
         self._output: SequenceOutput | None = None
         self._tally = ChunkTally()
         self._pending: KvRectangle | None = None
-        self._events = PrefillEvents(engine)
+        self._offer_pb = transfers.device_offer(request_pb)
+        is_mapped = self._offer_pb is not None and self._offer_pb.name == request_pb.mapped_cache
+        self._events = PrefillEvents(engine, reads_device=is_mapped)
 
     @property
     def carrier_name(self) -> str | None:
@@ -122,7 +127,8 @@ class PrefillCall:
         try:
             await self._engine.call(lambda engine: add_sequence(engine, seq))
             while self.finished is None:
-                for frame in self._frames(await self._events.next()):
+                frames = self._frames(await self._events.next())
+                while (frame := await self._next_frame(frames)) is not None:
                     await context.write(frame)
             return await _read_commit(context)
         finally:
@@ -131,6 +137,16 @@ class PrefillCall:
                 self._engine.post(lambda engine: engine.release(seq.seq_id))
             else:
                 self._engine.post(lambda engine: engine.abort(seq.seq_id))
+
+    async def _next_frame(self, frames: Iterator[bytes]) -> bytes | None:
+        if self._waits_for_device:
+            return await run_in_thread(next, frames, None)
+        return next(frames, None)
+
+    @property
+    def _waits_for_device(self) -> bool:
+        """The outbox had no room: chunks are read off the device itself, behind forward passes."""
+        return self.started is not None and self.started.origin.is_on_device and not self._events.reads_device
 
     def _frames(self, event: PrefillEvent) -> Iterator[bytes]:
         """Each chunk's bytes are read when its frame is asked for."""
@@ -157,7 +173,10 @@ class PrefillCall:
 
     def _on_started(self, started: Started) -> None:
         self.started = started
-        self._carrier = self._transfers.sending_carrier(self._request_pb, started.origin)
+        if self._events.reads_device:
+            self._carrier = MappedCacheCarrier(started.origin)
+        else:
+            self._carrier = self._transfers.sending_carrier(self._request_pb, started.origin)
         num_wanted = max(0, started.num_blocks - self._request_pb.num_held_blocks)
         self._num_missing = self._layout.num_layers * num_wanted
         self._trace.started(started.num_blocks, started.num_hit_tokens)
@@ -193,6 +212,10 @@ class PrefillCall:
         )
         if isinstance(self._carrier, SharedMemoryCarrier):
             started_pb.shared_kv_cache.CopyFrom(shared_cache_pb(started.origin))
+        if self._events.reads_device:
+            started_pb.is_in_mapped_cache = True
+        elif self._offer_pb is not None:
+            started_pb.device_kv_cache.CopyFrom(self._offer_pb)
         return pack_frame(FrameKind.PREFILL_STARTED, started_pb)
 
     def _pack_chunk(self, carrier: KvCarrier, piece: KvRectangle) -> bytes:

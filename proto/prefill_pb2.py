@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from proto import common_pb2 as proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13proto/prefill.proto\x12\x08\x62\x61ton.v1\x1a\x12proto/common.proto\"q\n\x08KvLayout\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x13\n\x0btoken_shape\x18\x03 \x03(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nblock_size\x18\x05 \x01(\r\"\xca\x01\n\x0ePrefillRequest\x12(\n\x08sequence\x18\x01 \x01(\x0b\x32\x16.baton.v1.SequenceSpec\x12%\n\tkv_layout\x18\x02 \x01(\x0b\x32\x12.baton.v1.KvLayout\x12\x17\n\x0fnum_held_blocks\x18\x03 \x01(\r\x12\x0f\n\x07host_id\x18\x04 \x01(\t\x12\x1d\n\x15\x61\x63\x63\x65pts_shared_memory\x18\x05 \x01(\x08\x12\x1e\n\x04peer\x18\x06 \x01(\x0b\x32\x10.baton.v1.KvPeer\"\x92\x01\n\x0ePrefillStarted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x16\n\x0enum_hit_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x02\x12\x30\n\x0fshared_kv_cache\x18\x05 \x01(\x0b\x32\x17.baton.v1.SharedKvCache\"E\n\rSharedKvCache\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\"\xa2\x01\n\x07KvChunk\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x06\x12\x18\n\x10source_block_ids\x18\x06 \x03(\r\x12\x19\n\x11is_in_host_memory\x18\x07 \x01(\x08\"\xca\x02\n\x0fPrefillFinished\x12\x12\n\nnum_chunks\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\x12\x16\n\x0e\x66irst_token_id\x18\x04 \x01(\r\x12\x35\n\x14\x66irst_token_logprobs\x18\x05 \x01(\x0b\x32\x17.baton.v1.TokenLogprobs\x12\x30\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12\x11\n\tprefill_s\x18\x07 \x01(\x02\x12\x19\n\x11num_loaded_tokens\x18\x08 \x01(\r\x12\x1a\n\x12num_fetched_tokens\x18\t \x01(\r\x12\x0e\n\x06load_s\x18\n \x01(\x02\x12#\n\x05\x64raft\x18\x0b \x01(\x0b\x32\x14.baton.v1.DraftState\"/\n\nDraftState\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06hidden\x18\x02 \x01(\x0c\"\x12\n\x10PrefillCommittedb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13proto/prefill.proto\x12\x08\x62\x61ton.v1\x1a\x12proto/common.proto\"q\n\x08KvLayout\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x13\n\x0btoken_shape\x18\x03 \x03(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nblock_size\x18\x05 \x01(\r\"\xff\x01\n\x0ePrefillRequest\x12(\n\x08sequence\x18\x01 \x01(\x0b\x32\x16.baton.v1.SequenceSpec\x12%\n\tkv_layout\x18\x02 \x01(\x0b\x32\x12.baton.v1.KvLayout\x12\x17\n\x0fnum_held_blocks\x18\x03 \x01(\r\x12\x0f\n\x07host_id\x18\x04 \x01(\t\x12\x1d\n\x15\x61\x63\x63\x65pts_shared_memory\x18\x05 \x01(\x08\x12\x1e\n\x04peer\x18\x06 \x01(\x0b\x32\x10.baton.v1.KvPeer\x12\x1d\n\x15\x61\x63\x63\x65pts_device_memory\x18\x07 \x01(\x08\x12\x14\n\x0cmapped_cache\x18\x08 \x01(\t\"\xe0\x01\n\x0ePrefillStarted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x16\n\x0enum_hit_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x02\x12\x30\n\x0fshared_kv_cache\x18\x05 \x01(\x0b\x32\x17.baton.v1.SharedKvCache\x12\x1a\n\x12is_in_mapped_cache\x18\x06 \x01(\x08\x12\x30\n\x0f\x64\x65vice_kv_cache\x18\x07 \x01(\x0b\x32\x17.baton.v1.DeviceKvCache\"y\n\rDeviceKvCache\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x0e\n\x06handle\x18\x04 \x01(\x0c\x12\x14\n\x0coffset_bytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x64\x65vice_uuid\x18\x06 \x01(\t\"E\n\rSharedKvCache\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\"\xa2\x01\n\x07KvChunk\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x06\x12\x18\n\x10source_block_ids\x18\x06 \x03(\r\x12\x19\n\x11is_in_host_memory\x18\x07 \x01(\x08\"\xca\x02\n\x0fPrefillFinished\x12\x12\n\nnum_chunks\x18\x01 \x01(\r\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x06\x12\x16\n\x0e\x66irst_token_id\x18\x04 \x01(\r\x12\x35\n\x14\x66irst_token_logprobs\x18\x05 \x01(\x0b\x32\x17.baton.v1.TokenLogprobs\x12\x30\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12\x11\n\tprefill_s\x18\x07 \x01(\x02\x12\x19\n\x11num_loaded_tokens\x18\x08 \x01(\r\x12\x1a\n\x12num_fetched_tokens\x18\t \x01(\r\x12\x0e\n\x06load_s\x18\n \x01(\x02\x12#\n\x05\x64raft\x18\x0b \x01(\x0b\x32\x14.baton.v1.DraftState\"/\n\nDraftState\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06hidden\x18\x02 \x01(\x0c\"\x12\n\x10PrefillCommittedb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,17 +35,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVLAYOUT']._serialized_start=53
   _globals['_KVLAYOUT']._serialized_end=166
   _globals['_PREFILLREQUEST']._serialized_start=169
-  _globals['_PREFILLREQUEST']._serialized_end=371
-  _globals['_PREFILLSTARTED']._serialized_start=374
-  _globals['_PREFILLSTARTED']._serialized_end=520
-  _globals['_SHAREDKVCACHE']._serialized_start=522
-  _globals['_SHAREDKVCACHE']._serialized_end=591
-  _globals['_KVCHUNK']._serialized_start=594
-  _globals['_KVCHUNK']._serialized_end=756
-  _globals['_PREFILLFINISHED']._serialized_start=759
-  _globals['_PREFILLFINISHED']._serialized_end=1089
-  _globals['_DRAFTSTATE']._serialized_start=1091
-  _globals['_DRAFTSTATE']._serialized_end=1138
-  _globals['_PREFILLCOMMITTED']._serialized_start=1140
-  _globals['_PREFILLCOMMITTED']._serialized_end=1158
+  _globals['_PREFILLREQUEST']._serialized_end=424
+  _globals['_PREFILLSTARTED']._serialized_start=427
+  _globals['_PREFILLSTARTED']._serialized_end=651
+  _globals['_DEVICEKVCACHE']._serialized_start=653
+  _globals['_DEVICEKVCACHE']._serialized_end=774
+  _globals['_SHAREDKVCACHE']._serialized_start=776
+  _globals['_SHAREDKVCACHE']._serialized_end=845
+  _globals['_KVCHUNK']._serialized_start=848
+  _globals['_KVCHUNK']._serialized_end=1010
+  _globals['_PREFILLFINISHED']._serialized_start=1013
+  _globals['_PREFILLFINISHED']._serialized_end=1343
+  _globals['_DRAFTSTATE']._serialized_start=1345
+  _globals['_DRAFTSTATE']._serialized_end=1392
+  _globals['_PREFILLCOMMITTED']._serialized_start=1394
+  _globals['_PREFILLCOMMITTED']._serialized_end=1412
 # @@protoc_insertion_point(module_scope)

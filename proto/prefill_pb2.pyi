@@ -22,34 +22,58 @@ class KvLayout(_message.Message):
     def __init__(self, model_fingerprint: _Optional[str] = ..., num_layers: _Optional[int] = ..., token_shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("sequence", "kv_layout", "num_held_blocks", "host_id", "accepts_shared_memory", "peer")
+    __slots__ = ("sequence", "kv_layout", "num_held_blocks", "host_id", "accepts_shared_memory", "peer", "accepts_device_memory", "mapped_cache")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     NUM_HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     ACCEPTS_SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTS_DEVICE_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    MAPPED_CACHE_FIELD_NUMBER: _ClassVar[int]
     sequence: _common_pb2.SequenceSpec
     kv_layout: KvLayout
     num_held_blocks: int
     host_id: str
     accepts_shared_memory: bool
     peer: _common_pb2.KvPeer
-    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., kv_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_held_blocks: _Optional[int] = ..., host_id: _Optional[str] = ..., accepts_shared_memory: _Optional[bool] = ..., peer: _Optional[_Union[_common_pb2.KvPeer, _Mapping]] = ...) -> None: ...
+    accepts_device_memory: bool
+    mapped_cache: str
+    def __init__(self, sequence: _Optional[_Union[_common_pb2.SequenceSpec, _Mapping]] = ..., kv_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_held_blocks: _Optional[int] = ..., host_id: _Optional[str] = ..., accepts_shared_memory: _Optional[bool] = ..., peer: _Optional[_Union[_common_pb2.KvPeer, _Mapping]] = ..., accepts_device_memory: _Optional[bool] = ..., mapped_cache: _Optional[str] = ...) -> None: ...
 
 class PrefillStarted(_message.Message):
-    __slots__ = ("worker_id", "num_blocks", "num_hit_tokens", "queue_s", "shared_kv_cache")
+    __slots__ = ("worker_id", "num_blocks", "num_hit_tokens", "queue_s", "shared_kv_cache", "is_in_mapped_cache", "device_kv_cache")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     SHARED_KV_CACHE_FIELD_NUMBER: _ClassVar[int]
+    IS_IN_MAPPED_CACHE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_KV_CACHE_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     num_blocks: int
     num_hit_tokens: int
     queue_s: float
     shared_kv_cache: SharedKvCache
-    def __init__(self, worker_id: _Optional[str] = ..., num_blocks: _Optional[int] = ..., num_hit_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., shared_kv_cache: _Optional[_Union[SharedKvCache, _Mapping]] = ...) -> None: ...
+    is_in_mapped_cache: bool
+    device_kv_cache: DeviceKvCache
+    def __init__(self, worker_id: _Optional[str] = ..., num_blocks: _Optional[int] = ..., num_hit_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., shared_kv_cache: _Optional[_Union[SharedKvCache, _Mapping]] = ..., is_in_mapped_cache: _Optional[bool] = ..., device_kv_cache: _Optional[_Union[DeviceKvCache, _Mapping]] = ...) -> None: ...
+
+class DeviceKvCache(_message.Message):
+    __slots__ = ("name", "pid", "num_blocks", "handle", "offset_bytes", "device_uuid")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_UUID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    pid: int
+    num_blocks: int
+    handle: bytes
+    offset_bytes: int
+    device_uuid: str
+    def __init__(self, name: _Optional[str] = ..., pid: _Optional[int] = ..., num_blocks: _Optional[int] = ..., handle: _Optional[bytes] = ..., offset_bytes: _Optional[int] = ..., device_uuid: _Optional[str] = ...) -> None: ...
 
 class SharedKvCache(_message.Message):
     __slots__ = ("name", "size_bytes", "num_blocks")

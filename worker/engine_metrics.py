@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -12,38 +12,42 @@ from engine.step_stats import EngineLoad
 from servicekit.metrics import SECONDS_BUCKETS, TokenHistogram
 from worker.tier_metrics import TierMetrics
 
+Load = EngineLoad | StepStats  # what both of them say
+
 _EXPERT_WINDOW_S = 2.0  # of steps, added up before expert load is judged
 
 
 class EngineMetrics:
     def __init__(self, registry: CollectorRegistry, num_blocks: int) -> None:
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"baton_engine_{name}", text, registry=registry)
+        def gauge(name: str, text: str, value: Callable[[Load], float]) -> None:
+            """Asked for when the page is read, not set in every step."""
+            Gauge(f"baton_engine_{name}", text, registry=registry).set_function(lambda: value(self._load))
 
         def counter(name: str, text: str) -> Counter:
             return Counter(f"baton_engine_{name}", text, registry=registry)
 
-        gauge("total_blocks", "KV blocks of this worker").set(num_blocks)
-        self._free_blocks = gauge("free_blocks", "KV blocks that hold nothing")
-        self._free_blocks.set(num_blocks)
-        self._cached_blocks = gauge("cached_blocks", "unused KV blocks kept for prefix hits")
-        self._used_blocks = gauge("used_blocks", "KV blocks owned by sequences or reservations")
-        usage = gauge("kv_usage_ratio", "used KV blocks / all")
-        usage.set_function(lambda: self._num_used_blocks / num_blocks)
-        self._num_used_blocks = 0
-        self._num_cached_blocks = 0
         self._num_blocks = num_blocks
-        self._running = gauge("running_sequences", "sequences in the batch")
-        self._waiting = gauge("waiting_sequences", "sequences not scheduled yet, or preempted")
-        self._batch_tokens = gauge("batch_tokens", "tokens computed in the last step")
+        self._load: Load = EngineLoad(0, 0, 0, num_blocks, 0, 0, num_blocks)
+        self._num_batch_tokens = 0
+        gauge("total_blocks", "KV blocks of this worker", lambda _: num_blocks)
+        gauge("free_blocks", "KV blocks that hold nothing", lambda load: load.num_free_blocks)
+        gauge("cached_blocks", "unused KV blocks kept for prefix hits", lambda load: load.num_cached_blocks)
+        gauge(
+            "used_blocks", "KV blocks owned by sequences or reservations", lambda load: load.num_used_blocks
+        )
+        gauge("kv_usage_ratio", "used KV blocks / all", lambda load: load.num_used_blocks / num_blocks)
+        gauge("running_sequences", "sequences in the batch", lambda load: load.num_running)
+        waiting = "sequences not scheduled yet, or preempted"
+        gauge("waiting_sequences", waiting, lambda load: load.num_waiting)
+        gauge("batch_tokens", "tokens computed in the last step", lambda _: self._num_batch_tokens)
         self._prefill_tokens = counter("prefill_tokens", "prompt tokens computed")
         self._decode_tokens = counter("decode_tokens", "tokens computed for decoding sequences")
         self._hit_tokens = counter("prefix_hit_tokens", "prompt tokens found in the prefix cache")
         self._queried_tokens = counter("prefix_queried_tokens", "prompt tokens looked up in the prefix cache")
         self._preemptions = counter("preemptions", "sequences that lost their blocks to another")
         self._idle_steps = counter("idle_steps", "steps without tokens, for the expert-parallel group")
-        self._step_seconds = Histogram(
-            "baton_engine_step_seconds", "one engine step", buckets=SECONDS_BUCKETS, registry=registry
+        self._step_seconds = TokenHistogram(
+            "baton_engine_step_seconds", "one engine step", SECONDS_BUCKETS, registry
         )
         self._itl_seconds = TokenHistogram(
             "baton_engine_itl_seconds", "step time, once for each token decoded", SECONDS_BUCKETS, registry
@@ -55,40 +59,41 @@ class EngineMetrics:
 
     def observe(self, step: StepOutput) -> None:
         stats = step.stats
-        self.observe_load(stats)
-        self._batch_tokens.set(stats.num_prefill_tokens + stats.num_decode_tokens)
-        self._prefill_tokens.inc(stats.num_prefill_tokens)
-        self._decode_tokens.inc(stats.num_decode_tokens)
-        self._hit_tokens.inc(stats.num_hit_tokens)
-        self._queried_tokens.inc(stats.num_queried_tokens)
-        self._preemptions.inc(stats.num_preemptions)
-        self._idle_steps.inc(stats.is_idle_step)
+        self._load = stats
+        self._num_batch_tokens = stats.num_prefill_tokens + stats.num_decode_tokens
+        for counter, number in (
+            (self._prefill_tokens, stats.num_prefill_tokens),
+            (self._decode_tokens, stats.num_decode_tokens),
+            (self._hit_tokens, stats.num_hit_tokens),
+            (self._queried_tokens, stats.num_queried_tokens),
+            (self._preemptions, stats.num_preemptions),
+            (self._idle_steps, stats.is_idle_step),
+        ):
+            if number:
+                counter.inc(number)
         self._step_seconds.observe(stats.step_s)
         if stats.num_decode_tokens:
             self._itl_seconds.observe(stats.step_s, stats.num_decode_tokens)
-        if stats.speculation.num_accepted_tokens:  # they come with another token: no gap
-            self._itl_seconds.observe(0.0, stats.speculation.num_accepted_tokens)
-        self._speculation.observe(stats.speculation)
+        if stats.speculation.num_drafts:
+            num_accepted = stats.speculation.num_accepted_tokens
+            self._itl_seconds.observe(0.0, num_accepted)  # they come with another token: no gap
+            self._speculation.observe(stats.speculation)
         self.experts.observe(stats)
-        self.grammars.observe(stats.grammar)
-        self.tiers.observe(stats.tiers, stats.loads)
+        if stats.grammar.num_masks:
+            self.grammars.observe(stats.grammar)
+        if stats.tiers or stats.loads:
+            self.tiers.observe(stats.tiers, stats.loads)
 
     @property
     def device_blocks(self) -> dict[str, int]:
         return {
             "total": self._num_blocks,
-            "used": self._num_used_blocks,
-            "cached": self._num_cached_blocks,
+            "used": self._load.num_used_blocks,
+            "cached": self._load.num_cached_blocks,
         }
 
-    def observe_load(self, load: EngineLoad | StepStats) -> None:
-        self._free_blocks.set(load.num_free_blocks)
-        self._cached_blocks.set(load.num_cached_blocks)
-        self._used_blocks.set(load.num_used_blocks)
-        self._num_used_blocks = load.num_used_blocks
-        self._num_cached_blocks = load.num_cached_blocks
-        self._running.set(load.num_running)
-        self._waiting.set(load.num_waiting)
+    def observe_load(self, load: EngineLoad) -> None:
+        self._load = load
 
 
 class GrammarMetrics:

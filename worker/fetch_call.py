@@ -23,7 +23,7 @@ from kvstore.block_hash import BlockHash
 from proto.kv_pb2 import FetchFinished, FetchRequest, FetchStarted
 from worker.async_engine import AsyncEngine
 from worker.cancellation import run_in_thread
-from worker.kv_carrier import KvCarrier, PackedChunk, SharedMemoryCarrier, pack_bytes, shared_cache_pb
+from worker.kv_carrier import BytesCarrier, PackedChunk, SharedMemoryCarrier, pack_bytes, shared_cache_pb
 from worker.kv_chunks import ChunkTally
 from worker.kv_frames import FrameKind, pack_frame
 from worker.kv_rectangle import TARGET_CHUNK_BYTES, KvRectangle
@@ -36,7 +36,7 @@ ServicerContext = grpc.aio.ServicerContext[bytes, bytes]
 
 class FetchCall:
     def __init__(
-        self, engine: AsyncEngine, worker_id: str, carrier: KvCarrier, request_pb: FetchRequest
+        self, engine: AsyncEngine, worker_id: str, carrier: BytesCarrier, request_pb: FetchRequest
     ) -> None:
         self.carrier_name = carrier.name
         self.num_blocks = 0  # that will come

@@ -1,15 +1,12 @@
-"""What both ends of a transfer do with its chunks: count them, and verify what came."""
+"""What both ends of a transfer do with its chunks: count them, and verify the count."""
 
 from __future__ import annotations
 
-from engine.kv_layout import KvLayout
 from proto.kv_pb2 import FetchFinished
-from proto.prefill_pb2 import KvChunk, PrefillFinished
-from worker.kv_carrier import KvCarrier
-from worker.kv_frames import checksum, combined_checksum
+from proto.prefill_pb2 import PrefillFinished
+from worker.kv_frames import combined_checksum
 
-# Copying more than this takes longer than a trip to a thread and back.
-INLINE_BYTES = 256 << 10
+INLINE_BYTES = 256 << 10  # copying more than this takes longer than a trip to a thread and back
 
 
 class ChunkTally:
@@ -40,26 +37,3 @@ class ChunkTally:
             )
         if self.checksum != finished_pb.checksum:
             raise ValueError("the combined checksum does not match the chunks")
-
-
-def num_chunk_bytes(chunk_pb: KvChunk, layout: KvLayout) -> int:
-    return chunk_pb.num_layers * chunk_pb.num_blocks * layout.block_size * layout.token_bytes
-
-
-def verified_bytes(
-    carrier: KvCarrier,
-    chunk_pb: KvChunk,
-    payload: memoryview,
-    layout: KvLayout,
-    landing: memoryview | None = None,
-) -> memoryview:
-    """[layer][block][token in block][token_shape]. ValueError when size or checksum is wrong."""
-    kv_bytes = carrier.unpack(chunk_pb, payload, landing)
-    expected = num_chunk_bytes(chunk_pb, layout)
-    if len(kv_bytes) != expected:
-        raise ValueError(f"expected {expected} bytes, got {len(kv_bytes)}")
-    if checksum(kv_bytes) != chunk_pb.checksum:
-        raise ValueError(
-            f"checksum of layer {chunk_pb.first_layer}, block {chunk_pb.first_block} does not match"
-        )
-    return kv_bytes

@@ -22,28 +22,30 @@ class LinearFit:
     def __init__(self, num_terms: int, *, decay: float) -> None:
         """`decay`: of older observations with each new one, in (0, 1)."""
         self._decay = decay
-        self._xx = np.zeros((num_terms, num_terms))
-        self._xy = np.zeros(num_terms)
+        self._xx = [[0.0] * num_terms for _ in range(num_terms)]
+        self._xy = [0.0] * num_terms
 
     def observe(self, terms: Sequence[float], seconds: float) -> None:
-        """`terms` are 0 or more."""
-        seconds = max(seconds, _SHORTEST_S)
-        x = np.asarray(terms, dtype=float) / seconds
-        self._xx *= self._decay
-        self._xx += np.outer(x, x)
-        self._xy *= self._decay
-        self._xy += x
+        """`terms` are 0 or more. Runs in every step: arrays of so few numbers would cost more."""
+        decay, weight = self._decay, 1.0 / max(seconds, _SHORTEST_S)
+        x = [term * weight for term in terms]
+        self._xx = [
+            [old * decay + a * b for old, b in zip(row, x, strict=True)]
+            for row, a in zip(self._xx, x, strict=True)
+        ]
+        self._xy = [old * decay + a for old, a in zip(self._xy, x, strict=True)]
 
     def solve(self) -> list[float | None]:
         """Seconds for one of each term, 0 or more. None: the term was 0 whenever something was observed."""
-        scale = np.sqrt(np.diag(self._xx))
+        all_xx, all_xy = np.array(self._xx), np.array(self._xy)
+        scale = np.sqrt(np.diag(all_xx))
         seen = [index for index in range(len(scale)) if scale[index] > 0]
         found: list[float | None] = [None] * len(scale)
         if not seen:
             return found
         units = scale[seen]
-        xx = self._xx[np.ix_(seen, seen)] / np.outer(units, units) + _RIDGE * np.eye(len(seen))
-        for index, coefficient in zip(seen, _solve_positive(xx, self._xy[seen] / units) / units, strict=True):
+        xx = all_xx[np.ix_(seen, seen)] / np.outer(units, units) + _RIDGE * np.eye(len(seen))
+        for index, coefficient in zip(seen, _solve_positive(xx, all_xy[seen] / units) / units, strict=True):
             found[index] = float(coefficient)
         return found
 

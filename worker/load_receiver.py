@@ -10,8 +10,8 @@ from engine.kv_cache import KvCache
 from engine.kv_load import KvLoad
 from proto.prefill_pb2 import KvChunk
 from worker.cancellation import run_in_thread
-from worker.kv_carrier import KvCarrier
-from worker.kv_chunks import INLINE_BYTES, ChunkTally, num_chunk_bytes, verified_bytes
+from worker.kv_carrier import BytesCarrier, num_chunk_bytes, verified_bytes
+from worker.kv_chunks import INLINE_BYTES, ChunkTally
 
 
 class _Piece(NamedTuple):
@@ -23,7 +23,7 @@ class LoadReceiver:
     """Raises ValueError, saying what was expected and found, for anything but whole blocks from the last to
     the first one."""
 
-    def __init__(self, load: KvLoad, kv_cache: KvCache, carrier: KvCarrier) -> None:
+    def __init__(self, load: KvLoad, kv_cache: KvCache, carrier: BytesCarrier) -> None:
         self.tally = ChunkTally()
         self.num_written_blocks = 0
         self._load = load
@@ -50,7 +50,7 @@ class LoadReceiver:
         if not claimed:
             return False
         num_bytes = sum(num_chunk_bytes(piece.chunk_pb, self._kv_cache.layout) for piece in pieces)
-        if num_bytes <= INLINE_BYTES:
+        if num_bytes <= INLINE_BYTES and not self._kv_cache.is_on_device:
             self._write(claimed, pieces)
         else:
             await run_in_thread(self._write, claimed, pieces)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from engine.engine import Engine
 from engine.grammar.matcher import GrammarMatcher
 from engine.kv_load import KvSource
 from engine.sampling_params import SamplingParams
-from engine.sequence import KvListener, Sequence
+from engine.sequence import KvListener, PrefixHashes, Sequence
 from proto.common_pb2 import SequenceSpec
 from servicekit.errors import InvalidRequest
 from servicekit.rpc import MAX_MESSAGE_BYTES
@@ -84,9 +88,9 @@ def _build(
     kv_source: KvSource | None,
     kv_listener: KvListener | None = None,
 ) -> Sequence:
-    return Sequence(
+    seq = Sequence(
         engine.next_seq_id(),
-        list(spec_pb.prompt_ids),
+        _token_array(spec_pb.prompt_ids),
         sampling,
         output_ids=tuple(spec_pb.output_ids),
         cache_salt=spec_pb.cache_salt,
@@ -97,3 +101,14 @@ def _build(
         kv_source=kv_source,
         matcher=matcher,
     )
+    # Here, because between two steps of the engine thread everybody would wait for it.
+    chain = engine.engine.hash_chain
+    tokens_u32 = array("I", np.asarray(seq.token_ids).astype(np.uint32).tobytes())
+    hashes = chain.hashes(tokens_u32, seq.cache_salt, seq.tenant)
+    seq.prefix = PrefixHashes(chain, seq.cache_salt, seq.tenant, hashes)
+    return seq
+
+
+def _token_array(token_ids_pb: Any) -> Any:
+    """As the array that a Sequence keeps, without an int for each token."""
+    return array("q", np.array(token_ids_pb, dtype=np.int64).tobytes())

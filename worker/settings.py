@@ -55,6 +55,9 @@ class WorkerSettings:
     max_requests: int = setting(1024, doc="requests held, running and waiting; more are refused")
     num_threads: int | None = setting(None, doc="torch threads; unset: half of the usable processors")
     shared_memory: bool = setting(True, doc="hand KV over through shared memory inside one host")
+    device_memory: bool = setting(
+        True, doc="with SHARED_MEMORY, hand KV over from GPU to GPU where the system lets processes do so"
+    )
     host_id: str = setting(
         "", doc="workers with equal ones may open each other's memory; empty: found out from the system"
     )

@@ -20,9 +20,12 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NoReturn, Protocol
 
 import grpc
+import uvloop
 from prometheus_client import CollectorRegistry
 
 from engine.engine import Engine
@@ -33,6 +36,7 @@ from kvstore.redis_index import RedisIndex
 from kvstore.registry import RedisRegistry, WorkerRecord, WorkerRole
 from kvstore.store import Store
 from servicekit.errors import WorkerLost
+from servicekit.garbage import exempt_from_garbage_search
 from servicekit.host import host_id, reachable_host
 from servicekit.lifecycle import drain_on_signals
 from servicekit.logging import get_logger
@@ -115,7 +119,7 @@ class WorkerProcess:
             log.error("group_lost", reason=str(error))
             return EXIT_FAILED
         try:
-            return asyncio.run(self._serve(engine, store, tracer, credentials))
+            return uvloop.run(self._serve(engine, store, tracer, credentials))
         except OSError as error:
             log.error("cannot_start", reason=str(error))
             return EXIT_MISTAKE
@@ -159,6 +163,7 @@ class WorkerProcess:
             stack.push_async_callback(store.close)
             registration = Registration(RedisRegistry(store, record.model), record, parts.load.load)
             health.watch(registration)
+            exempt_from_garbage_search()
             return await self._until_end(parts, registration, record, index, drain)
 
     @property
@@ -184,6 +189,7 @@ class WorkerProcess:
             async_engine,
             self._settings.host_id or host_id(),
             accepts_shared_memory=self._settings.shared_memory,
+            accepts_device_memory=self._settings.shared_memory and self._settings.device_memory,
             channels=partial(build_channel, credentials=credentials),
             tracer=tracer,
         )
@@ -265,9 +271,11 @@ class WorkerProcess:
 
 
 def _publish(index: RedisIndex, step: StepOutput) -> None:
-    index.evict(step.block_events.removed)
-    for block_hash, tier in step.block_events.placed:
-        index.publish([block_hash], tier)
+    events = step.block_events
+    if events.removed:
+        index.evict(events.removed)
+    for tier, placed in groupby(events.placed, key=itemgetter(1)):
+        index.publish((block_hash for block_hash, _ in placed), tier)
 
 
 async def _fail_with(engine: AsyncEngine) -> NoReturn:

@@ -17,6 +17,8 @@ from engine.checkpoint.rope_config import RopeConfig, read_rope_config
 __all__ = ["MODEL_TYPES", "MlaConfig", "ModelConfig", "MoeConfig", "RopeConfig", "load_model_config"]
 
 ModelType = Literal["deepseek_v3", "deepseek_v2", "llama"]
+DummySpread = Literal["variance", "uniform", "tied"]
+DUMMY_SPREADS = ("variance", "uniform", "tied")
 MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "llama")
 
 
@@ -69,6 +71,7 @@ class ModelConfig:
     fp8_block_shape: (
         tuple[int, int] | None
     )  # rows, columns that share one scale; None: weights are not quantised
+    dummy_spread: DummySpread  # of made-up weights: a field of ours, for benchmarks
 
     def is_moe_layer(self, layer: int) -> bool:
         moe = self.moe
@@ -96,6 +99,7 @@ def load_model_config(model_dir: Path) -> ModelConfig:
 
 def _model_config(fields: JsonFields, generation: JsonFields) -> ModelConfig:
     model_type: Any = fields.choice("model_type", "", MODEL_TYPES)
+    dummy_spread: Any = fields.choice("baton_dummy_spread", "variance", DUMMY_SPREADS)
     fields.choice("hidden_act", "silu", ("silu",))
     num_heads = fields.integer("num_attention_heads")
     mla = None if model_type == "llama" else _mla_config(fields)
@@ -128,6 +132,7 @@ def _model_config(fields: JsonFields, generation: JsonFields) -> ModelConfig:
         moe=None if model_type == "llama" else _moe_config(fields, model_type),
         num_mtp_layers=_num_mtp_layers(fields),
         fp8_block_shape=_fp8_block_shape(fields),
+        dummy_spread=dummy_spread,
     )
 
 

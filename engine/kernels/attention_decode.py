@@ -1,4 +1,4 @@
-# ruff: noqa: PLR0913 - a kernel takes its pointers, strides and sizes one by one
+# ruff: noqa: PLR0913, PLR0915 - a kernel takes its pointers, strides and sizes one by one
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 """Absorbed MLA attention of one query row a sequence over a paged cache of latents.
 
@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.dependent_launch import launch_options, signal, wait
+
 _PROGRAMS = 264  # wanted at least: two for each multiprocessor of an H100
 _MAX_SHARES = 32
 
@@ -27,15 +29,25 @@ class DecodeTuning:
     num_warps: int = 4
     num_stages: int = 2
     max_heads: int = 16  # of one program
+    max_shares: int | None = None
 
 
 DEFAULT_TUNING = DecodeTuning()
+FEW_TUNING = DecodeTuning(max_shares=64)  # of a few sequences
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Of contexts that are not merged yet."""
+
+    parts_SHPC: torch.Tensor  # float32
+    mass_SHP: torch.Tensor  # float32: the base-2 logarithm of each share's sum of weights
 
 
 def num_shares(num_seqs: int, num_heads: int, tuning: DecodeTuning = DEFAULT_TUNING) -> int:
     """A function of the batch's shape alone: the same inside a captured graph as outside."""
     programs = num_seqs * -(-num_heads // _heads_of(num_heads, tuning))
-    return max(1, min(_MAX_SHARES, round(_PROGRAMS / programs)))
+    return max(1, min(tuning.max_shares or _MAX_SHARES, round(_PROGRAMS / programs)))
 
 
 def mla_decode(
@@ -54,28 +66,76 @@ def mla_decode(
     cache [num_blocks, block_size, C + R]; block_tables and context_len int32; a context of 0 gives zeros.
     Tokens before first_token are not seen.
     """
-    num_seqs, num_heads, row_size = q_SHC.shape
+    num_seqs, num_heads, _ = q_SHC.shape
     shares = shares or num_shares(num_seqs, num_heads, tuning)
     out_SHC = q_SHC.new_empty(num_seqs, num_heads, rank)
     if shares == 1:
-        parts, mass = out_SHC, q_SHC.new_empty(0, dtype=torch.float32)
-    else:
-        parts = q_SHC.new_empty(num_seqs, num_heads, shares, rank, dtype=torch.float32)
-        mass = q_SHC.new_empty(num_seqs, num_heads, shares, dtype=torch.float32)
+        no_mass = q_SHC.new_empty(0, dtype=torch.float32)
+        _launch(q_SHC, cache, block_tables_SB, context_len_S, (out_SHC, no_mass), 1, first_token, tuning)
+        return out_SHC
+    found = decode_shares(
+        q_SHC, cache, block_tables_SB, context_len_S, rank, shares, first_token=first_token, tuning=tuning
+    )
+    rank_tile = min(rank, 256)
+    _merge_kernel[(num_seqs, num_heads, rank // rank_tile)](
+        found.parts_SHPC,
+        found.mass_SHP,
+        out_SHC,
+        num_heads,
+        shares,
+        SHARES_TILE=triton.next_power_of_2(shares),
+        RANK=rank,
+        RANK_TILE=rank_tile,
+        **launch_options(num_seqs),
+    )
+    return out_SHC
+
+
+def decode_shares(
+    q_SHC: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables_SB: torch.Tensor,
+    context_len_S: torch.Tensor,
+    rank: int,
+    shares: int,
+    *,
+    first_token: int = 0,
+    tuning: DecodeTuning = DEFAULT_TUNING,
+) -> Shares:
+    """As mla_decode, before the shares are merged."""
+    shape = (*q_SHC.shape[:2], shares)
+    parts_SHPC = q_SHC.new_empty(*shape, rank, dtype=torch.float32)
+    mass_SHP = q_SHC.new_empty(shape, dtype=torch.float32)
+    out = (parts_SHPC, mass_SHP)
+    _launch(q_SHC, cache, block_tables_SB, context_len_S, out, shares, first_token, tuning)
+    return Shares(*out)
+
+
+def _launch(
+    q_SHC: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables_SB: torch.Tensor,
+    context_len_S: torch.Tensor,
+    out: tuple[torch.Tensor, torch.Tensor],
+    shares: int,
+    first_token: int,
+    tuning: DecodeTuning,
+) -> None:
+    num_seqs, num_heads, row_size = q_SHC.shape
+    rank = out[0].shape[-1]
     heads = _heads_of(num_heads, tuning)
     _decode_kernel[(num_seqs, -(-num_heads // heads), shares)](
         q_SHC,
         cache,
         block_tables_SB,
         context_len_S,
-        parts,
-        mass,
+        *out,
         q_SHC.stride(0),
         q_SHC.stride(1),
         block_tables_SB.stride(0),
         num_heads,
         shares,
-        IS_SHARED=shares > 1,
+        IS_SHARED=out[1].numel() > 0,
         RANK=rank,
         ROPE=row_size - rank,
         BLOCK_SIZE=cache.shape[1],
@@ -85,20 +145,8 @@ def mla_decode(
         PRECISION="ieee" if q_SHC.dtype == torch.float32 else "tf32",
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        **launch_options(num_seqs),
     )
-    if shares > 1:
-        rank_tile = min(rank, 256)
-        _merge_kernel[(num_seqs, num_heads, rank // rank_tile)](
-            parts,
-            mass,
-            out_SHC,
-            num_heads,
-            shares,
-            SHARES_TILE=triton.next_power_of_2(shares),
-            RANK=rank,
-            RANK_TILE=rank_tile,
-        )
-    return out_SHC
 
 
 def _heads_of(num_heads: int, tuning: DecodeTuning) -> int:
@@ -127,7 +175,10 @@ def _decode_kernel(
     FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    signal(DEPENDENT)
+    wait(DEPENDENT)
     s = tl.program_id(0)
     share = tl.program_id(2)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -183,7 +234,10 @@ def _merge_kernel(
     SHARES_TILE: tl.constexpr,
     RANK: tl.constexpr,
     RANK_TILE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    signal(DEPENDENT)
+    wait(DEPENDENT)
     place = tl.program_id(0).to(tl.int64) * num_heads + tl.program_id(1)
     dims = tl.program_id(2) * RANK_TILE + tl.arange(0, RANK_TILE)
     shares = tl.arange(0, SHARES_TILE)

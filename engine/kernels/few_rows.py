@@ -1,7 +1,8 @@
 # ruff: noqa: PLR0913 - a kernel takes its pointers, strides and sizes one by one
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 """x @ weight.T for the few rows of a small decode step, without matrix units: each program reads a few whole
-rows of the weight at once, so that all of it is on its way after one trip to memory.
+rows of the weight at once, so that all of it is on its way after one trip to memory, and before the rows of x
+are there.
 
 T rows of x, K inputs, N outputs.
 """
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
+from engine.kernels.dependent_launch import launch_options, signal, wait
 
 MAX_ROWS = 4
 _MAX_DEPTH = 4096  # inputs that a program holds at a time
@@ -52,6 +55,7 @@ def multiply_few_rows(
             OUTPUTS=tile.outputs,
             BLOCK=min(_MAX_DEPTH, triton.next_power_of_2(depth)),
             num_warps=tile.num_warps,
+            **launch_options(num_rows),
         )
     return out_TN
 
@@ -68,7 +72,9 @@ def _few_rows_kernel(
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    signal(DEPENDENT)
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     is_output = outputs < num_out
     ks = tl.arange(0, BLOCK)
@@ -77,7 +83,9 @@ def _few_rows_kernel(
     for k in range(0, depth, BLOCK):
         is_k = ks < depth - k
         place = outputs[:, None].to(tl.int64) * depth + k + ks[None, :]
-        w = tl.load(w_ptr + place, mask=is_output[:, None] & is_k[None, :], other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + place, mask=is_output[:, None] & is_k[None, :], other=0.0)
+        wait(DEPENDENT)
+        w = w.to(tl.float32)
         for t in tl.static_range(ROWS):
             x = tl.load(x_ptr + t * x_stride + k + ks, mask=is_k, other=0.0).to(tl.float32)
             part = tl.sum(w * x[None, :], 1)

@@ -5,6 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.dependent_launch import launch_options, signal, wait
+
 
 def gated_silu_rows(up_gate_TI: torch.Tensor) -> torch.Tensor:
     """[T, up | gate] -> up * gate * sigmoid(gate), computed in float32: the rule of layers.mlp.gated_silu."""
@@ -13,12 +15,15 @@ def gated_silu_rows(up_gate_TI: torch.Tensor) -> torch.Tensor:
     block = min(1024, triton.next_power_of_2(width // 2))
     if num_tokens:
         grid = (num_tokens, triton.cdiv(width // 2, block))
-        _silu_kernel[grid](up_gate_TI, out_TI, width // 2, BLOCK=block, num_warps=4)
+        options = launch_options(num_tokens)
+        _silu_kernel[grid](up_gate_TI, out_TI, width // 2, BLOCK=block, num_warps=4, **options)
     return out_TI
 
 
 @triton.jit
-def _silu_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+def _silu_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    signal(DEPENDENT)
+    wait(DEPENDENT)
     t = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_column = columns < size

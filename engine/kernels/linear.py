@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.dependent_launch import launch_options, signal, wait
 from engine.kernels.fp8_quantise import FP8_GROUP, Fp8Rows, quantise_rows
 from engine.kernels.linear_tiles import LinearTile, linear_tile
 from engine.kernels.moe_gemm import quantise_tile
@@ -63,6 +64,7 @@ def multiply_into(
         PRECISION="ieee" if weight_NK.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **launch_options(num_rows),
     )
 
 
@@ -86,7 +88,9 @@ def _linear_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    signal(DEPENDENT)
     pid = tl.program_id(0)
     num_row_tiles = tl.cdiv(num_rows, ROWS)
     num_column_tiles = tl.cdiv(num_out, COLUMNS)
@@ -105,6 +109,7 @@ def _linear_kernel(
     w = w_ptr + w_columns[None, :] * depth + ks[:, None]
     scale_columns = tl.cdiv(depth, 128)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    wait(DEPENDENT)
     for k in range(tl.cdiv(depth, DEPTH)):
         if IS_EVEN:
             x_block = tl.load(x, mask=is_row[:, None], other=0.0)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.dependent_launch import launch_options, signal, wait
 from engine.kernels.row_task import RowTask
 from engine.kernels.support import is_power_of_two
 
@@ -56,6 +57,7 @@ def prepare_mla_rows(
         ROPE=rope,
         HEADS=triton.next_power_of_2(num_heads),
         num_warps=4,
+        **launch_options(num_tokens),
     )
 
 
@@ -81,38 +83,84 @@ def _rows_kernel(
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     HEADS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    signal(DEPENDENT)
+    wait(DEPENDENT)
     t = tl.program_id(0).to(tl.int64)
+    row = rows_ptr + t * rows_stride
+    cos, sin = store_row(
+        row, weight_ptr, freq_ptr, positions_ptr, slots_ptr, cache_ptr, t, eps, magnitude, RANK, ROPE, True
+    )
+    q = q_ptr + t * q_stride_t + nope
+    q_out = q_out_ptr + t * out_stride_t
+    rotate_queries(q, q_out, q_stride_h, out_stride_h, num_heads, cos, sin, HEADS, ROPE)
+
+
+@triton.jit
+def store_row(
+    row,
+    weight_ptr,
+    freq_ptr,
+    positions_ptr,
+    slots_ptr,
+    cache_ptr,
+    t,
+    eps,
+    magnitude,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    IN_PLACE: tl.constexpr = False,
+):
+    """The latent normed and the key rotated, into the slot of row t, and in place if wanted; cosine and sine
+    of its position."""
     slot = tl.load(slots_ptr + t)
     dims = tl.arange(0, RANK)
     pairs = tl.arange(0, ROPE // 2)
-    heads = tl.arange(0, HEADS)[:, None]
-    is_head = heads < num_heads
-    row = rows_ptr + t * rows_stride
+    rope_dims = tl.arange(0, ROPE)
     key = row + RANK
-    q = q_ptr + t * q_stride_t + heads * q_stride_h + nope + 2 * pairs[None, :]
     latent = tl.load(row + dims).to(tl.float32)
     key_even = tl.load(key + 2 * pairs).to(tl.float32)
     key_odd = tl.load(key + 2 * pairs + 1).to(tl.float32)
-    q_even = tl.load(q, mask=is_head, other=0.0).to(tl.float32)
-    q_odd = tl.load(q + 1, mask=is_head, other=0.0).to(tl.float32)
-    tl.debug_barrier()  # the work is in place: all threads have read before one writes
-
     latent = latent * tl.rsqrt(tl.sum(latent * latent, 0) / RANK + eps)
-    latent = (latent * tl.load(weight_ptr + dims).to(tl.float32)).to(rows_ptr.dtype.element_ty)
+    latent = (latent * tl.load(weight_ptr + dims).to(tl.float32)).to(cache_ptr.dtype.element_ty)
     angles = tl.load(positions_ptr + t).to(tl.float32) * tl.load(freq_ptr + pairs)
     cos = tl.cos(angles) * magnitude
     sin = tl.sin(angles) * magnitude
     rotated = tl.interleave(key_even * cos - key_odd * sin, key_even * sin + key_odd * cos)
-    rotated = rotated.to(rows_ptr.dtype.element_ty)
+    rotated = rotated.to(cache_ptr.dtype.element_ty)
     slot_row = cache_ptr + slot * (RANK + ROPE)
-    rope_dims = tl.arange(0, ROPE)
-    tl.store(row + dims, latent)
-    tl.store(key + rope_dims, rotated)
     tl.store(slot_row + dims, latent, mask=dims * 0 + slot >= 0)
     tl.store(slot_row + RANK + rope_dims, rotated, mask=rope_dims * 0 + slot >= 0)
+    if IN_PLACE:
+        tl.debug_barrier()  # all threads have read before one writes
+        tl.store(row + dims, latent)
+        tl.store(key + rope_dims, rotated)
+    return cos, sin
+
+
+@triton.jit
+def rotate_queries(
+    q_ptr,
+    out_ptr,
+    q_stride_h,
+    out_stride_h,
+    num_heads,
+    cos,
+    sin,
+    HEADS: tl.constexpr,
+    ROPE: tl.constexpr,
+):
+    """Of a row: the rotated dims of each head, from where q_ptr points to where out_ptr does."""
+    heads = tl.arange(0, HEADS)[:, None]
+    is_head = heads < num_heads
+    pairs = tl.arange(0, ROPE // 2)
+    q = q_ptr + heads * q_stride_h + 2 * pairs[None, :]
+    even = tl.load(q, mask=is_head, other=0.0).to(tl.float32)
+    odd = tl.load(q + 1, mask=is_head, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # it may be in place: all threads have read before one writes
     cos = cos[None, :]
     sin = sin[None, :]
-    q_rotated = tl.interleave(q_even * cos - q_odd * sin, q_even * sin + q_odd * cos)
-    out = q_out_ptr + t * out_stride_t + heads * out_stride_h + rope_dims[None, :]
-    tl.store(out, q_rotated.to(q_out_ptr.dtype.element_ty), mask=is_head)
+    rotated = tl.interleave(even * cos - odd * sin, even * sin + odd * cos)
+    out = out_ptr + heads * out_stride_h + tl.arange(0, ROPE)[None, :]
+    tl.store(out, rotated.to(out_ptr.dtype.element_ty), mask=is_head)

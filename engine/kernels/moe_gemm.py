@@ -22,8 +22,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from engine.kernels.dependent_launch import launch_options, signal, wait
 from engine.kernels.fp8_quantise import FP8_GROUP, Fp8Rows
 from engine.kernels.moe_choice import Route
+
+_PAIRS_OF_ROW = 8  # more or less; for launch_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,7 @@ def _launch(
         IS_SWAPPED=tile.is_swapped,
         PRECISION="ieee" if b_ENK.dtype == torch.float32 else "tf32",
         IS_BULK=is_bulk,
+        **launch_options(route.sorted_pairs_P.shape[0] // _PAIRS_OF_ROW),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -197,7 +201,10 @@ def _grouped_kernel(
     IS_SWAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
     IS_BULK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    signal(DEPENDENT)
+    wait(DEPENDENT)
     pid = tl.program_id(0)
     num_column_blocks = tl.cdiv(num_out, COLUMNS)
     # GROUP tiles of rows for one block of columns, then the next block of columns.
@@ -208,9 +215,9 @@ def _grouped_kernel(
     n = in_group // group_size
     start = tl.load(tile_start_ptr + m)
     end = tl.load(tile_end_ptr + m)
+    expert = tl.load(tile_expert_ptr + m).to(tl.int64)
     if start >= end:
         return
-    expert = tl.load(tile_expert_ptr + m).to(tl.int64)
 
     rows = start + tl.arange(0, ROWS)
     is_row = rows < end
@@ -246,10 +253,11 @@ def _grouped_kernel(
                 a_block = a_blocks.load([start, k * DEPTH])
             b_block = b_blocks.load([b_row, k * DEPTH]).T
         elif IS_EVEN:
-            a_block = tl.load(a, mask=is_row[:, None], other=0.0)
+            # The weights first: what the rows' addresses wait for must not hold them up.
             b_block = tl.load(b)
             if IS_GATED:
                 gate_block = tl.load(b + num_out * depth)
+            a_block = tl.load(a, mask=is_row[:, None], other=0.0)
         else:
             is_k = ks < depth - k * DEPTH
             a_block = tl.load(a, mask=is_row[:, None] & is_k[None, :], other=0.0)

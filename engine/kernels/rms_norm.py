@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.dependent_launch import launch_options, signal, wait
+
 _ONE_WARP = 1024  # columns that four warps are enough for
 
 
@@ -50,6 +52,7 @@ def _launch(
         HAS_DELTA=delta_TD is not None,
         BLOCK=block,
         num_warps=4 if block <= _ONE_WARP else 8,
+        **launch_options(num_tokens),
     )
     return out_TD
 
@@ -66,11 +69,14 @@ def _norm_kernel(
     eps,
     HAS_DELTA: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    signal(DEPENDENT)
     t = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK)
     is_dim = dims < hidden
     weight = tl.load(weight_ptr + dims, mask=is_dim, other=0.0).to(tl.float32)
+    wait(DEPENDENT)
     x = tl.load(x_ptr + t * x_stride + dims, mask=is_dim, other=0.0).to(tl.float32)
     if HAS_DELTA:
         x += tl.load(delta_ptr + t * delta_stride + dims, mask=is_dim, other=0.0).to(tl.float32)

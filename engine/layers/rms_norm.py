@@ -16,31 +16,31 @@ class RmsNorm:
     """
 
     def __init__(self, weight_D: torch.Tensor, eps: float) -> None:
-        self._weight_D = weight_D
-        self._eps = eps
+        self.weight_D = weight_D
+        self.eps = eps
         self._eps_tensor = torch.tensor(eps, dtype=torch.float32, device=weight_D.device)
         self._kernels = _load_kernels() if has_kernels(weight_D.device) else None
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         if self._kernels is not None and x_TD.dim() == 2:
-            return self._kernels.rms_norm(x_TD, self._weight_D, self._eps)
+            return self._kernels.rms_norm(x_TD, self.weight_D, self.eps)
         if x_TD.device.type != "cpu":
-            return functional.rms_norm(x_TD, x_TD.shape[-1:], self._weight_D, self._eps)
+            return functional.rms_norm(x_TD, x_TD.shape[-1:], self.weight_D, self.eps)
         if x_TD.dtype == torch.float32:
-            return torch.mul(x_TD, self._inverse_rms(x_TD)).mul_(self._weight_D)
-        return (x_TD.float() * self._inverse_rms(x_TD)).to(x_TD.dtype).mul_(self._weight_D)
+            return torch.mul(x_TD, self._inverse_rms(x_TD)).mul_(self.weight_D)
+        return (x_TD.float() * self._inverse_rms(x_TD)).to(x_TD.dtype).mul_(self.weight_D)
 
     def add_(self, x_TD: torch.Tensor, delta_TD: torch.Tensor) -> torch.Tensor:
         """x += delta in place; the norm of the sum."""
         if self._kernels is not None:
-            return self._kernels.add_rms_norm_(x_TD, delta_TD, self._weight_D, self._eps)
+            return self._kernels.add_rms_norm_(x_TD, delta_TD, self.weight_D, self.eps)
         x_TD += delta_TD
         return self(x_TD)
 
     def apply_(self, x_TD: torch.Tensor) -> None:
         """In place; x_TD may be a slice of columns."""
         if x_TD.device.type == "cpu" and x_TD.dtype == torch.float32:
-            x_TD.mul_(self._inverse_rms(x_TD)).mul_(self._weight_D)
+            x_TD.mul_(self._inverse_rms(x_TD)).mul_(self.weight_D)
         else:
             x_TD.copy_(self(x_TD))
 

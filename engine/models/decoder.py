@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 import torch
 from torch.nn import functional
@@ -41,12 +41,30 @@ class Attention(Protocol):
 FeedForward = Callable[[torch.Tensor], torch.Tensor]
 
 
+@runtime_checkable
+class JoinsNorms(Protocol):
+    """A feed-forward layer whose kernels take in the sums and norms on both sides of it."""
+
+    def between_norms(
+        self, x_TD: torch.Tensor, delta_TD: torch.Tensor, norm: RmsNorm, next_norm: RmsNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
     attention_norm: RmsNorm
     attention: Attention
     feed_forward_norm: RmsNorm
     feed_forward: FeedForward
+
+    def feed(
+        self, x_TD: torch.Tensor, attended_TD: torch.Tensor, next_norm: RmsNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream behind this layer, and its next norm. x may change in place."""
+        if isinstance(self.feed_forward, JoinsNorms):
+            return self.feed_forward.between_norms(x_TD, attended_TD, self.feed_forward_norm, next_norm)
+        fed_TD = self.feed_forward(self.feed_forward_norm.add_(x_TD, attended_TD))
+        return x_TD, next_norm.add_(x_TD, fed_TD)
 
 
 class Decoder:
@@ -83,9 +101,8 @@ class Decoder:
         normed_TD = self._layers[0].attention_norm(x_TD)
         for i, layer in enumerate(self._layers):
             attended_TD = layer.attention(normed_TD, kv_cache.layer(i), plan, rotations)
-            fed_TD = layer.feed_forward(layer.feed_forward_norm.add_(x_TD, attended_TD))
             next_norm = self._layers[i + 1].attention_norm if i + 1 < len(self._layers) else self._norm
-            normed_TD = next_norm.add_(x_TD, fed_TD)
+            x_TD, normed_TD = layer.feed(x_TD, attended_TD, next_norm)
             if layer_done is not None:
                 layer_done(i)
         return normed_TD

@@ -55,5 +55,4 @@ class MtpLayer:
         plan, rotations = plan_batch(batch, cache, self._rotary)
         layer = self.decoder_layer
         attended_TD = layer.attention(layer.attention_norm(x_TD), cache, plan, rotations)
-        fed_TD = layer.feed_forward(layer.feed_forward_norm.add_(x_TD, attended_TD))
-        return self._norm.add_(x_TD, fed_TD)
+        return layer.feed(x_TD, attended_TD, self._norm)[1]

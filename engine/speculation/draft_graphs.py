@@ -47,7 +47,7 @@ class DraftGraphs:
         most = limits.max_seqs
         self._ladder = batch_ladder(most)
         max_blocks = -(-limits.max_model_len // self._block_size)
-        self._host = DecodeRows(most, max_blocks, is_pinned=is_cuda)
+        self._host = DecodeRows(most, is_pinned=is_cuda)
         # Rows of ids and positions, and behind them for each sequence its last row and its number of places.
         self._main_host = torch.zeros(2, most, width, dtype=torch.int64, pin_memory=is_cuda)
         self._main = torch.zeros(2, most, width, dtype=torch.int64, device=device)
@@ -75,11 +75,10 @@ class DraftGraphs:
         """Starts the main model's pass over these, whose rows are their last token and drafts. They come back
         in the order of their rows, which are numbered as hidden_RD and logits() are."""
         self._wait_for_upload()
-        placed, has_changed = self._host.update([part.seq for part in parts], len(parts))
+        placed = self._host.update([part.seq for part in parts], len(parts))
+        self._host.write_tables(self._tables_NB)
         part_of = {part.seq: part for part in parts}
         ordered = [part_of[seq] for seq in placed]
-        if has_changed:
-            self._tables_NB[: len(parts)].copy_(self._host.tables_NB[: len(parts)], non_blocking=True)
         rows = self._main_host.numpy()
         size = self._size(len(parts))
         rows[POSITIONS, :size] = -1
@@ -96,8 +95,7 @@ class DraftGraphs:
         """Starts the main model's pass over what run_turn() left for these, the sequences of the last pass.
         Their numbers of places now."""
         self._wait_for_upload()
-        if self._host.write_tables():
-            self._tables_NB[: len(seqs)].copy_(self._host.tables_NB[: len(seqs)], non_blocking=True)
+        self._host.write_tables(self._tables_NB)
         limits = self.upload_limits(seqs)
         self._run(self._main_graphs, self._main_pass, self._size(len(seqs)))
         return limits

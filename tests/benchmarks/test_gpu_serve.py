@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 
 from baton.bench.measurement import RequestMeasurement
-from benchmarks.gpu_loads import SLO_TPOT_S, SLO_TTFT_S, isolation_row, longest_gaps_s, sweep_row
+from benchmarks.gpu_loads import (
+    SLO_TPOT_S,
+    SLO_TTFT_S,
+    added_rows,
+    isolation_row,
+    longest_gaps_s,
+    sweep_row,
+)
 from benchmarks.gpu_serve import COLUMNS, main
-from benchmarks.gpu_topologies import TINY, TOPOLOGIES, Scale, topology, write_model
+from benchmarks.gpu_topologies import CARRIERS, TINY, TOPOLOGIES, Scale, topology, write_model
 from router.tokenizer import Tokenizer
 
 
@@ -56,10 +63,26 @@ def test_a_topology_says_where_workers_are_and_who_computes_prompts() -> None:
     assert [name for name, plan in plans.items() if "--gpus" in plan.options] == ["two", "two-handoff"]
     assert [
         name for name, plan in plans.items() if plan.environment.get("BATON_ROUTER_POLICY") == "round_robin"
-    ] == ["shared", "shared-grpc", "two-handoff"]
+    ] == ["shared", "two-handoff"]
     shared = plans["shared"].environment
     assert int(shared["BATON_DECODE_TOKEN_BUDGET"]) >= int(shared["BATON_DECODE_MAX_RUNNING"]) + 16
-    assert plans["shared-grpc"].environment["BATON_DECODE_SHARED_MEMORY"] == "false"
+    by_carrier = {c: topology("shared", Path("/m"), Scale(), carrier=c).environment for c in CARRIERS}
+    assert by_carrier["ipc"] == shared
+    assert by_carrier["pinned"]["BATON_DECODE_DEVICE_MEMORY"] == "false"
+    assert by_carrier["grpc"]["BATON_DECODE_SHARED_MEMORY"] == "false"
+
+
+def test_what_a_hand_off_adds_is_beside_the_same_prompts_without_one() -> None:
+    def found(carrier: str | None, ttft_ms: float, handoff_ms: float | None) -> dict[str, object]:
+        return {"handoff": [{"carrier": carrier, "TTFT ms": ttft_ms, "hand-off ms": handoff_ms}]}
+
+    with_one = {"shared-ipc": found("device_memory", 60.0, 1.0), "two": {"error": "lost"}}
+    rows = added_rows({"both": found(None, 50.0, None), **with_one})
+    assert [(row["carrier"], row["without ms"], row["share of TTFT without"]) for row in rows] == [
+        ("device_memory", 50.0, 0.02)
+    ]
+    assert [row["share of TTFT without"] for row in added_rows(with_one)] == [None]
+    assert added_rows({"both": {"error": "lost"}}) == []
 
 
 def test_every_token_id_of_the_model_has_a_text(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ class WorkerFacts:
     worker_id: str
     host_id: str
     accepts_shared_memory: bool = False
+    accepts_device_memory: bool = False
     max_requests: int = 64
     port: int = 0
     fetch_progress_s: float = 5.0
@@ -184,6 +185,7 @@ def _parts(engine: Engine, facts: WorkerFacts) -> FakeWorker:
         async_engine,
         facts.host_id,
         accepts_shared_memory=facts.accepts_shared_memory,
+        accepts_device_memory=facts.accepts_device_memory,
         tracer=facts.tracer,
     )
     fetch_metrics = FetchMetrics(metrics)

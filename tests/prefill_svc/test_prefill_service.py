@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -93,6 +94,26 @@ async def test_frames_carry_the_whole_cache_in_order(token_budget: int) -> None:
         assert finished.first_token_id == expected_tokens(PROMPT, 1)[0]
         await worker.until_idle()
         assert worker.metric("baton_prefill_requests_total", outcome="committed") == 1
+
+
+async def test_blocks_of_a_device_are_read_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    readers = set()
+    read_blocks = KvCache.read_blocks
+
+    def read(self: KvCache, *arguments: Any) -> memoryview:
+        readers.add(threading.get_ident())
+        return read_blocks(self, *arguments)
+
+    monkeypatch.setattr(KvCache, "read_blocks", read)
+    monkeypatch.setattr(KvCache, "is_on_device", True)
+    async with prefill_worker(build_fake_engine()) as worker, _call(worker) as call:
+        await call.write(_request())
+        _, chunks, finished = await _until_finished(call)
+        await _commit(call)
+        assert [chunk.checksum for chunk, _ in chunks] == [checksum(payload) for _, payload in chunks]
+        assert finished.first_token_id == expected_tokens(PROMPT, 1)[0]
+    assert readers
+    assert threading.get_ident() not in readers
 
 
 async def test_kv_goes_out_while_later_chunks_are_still_computed() -> None:

@@ -75,3 +75,18 @@ def test_process_with_a_failed_engine_ends_with_an_error(
         assert WorkerProcess("prefill", settings, build_busy_service).run() == EXIT_FAILED
     finally:
         server.stop()
+
+
+async def test_what_is_sent_and_refused_is_told_in_the_loop() -> None:
+    engine = AsyncEngine(build_fake_engine())
+    engine.start()
+    failures: asyncio.Queue[BaseException] = asyncio.Queue()
+    engine.send(lambda e: e.add(Sequence(1, [], GREEDY)), failures.put_nowait)
+    assert "prompt is empty" in str(await failures.get())
+    engine.send(lambda e: e.load(), failures.put_nowait)
+    await engine.call(lambda e: e.load())
+    assert failures.empty()
+
+    assert await engine.stop(10.0)
+    engine.send(lambda e: e.load(), failures.put_nowait)
+    assert isinstance(await failures.get(), WorkerLost)

@@ -58,3 +58,27 @@ def test_dummy_biases_exist_as_the_config_says(tmp_path: Path) -> None:
     assert not weights.has("model.layers.0.self_attn.o_proj.bias")
     _, biased = dummy(tmp_path, attention_bias=True)
     assert biased.has("model.layers.0.self_attn.o_proj.bias")
+
+
+def test_uniform_dummy_weights_are_alike_in_all_layers_and_differ_between_experts(tmp_path: Path) -> None:
+    _, weights = dummy(tmp_path, baton_dummy_spread="uniform")
+    other_layer = weights.get(UP.replace("layers.0", "layers.11"), (512, 256))
+    assert torch.equal(weights.get(UP, (512, 256)), other_layer)
+    experts = [weights.get(f"model.layers.3.mlp.experts.{e}.up_proj.weight", (64, 32)) for e in (0, 1)]
+    assert not torch.equal(*experts)
+    head = weights.get("lm_head.weight", (512, 256))
+    assert torch.equal(head, weights.get("model.embed_tokens.weight", (512, 256)))
+    norms = [weights.get(f"model.layers.1.{n}_layernorm.weight", (256,)) for n in ("input", "post_attention")]
+    assert torch.equal(*norms)
+    for tensor in (*experts, head, *norms):
+        assert 0.9e-3 < float(tensor.abs().max()) <= 1e-3
+        assert abs(float(tensor.mean())) < 2e-4
+
+
+def test_the_gate_of_tied_dummy_weights_prefers_no_expert(tmp_path: Path) -> None:
+    gate = "model.layers.3.mlp.gate.weight"
+    _, uniform = dummy(tmp_path, baton_dummy_spread="uniform")
+    assert bool(uniform.get(gate, (8, 256), torch.float32).any())
+    _, tied = dummy(tmp_path, baton_dummy_spread="tied")
+    assert not bool(tied.get(gate, (8, 256), torch.float32).any())
+    assert torch.equal(tied.get(UP, (512, 256)), uniform.get(UP, (512, 256)))

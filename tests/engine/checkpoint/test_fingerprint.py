@@ -64,3 +64,13 @@ def test_dummy_fingerprint_needs_no_weights(make_checkpoint: Any, tmp_path: Path
     assert len(model_fingerprint(tmp_path, "dummy", torch.float32)) == 16
     with pytest.raises(CheckpointError):
         model_fingerprint(tmp_path, *FLOAT32)
+
+
+def test_made_up_weights_of_another_spread_have_another_fingerprint(
+    make_checkpoint: Any, tmp_path: Path
+) -> None:
+    make_checkpoint()
+    first = model_fingerprint(tmp_path, "dummy", torch.float32)
+    config_path = tmp_path / "config.json"
+    config_path.write_text(json.dumps(json.loads(config_path.read_text()) | {"baton_dummy_spread": "tied"}))
+    assert model_fingerprint(tmp_path, "dummy", torch.float32) != first

@@ -130,3 +130,13 @@ def test_a_write_goes_behind_its_fence(cache: KvCache) -> None:
         cache.data[:, :4] = 5.0
         cache.write_blocks(0, LAYERS, [0, 1, 2, 3], ones, cache.fence())
         assert bool((cache.data[:, :4] == 1.0).all())
+
+
+@pytest.mark.parametrize("block_ids", [list(range(3, 23)), [9, 1, 60, 33, 2, 17, 44, 5, 8, 30, 21, 12]])
+def test_blocks_read_off_the_device_are_those_launched_before(cache: KvCache, block_ids: list[int]) -> None:
+    slow = SlowWork()
+    for number in range(1, 6):
+        slow.launch()
+        cache.data.fill_(number)
+        found = torch.frombuffer(cache.read_blocks(2, 3, block_ids), dtype=torch.bfloat16)
+        assert torch.equal(found, torch.full((3 * len(block_ids) * 16 * 576,), number, dtype=torch.bfloat16))

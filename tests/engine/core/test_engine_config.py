@@ -152,3 +152,13 @@ def test_fp8_experts_have_a_fingerprint_of_their_own(
         for has_fp8 in (False, True)
     }
     assert sorted(map(len, found)) == [16, 16]
+
+
+def test_a_gpu_takes_larger_steps_unless_told_otherwise(model_dir: Path) -> None:
+    config = EngineConfig(model_dir=model_dir, device="cuda").resolve_scheduler()
+    assert (config.token_budget, config.max_running, config.mixed_budget) == (8192, 256, 2048)
+    config = EngineConfig(
+        model_dir=model_dir, device="cuda", max_running=3, token_budget=40
+    ).resolve_scheduler()
+    assert (config.token_budget, config.max_running) == (40, 3)
+    assert EngineConfig(model_dir=model_dir).resolve_scheduler().mixed_budget is None

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.block_runs import runs
+from engine.cuda_ipc import MemoryHandle
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
 
@@ -161,3 +163,30 @@ def test_float32_and_latent_shapes_are_bytes_like_any_other() -> None:
     cache.data.copy_(torch.arange(60).view(cache.data.shape))
     values = np.frombuffer(cache.read_blocks(0, 1, [2, 0]), dtype=np.float32)
     assert values.tolist() == [*range(40, 60), *range(20)]
+
+
+def test_blocks_of_an_opened_cache_are_copied_into_others(shared: KvCache) -> None:
+    shared.export()
+    assert shared.exported is not None
+    target = KvCache(LAYOUT, 6)
+    peer = target.open_peer(shared.exported)
+    target.copy_blocks(peer, 1, 2, [9, 2, 3], [5, 0, 1])
+    assert bytes(target.read_blocks(1, 2, [5, 0, 1])) == bytes(shared.read_blocks(1, 2, [9, 2, 3]))
+    assert not any(target.read_blocks(0, 3, [2, 3, 4]))
+    assert not any(target.read_blocks(0, 1, [5, 0, 1]))
+    peer.close()
+
+
+def test_private_memory_is_not_exported_and_says_why() -> None:
+    cache = KvCache(LAYOUT, NUM_BLOCKS)
+    cache.export()
+    assert cache.exported is None
+    assert cache.export_refusal == "it is in private memory"
+
+
+def test_a_cache_on_a_device_is_not_opened_from_one_that_is_not(shared: KvCache) -> None:
+    shared.export()
+    assert shared.exported is not None
+    on_device = replace(shared.exported, memory=MemoryHandle(bytes(64), 0, "GPU-1"))
+    with pytest.raises(OSError, match="one of the two caches is on a device"):
+        KvCache(LAYOUT, 6).open_peer(on_device)

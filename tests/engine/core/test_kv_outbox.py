@@ -11,10 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.device_writes import PinnedBuffers, copy_in
+from engine.block_runs import common_runs
+from engine.device_reads import copy_out
+from engine.device_writes import PinnedBuffers, copy_across, copy_in
 from engine.engine import Engine
 from engine.kv_cache import KvCache
-from engine.kv_outbox import KvOutbox, OutboxCopy, copy_out
+from engine.kv_outbox import KvOutbox, OutboxCopy
 from engine.outputs import TokenLogprobs
 from engine.sequence import Sequence
 from tests.engine.core.engine_driver import CopyingListener, greedy, hand_off, run
@@ -53,6 +55,12 @@ def engine_with_outbox() -> Iterator[Callable[..., Engine]]:
     yield make
     for engine in made:
         engine.close()
+
+
+class DirectListener(CopyingListener):
+    """Its reader copies from the sender's own cache."""
+
+    reads_device = True
 
 
 class WaitingListener(CopyingListener):
@@ -127,6 +135,38 @@ def test_without_room_in_the_outbox_blocks_of_the_cache_are_announced(
     sender.close()
 
 
+def test_a_reader_of_the_device_takes_no_slots_and_hears_of_blocks_behind_what_is_copied(
+    engine_with_outbox: Callable[..., Engine],
+) -> None:
+    sender, receiver = engine_with_outbox(20, token_budget=20), build_fake_engine()
+    outbox = sender._outbox
+    assert outbox is not None
+    copying, may_go_on = threading.Event(), threading.Event()
+
+    def first_copied() -> None:
+        copying.set()
+        assert may_go_on.wait(WAIT_S)
+
+    outbox.send(OutboxCopy(0, 1, [0], [19]), first_copied)
+    assert copying.wait(WAIT_S)
+    for seq_id in (1, 2):  # the second one finds its prefix in the sender's cache
+        prompt = [*PROMPT[:20], seq_id]
+        num_held = receiver.reserve(Sequence(seq_id, prompt, greedy(6)))
+        listener = DirectListener(sender, receiver, num_held)
+        receiver.extend(seq_id, listener.block_ids.extend)
+        sender.add(Sequence(seq_id, prompt, greedy(6), keeps_blocks=True, kv_listener=listener))
+        outputs = run(sender)[0][seq_id]
+        assert outbox.num_free_slots == 20
+        assert not listener.announced or may_go_on.is_set()
+        may_go_on.set()
+        settle(outbox)
+        assert listener.origin is sender.kv_cache
+        receiver.commit(seq_id, TokenLogprobs(outputs[0], 0.0))
+        sender.release(seq_id)
+        assert [*outputs, *run(receiver)[0][seq_id]] == expected_tokens(prompt, 6)
+    sender.check_integrity()
+
+
 def test_slots_come_back_when_a_sequence_is_aborted_while_its_copies_wait(
     engine_with_outbox: Callable[..., Engine],
 ) -> None:
@@ -198,6 +238,32 @@ def test_copies_out_and_in_hit_their_blocks_in_runs_and_gathered(block_ids: list
     copy_in(copied, back, block_ids)
     assert torch.equal(back[:, block_ids], source[:, block_ids])
     assert int(back.count_nonzero()) == int(copied.count_nonzero())
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
+def test_common_runs_are_consecutive_on_both_sides_and_as_long_as_they_can_be(
+    pairs: list[tuple[int, int]],
+) -> None:
+    found = list(common_runs([a for a, _ in pairs], [b for _, b in pairs]))
+    assert [(a + i, b + i) for a, b, length in found for i in range(length)] == pairs
+    for (a, b, length), (next_a, next_b, _) in zip(found, found[1:], strict=False):
+        assert (next_a, next_b) != (a + length, b + length)
+
+
+@pytest.mark.parametrize("width", [2, 3])  # 32 and 12 bytes of a block: whole words, and not
+@pytest.mark.parametrize(
+    ("source_ids", "target_ids"),
+    [([3, 4, 5, 6], [7, 8, 1, 2]), (list(range(199, 99, -1)), list(range(100)))],
+)
+def test_a_copy_across_hits_its_blocks_directly_and_gathered(
+    source_ids: list[int], target_ids: list[int], width: int
+) -> None:
+    source = torch.randint(0, 255, (2, 200, 4, width), dtype=torch.uint8)
+    target = torch.full((2, 150, 4, width), 7, dtype=torch.uint8)
+    copy_across(source, source_ids, target, target_ids)
+    assert torch.equal(target[:, target_ids], source[:, source_ids])
+    others = [i for i in range(150) if i not in target_ids]
+    assert bool((target[:, others] == 7).all())
 
 
 def test_bytes_that_lie_in_a_buffer_are_copied_no_more_and_others_once() -> None:

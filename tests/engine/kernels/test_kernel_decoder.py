@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="kernel tests need the package triton (pip install triton)")
 
-from engine import chunk_graphs, mixed_graphs
+from engine import chunk_graphs, mixed_graphs, warm_up
 from engine.checkpoint.model_config import load_model_config
 from engine.checkpoint.random_presets import hub_config
 from engine.checkpoint.weights import open_weights
@@ -96,6 +96,7 @@ def test_kernels_give_the_tokens_of_the_plain_model(
     checkpoint: Path, device: str, uses_graphs: bool, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
+    monkeypatch.setattr(attention_decode, "FEW_TUNING", attention_decode.DecodeTuning(max_shares=2))
     rng = random.Random(0)
     shared = [rng.randrange(512) for _ in range(9)]  # two blocks of prefix that later prompts hit
     prompts = [shared + [rng.randrange(512) for _ in range(n)] for n in (5, 9, 3, 12)]
@@ -113,6 +114,7 @@ def test_chunks_that_share_a_pass_with_decodes_change_no_token(
     checkpoint: Path, device: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
+    monkeypatch.setattr(attention_decode, "FEW_TUNING", attention_decode.DecodeTuning(max_shares=2))
     monkeypatch.setattr(chunk_graphs, "LADDER", (8, 12))
     monkeypatch.setattr(mixed_graphs, "CHUNK_LADDER", (8, 12))  # a chunk of 13 or more goes apart
     monkeypatch.setattr(mixed_graphs, "DECODE_LADDER", (2,))
@@ -171,6 +173,19 @@ def test_an_engine_that_only_computes_prompts_has_no_graphs_of_decodes(checkpoin
     engine = build(checkpoint, device, uses_kernels=True, uses_graphs=True, decodes=False)
     plain = build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False)
     assert engine._runner.device_steps is not None and engine._runner.device_steps._decodes is None
+    prompts = [[5], [7, 8, 9]]
+    assert answers(engine, prompts, temperature=0.0) == answers(plain, prompts, temperature=0.0)
+
+
+def test_a_warm_up_leaves_nothing_behind(
+    checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm_up, "_NUM_PROMPTS", (1, 3))
+    engine = build(checkpoint, device, uses_kernels=True, uses_graphs=True, decodes=False)
+    plain = build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False)
+    warm_up.warm_up(engine._runner, engine.kv_cache, 24, MAX_MODEL_LEN)
+    assert engine.kv_cache.data[:, :4].count_nonzero()  # it computed something
+    assert not engine.cached_hashes() and not engine.has_work
     prompts = [[5], [7, 8, 9]]
     assert answers(engine, prompts, temperature=0.0) == answers(plain, prompts, temperature=0.0)
 

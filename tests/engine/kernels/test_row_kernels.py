@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 from engine.kernels.few_rows import FewRowsTile, multiply_few_rows
 from engine.kernels.gated_silu import gated_silu_rows
 from engine.kernels.linear import multiply_fp8, multiply_into
+from engine.kernels.linear_rows import multiply, takes
 from engine.kernels.linear_tiles import LinearTile
 from engine.kernels.rms_norm import add_rms_norm_, rms_norm, rms_norm_reference
 
@@ -87,3 +88,17 @@ def test_few_rows_without_matrix_units(num_rows: int, depth: int, device: str) -
     torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=0.05)
     out = torch.empty(num_rows, 60, dtype=torch.bfloat16, device=device)[:, :50]
     assert torch.equal(multiply_few_rows(x, weight, out), found)
+
+
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_small_steps_do_without_matrix_units(num_rows: int, device: str) -> None:
+    assert takes(num_rows)
+    assert not takes(5)
+    x = torch.randn(num_rows, 96, dtype=HALF, device=device)
+    weight = torch.randn(50, 96, dtype=HALF, device=device)
+
+    found = multiply(x, weight)
+
+    torch.testing.assert_close(found.float(), x.float() @ weight.float().t(), rtol=1e-2, atol=0.05)
+    out = torch.empty(num_rows, 60, dtype=HALF, device=device)[:, :50]
+    assert torch.equal(multiply(x, weight, out), found)

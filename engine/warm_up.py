@@ -1,0 +1,50 @@
+"""Steps on made-up sequences before the first real ones, so that no request waits for a compiler.
+
+Graphs compile what they hold when they are captured. Prompts that no graph fits are launched kernel by
+kernel, and kernels are compiled for a kind of shape when they first meet it.
+"""
+
+from __future__ import annotations
+
+from engine.chunk_graphs import LADDER
+from engine.kv_cache import KvCache
+from engine.runner import Runner
+from engine.sampling_params import SamplingParams
+from engine.scheduler import ScheduledBatch
+from engine.sequence import Sequence
+
+_NUM_PROMPTS = (1, 2, 3, 4, 5, 9)  # of a step: kernels for few rows differ by their number
+_GREEDY = SamplingParams(temperature=0.0)
+_DRAWN = (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.9))
+
+
+def warm_up(runner: Runner, kv_cache: KvCache, token_budget: int, max_model_len: int) -> None:
+    """Writes to blocks of the cache, which nobody uses yet."""
+    beyond_graphs = min(LADDER[-1] + 1, token_budget)
+    steps = [(num_prompts, beyond_graphs, _GREEDY) for num_prompts in _NUM_PROMPTS]
+    steps += [(num_prompts, beyond_graphs, drawn) for num_prompts in (1, 9) for drawn in _DRAWN]
+    steps += [(1, token_budget, _GREEDY)]
+    block_size = kv_cache.layout.block_size
+    num_places = kv_cache.num_blocks * block_size
+    for num_prompts, num_tokens, sampling in steps:
+        for context in (0, block_size):
+            most = min(max_model_len - 1, num_places // num_prompts // block_size * block_size) - context
+            size = min(num_tokens // num_prompts, most)
+            if size > 0:
+                runner.launch(_batch(num_prompts, size, context, sampling, block_size)).collect()
+    runner.forget_expert_load()
+
+
+def _batch(
+    num_prompts: int, size: int, context: int, sampling: SamplingParams, block_size: int
+) -> ScheduledBatch:
+    num_blocks = -(-(context + size) // block_size)
+    batch = ScheduledBatch()
+    for i in range(num_prompts):
+        seq = Sequence(i, [i] * (context + size), sampling)
+        seq.block_table = list(range(i * num_blocks, (i + 1) * num_blocks))
+        seq.num_computed_tokens = context
+        batch.seqs.append(seq)
+        batch.num_scheduled_tokens.append(size)
+        batch.num_decodes += size == 1
+    return batch
