@@ -20,6 +20,14 @@ class MoeTiles:
     up_gate: Tile
     down: Tile
     quantises_inside: bool = True  # FP8 only: no separate pass over the rows
+    quantises_h: bool = False  # FP8 only: the first product does, in tiles of 128 columns
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialisedTiles:
+    """Those of moe_specialised, which has one way to cut."""
+
+    rows: int = 128
 
 
 # Up to so many tokens.
@@ -53,8 +61,15 @@ _FP8: dict[int, MoeTiles] = {
 _FLOAT32 = {1 << 40: MoeTiles(32, Tile(32, 32, 4, 3), Tile(64, 32, 4, 3))}
 
 
-def moe_tiles(num_tokens: int, dtype: torch.dtype) -> MoeTiles:
-    """dtype is that of the weights."""
+_SPECIALISED_TOKENS = 768  # from so many on: below, the two are equal
+
+
+def moe_tiles(
+    num_tokens: int, dtype: torch.dtype, *, is_specialised: bool = False
+) -> MoeTiles | SpecialisedTiles:
+    """dtype is that of the weights; is_specialised: engine/moe/specialised.py says that they can be."""
+    if is_specialised and num_tokens >= _SPECIALISED_TOKENS:
+        return SpecialisedTiles()
     table = _FLOAT32 if dtype == torch.float32 else _FP8 if dtype == torch.float8_e4m3fn else _BF16
     limits = list(table)
     return table[limits[bisect_left(limits, num_tokens)]]
