@@ -35,6 +35,8 @@ from engine.scheduler import SchedulerConfig
 from engine.sequence import Sequence
 from tests.fakes.tiny_tokenizer import build_tokenizer
 
+pytestmark = pytest.mark.timeout(240)  # the interpreter is slow
+
 BLOCK_SIZE, MAX_RUNNING, MAX_MODEL_LEN = 4, 3, 64
 
 
@@ -115,7 +117,6 @@ def test_kernels_give_the_tokens_of_the_plain_model(
     assert answers(by_kernels, prompts, temperature=temperature) == expected
 
 
-@pytest.mark.timeout(240)  # the interpreter is slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_chunks_that_share_a_pass_with_decodes_change_no_token(
     checkpoint: Path, device: str, temperature: float, monkeypatch: pytest.MonkeyPatch
@@ -146,7 +147,6 @@ def test_chunks_that_share_a_pass_with_decodes_change_no_token(
     assert steps == [(2, 10)]  # of the two prompts that met decodes the other one is too long
 
 
-@pytest.mark.timeout(240)  # the interpreter is slow
 def test_chunks_behind_cached_rows_go_through_graphs(
     checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
