@@ -206,8 +206,9 @@ class DeviceSteps:
         self._num_launches += 1
         is_cuda = self._device.type == "cuda"
         if launch.places:
-            launch.found_P = self._host_found_3P[self._num_launches % 3]
-            launch.found_P.copy_(self._found_P, non_blocking=True)
+            num_places = 1 + max(launch.places.values())
+            launch.found_P = self._host_found_3P[self._num_launches % 3, :num_places]
+            launch.found_P.copy_(self._found_P[:num_places], non_blocking=True)
         if not is_cuda or self._num_launches % _LOAD_STEPS == 0:
             load_LE = self._model.take_expert_load()
             if load_LE is not None:
