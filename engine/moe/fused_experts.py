@@ -12,19 +12,17 @@ import torch
 from engine.checkpoint import fp8
 from engine.checkpoint.model_config import MoeConfig
 from engine.checkpoint.weights import WeightSource
-from engine.kernels.few_rows import FewRowsTile
 from engine.kernels.fp8_quantise import FP8_GROUP, quantise_rows
 from engine.kernels.moe_choice import Choice, Route
 from engine.kernels.moe_combine import combine_into_norm_, combine_pairs
-from engine.kernels.moe_few import MAX_TOKENS, multiply_down_few, multiply_up_gate_few, sum_down_one
 from engine.kernels.moe_gate import GateSpec, choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_gate_few import choose_of_sum, takes_few
 from engine.kernels.moe_gemm import ExpertWeights, multiply_down, multiply_up_gate
+from engine.kernels.moe_one_token import multiply_down_one, multiply_up_gate_one
 from engine.kernels.moe_persistent import PersistentTiles, run_products_persistent
 from engine.kernels.moe_route import max_tiles, route_pairs
 from engine.kernels.moe_specialised import SpecialisedTiles, run_products_specialised
-from engine.kernels.moe_tiles import MoeTiles, moe_tiles
-from engine.kernels.step_switches import SWITCHES
+from engine.kernels.moe_tiles import MoeTiles, OneTokenTiles, moe_tiles
 from engine.layers.mlp import load_up_gate
 from engine.layers.rms_norm import RmsNorm
 
@@ -65,7 +63,7 @@ class FusedMoeLayer:
         num_tokens, spec = x_TD.shape[0], self._spec
         if num_tokens == 0:
             return x_TD, torch.empty_like(x_TD)
-        if num_tokens <= SWITCHES.joins_gate and takes_few(num_tokens, spec):
+        if takes_few(num_tokens, spec):
             gate = (self._gate_PED, self._bias_E)
             found = choose_of_sum(x_TD, delta_TD, (norm.weight_D, norm.eps), gate, spec, self._state)
             x_TD, normed_TD, choice = found.sum_TD, found.normed_TD, found.choice
@@ -73,16 +71,8 @@ class FusedMoeLayer:
             normed_TD = norm.add_(x_TD, delta_TD)
             choice = choose_experts_fused(normed_TD, self._gate_PED, self._bias_E, spec, self._state)
         tiles = moe_tiles(num_tokens, self._weights.up_gate.dtype)
-        if SWITCHES.sums_down and num_tokens == 1 and not self._weights.is_fp8:
-            route = choice.route
-            assert route is not None
-            h_PI = _up_gate_few(normed_TD, route, spec, self._weights, tiles)
-            delta_TD = sum_down_one(h_PI, self._weights, choice.weights_TK, route, spec, SWITCHES.sums_down)
-            return x_TD, next_norm.add_(x_TD, delta_TD)
         y_PD = multiply_experts(normed_TD, choice, spec, self._weights, tiles)
-        if SWITCHES.joins_combine:
-            return x_TD, combine_into_norm_(y_PD, choice.weights_TK, x_TD, next_norm.weight_D, next_norm.eps)
-        return x_TD, next_norm.add_(x_TD, combine_pairs(y_PD, choice.weights_TK))
+        return x_TD, combine_into_norm_(y_PD, choice.weights_TK, x_TD, next_norm.weight_D, next_norm.eps)
 
     def take_load(self) -> torch.Tensor:
         """int64 [E] on the device: tokens by logical expert since the last call. Waits for nothing."""
@@ -96,7 +86,7 @@ def run_experts(
     choice: Choice,
     spec: GateSpec,
     weights: ExpertWeights,
-    tiles: MoeTiles | PersistentTiles | SpecialisedTiles,
+    tiles: MoeTiles | OneTokenTiles | PersistentTiles | SpecialisedTiles,
 ) -> torch.Tensor:
     return combine_pairs(multiply_experts(x_TD, choice, spec, weights, tiles), choice.weights_TK)
 
@@ -106,9 +96,12 @@ def multiply_experts(
     choice: Choice,
     spec: GateSpec,
     weights: ExpertWeights,
-    tiles: MoeTiles | PersistentTiles | SpecialisedTiles,
+    tiles: MoeTiles | OneTokenTiles | PersistentTiles | SpecialisedTiles,
 ) -> torch.Tensor:
     """[T * K, D]: what each chosen expert makes of its token."""
+    if isinstance(tiles, OneTokenTiles):
+        h_KI = multiply_up_gate_one(x_TD, weights, choice.ids_TK, spec, tiles.up_gate)
+        return multiply_down_one(h_KI, weights, choice.ids_TK, spec, tiles.down)
     num_tokens = x_TD.shape[0]
     route = choice.route
     if route is None or route.tile_rows != tiles.rows:
@@ -118,20 +111,7 @@ def multiply_experts(
         return run_products_specialised(x_TD, route, spec, weights, tiles)
     if isinstance(tiles, PersistentTiles):
         return run_products_persistent(x_TD, route, spec, weights, tiles)
-    if num_tokens <= MAX_TOKENS and not weights.is_fp8:
-        h_PI = _up_gate_few(x_TD, route, spec, weights, tiles)
-        if SWITCHES.few_down:
-            return multiply_down_few(h_PI, weights, route, spec, FewRowsTile(*SWITCHES.few_down))
-        return multiply_down(h_PI, weights, route, tiles.down)
     return _run_products(x_TD, route, spec, weights, tiles)
-
-
-def _up_gate_few(
-    x_TD: torch.Tensor, route: Route, spec: GateSpec, weights: ExpertWeights, tiles: MoeTiles
-) -> torch.Tensor:
-    if SWITCHES.few_up:
-        return multiply_up_gate_few(x_TD, weights, route, spec, FewRowsTile(*SWITCHES.few_up))
-    return multiply_up_gate(x_TD, weights, route, spec.experts_per_token, tiles.up_gate)
 
 
 def _run_products(
