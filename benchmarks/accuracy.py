@@ -136,9 +136,9 @@ def build(model_dir: Path, mode: str, args: argparse.Namespace) -> Engine:
             dtype="bfloat16" if mode == "fp8" else mode,
             device=args.device,
             max_model_len=length,
-            max_running=4,
+            max_running=16,  # steps as full as those of a prefill worker: the same kernels
             token_budget=max(1024, length + 16),
-            num_blocks=4 * -(-length // 16) + 8,
+            num_blocks=16 * -(-length // 16) + 8,
             uses_graphs=False,
             num_speculative_tokens=0,
             has_fp8_experts=mode == "fp8",

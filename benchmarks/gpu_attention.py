@@ -1,6 +1,6 @@
 """Attention kernels of the GPU path, timed over their tilings, beside what the chip could do.
 
-    python -m benchmarks.gpu_attention [ceilings decode prefill rows]
+    python -m benchmarks.gpu_attention [ceilings decode prefill rows context]
 
 DeepSeek-V2-Lite's shape in bfloat16. A decode is timed over several caches in turn, so that none is in L2.
 """
@@ -15,13 +15,13 @@ from functools import partial
 import torch
 import triton
 
+from benchmarks.gpu_context import time_contexts
 from engine.kernels.attention_decode import DEFAULT_TUNING, DecodeTuning, mla_decode, num_shares
 from engine.kernels.attention_prefill import PrefillTuning, Segments, mla_prefill
 from engine.kernels.mla_rows import prepare_mla_rows
 from engine.kernels.row_task import RowTask
 
 HEADS, RANK, ROPE, NOPE, VALUE, BLOCK_SIZE, LAYERS = 16, 512, 64, 128, 128, 16, 27
-SECTIONS = ("ceilings", "decode", "prefill", "rows")
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -137,12 +137,21 @@ def rows() -> None:
         print(f"rows {num_tokens}: {1e3 * time_ms:.1f} us, floor {moved / 3e6:.1f} us", flush=True)
 
 
+SECTIONS = {
+    "ceilings": ceilings,
+    "decode": decode,
+    "prefill": prefill,
+    "rows": rows,
+    "context": time_contexts,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_attention", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("sections", nargs="*", default=list(SECTIONS), choices=[*SECTIONS, []])
     for section in parser.parse_args().sections:
-        {"ceilings": ceilings, "decode": decode, "prefill": prefill, "rows": rows}[section]()
+        SECTIONS[section]()
 
 
 if __name__ == "__main__":

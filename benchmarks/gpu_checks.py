@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -18,17 +18,19 @@ from engine.kernels.moe_gate import choose_experts_fused, new_gate_state, split_
 from engine.kernels.moe_tiles import moe_tiles
 from engine.kernels.rms_norm import add_rms_norm_, rms_norm_reference
 from engine.kernels.sampling import RowSampling, draw_tokens, greedy_tokens
-from engine.moe.fused_experts import run_experts, run_experts_reference
+from engine.moe.expert_products import run_experts, run_experts_reference
+from engine.moe.specialised import can_specialise
 from engine.philox import uniform
 
 VOCAB = 102_400
 Check = tuple[str, float, float]  # name, error, tolerance
 
 
-def run_checks() -> int:
+def run_checks(sections: Iterable[str]) -> int:
     """How many failed."""
+    by_section = {"norm": [_norms], "dense": [_linear], "moe": [_gate, _experts], "sampling": [_sampling]}
     num_failed = 0
-    for section in (_norms, _linear, _gate, _experts, _sampling):
+    for section in (check for name in sections for check in by_section[name]):
         try:
             for name, error, tolerance in section():
                 is_good = error <= tolerance
@@ -92,14 +94,15 @@ def _experts() -> Iterator[Check]:
     state = new_gate_state(NUM_EXPERTS, "cuda")
     for is_fp8, tolerance in ((False, 8e-3), (True, 0.06)):
         weights = random_weights(is_fp8)
-        for num_tokens in (1, 33, 300, 700, 3000):
+        is_specialised = can_specialise(weights, torch.bfloat16)
+        for num_tokens in (1, 33, 300, 700, 768, 3000, 8192):
             x = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16)
             choice = choose_experts_fused(x, gate, None, SPEC, state)
-            tiles = moe_tiles(num_tokens, weights.up_gate.dtype)
+            tiles = moe_tiles(num_tokens, weights.up_gate.dtype, is_specialised=is_specialised)
             found = run_experts(x, choice, SPEC, weights, tiles)
             again = run_experts(x, choice, SPEC, weights, tiles)
             expected = run_experts_reference(x, choice, SPEC, weights)
-            name = f"experts {'fp8' if is_fp8 else 'bf16'} of {num_tokens}"
+            name = f"experts {'fp8' if is_fp8 else 'bf16'} of {num_tokens}, {type(tiles).__name__}"
             yield name, relative_error(found, expected), tolerance
             yield name + ": values that differ when repeated", float((found != again).sum()), 0.0
         del weights

@@ -1,10 +1,12 @@
 """Every kernel of the GPU engine but attention: checked against its reference, then timed against its floor
 and against plain torch. One command, on a machine with one CUDA device:
 
-    python -m benchmarks.gpu_kernels [--tune [SECONDS]] [--only SECTION ...] [--out DIR]
+    python -m benchmarks.gpu_kernels [--tune [SECONDS] [--tokens N ...]] [--formats bf16 fp8]
+                                     [--only SECTION ...] [--out DIR]
 
 The floor is the larger of the bytes that must move over 3.35 TB/s and of the operations over 790 TFLOP/s
-(twice that in FP8). --tune first searches the tiles of the expert products and prints them as Python.
+(twice that in FP8). --tune first searches the tiles of the expert products and prints them as Python; then
+they are timed beside those of today.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_checks import run_checks
-from benchmarks.gpu_moe import TUNED_TOKENS, MoeBench, compile_all
+from benchmarks.gpu_moe import FORMATS, TUNED_TOKENS, MoeBench, compile_all
 from benchmarks.gpu_rows import Row, dense_rows, moe_rows, norm_rows, sampling_rows
+from engine.kernels.moe_tiles import MoeTiles
 
 SECTIONS = ("norm", "dense", "sampling", "moe")
 COLUMNS = ("kernel", "rows", "floor_us", "measured_us", "gap", "torch_us")
@@ -29,19 +32,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--tune", type=float, nargs="?", const=240.0, metavar="SECONDS")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TUNED_TOKENS, help="sizes to tune for")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=tuple(FORMATS), help="of experts")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--out", type=Path, help="directory for results as JSON")
     args = parser.parse_args()
+    formats = [FORMATS[name] for name in args.formats]
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
-    num_failed = run_checks()
-    tuned: dict[bool, dict[int, object]] = {}
+    num_failed = run_checks(args.only)
+    tuned: dict[bool, dict[int, MoeTiles]] = {}
     details: list[object] = []
     if args.tune:
-        tuned = _tune(time.monotonic() + args.tune, details)
+        tuned = _tune(formats, tuple(args.tokens), args.tune, details)
     rows: list[Row] = []
     sections = dict(
-        zip(SECTIONS, (norm_rows, dense_rows, sampling_rows, lambda: moe_rows(tuned)), strict=True)
+        zip(SECTIONS, (norm_rows, dense_rows, sampling_rows, lambda: moe_rows(tuned, formats)), strict=True)
     )
     for name in args.only:
         rows += _guarded(name, sections[name])
@@ -66,16 +72,19 @@ def _guarded(name: str, section: Callable[[], list[Row]]) -> list[Row]:
         return []
 
 
-def _tune(deadline: float, details: list[object]) -> dict[bool, dict[int, object]]:
-    num_compiled, seconds = compile_all()
+def _tune(
+    formats: list[bool], tokens: tuple[int, ...], limit_s: float, details: list[object]
+) -> dict[bool, dict[int, MoeTiles]]:
+    deadline = time.monotonic() + limit_s
+    num_compiled, seconds = compile_all(formats, tokens)
     print(f"{num_compiled} kernels compiled in {seconds:.0f} s", flush=True)
-    tuned: dict[bool, dict[int, object]] = {}
-    for is_fp8 in (False, True):
+    tuned: dict[bool, dict[int, MoeTiles]] = {}
+    for i, is_fp8 in enumerate(formats):
         bench = MoeBench(is_fp8)
-        # FP8 gets what is left: half of the time at most goes to bf16.
-        limit = deadline if is_fp8 else time.monotonic() + (deadline - time.monotonic()) / 2
+        # Each format gets its part of the time that is left.
+        limit = time.monotonic() + (deadline - time.monotonic()) / (len(formats) - i)
         tuned[is_fp8] = {}
-        for num_tokens in TUNED_TOKENS:
+        for num_tokens in tokens:
             try:
                 tiles, seconds, results = bench.tune(num_tokens, limit)
             except Exception as error:  # noqa: BLE001

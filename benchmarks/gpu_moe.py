@@ -7,14 +7,15 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 
 import torch
 
 from benchmarks.gpu_timing import BF16_FLOPS_PER_S, BYTES_PER_S, FP8_FLOPS_PER_S, graph_time
 from engine.checkpoint import fp8
-from engine.kernels.fp8_quantise import FP8_GROUP, quantise_rows
-from engine.kernels.moe_choice import Choice
+from engine.kernels.fp8_quantise import FP8_GROUP, Fp8Rows, quantise_rows
+from engine.kernels.moe_choice import Choice, Route
 from engine.kernels.moe_gate import GateSpec, choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_gemm import ExpertWeights, Tile, multiply_down, multiply_up_gate
 from engine.kernels.moe_route import max_tiles, route_pairs
@@ -34,6 +35,7 @@ SPEC = GateSpec(
     scaling_factor=1.0,
 )
 TUNED_TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
+FORMATS = {"bf16": False, "fp8": True}
 
 
 def random_weights(is_fp8: bool, num: int = SPEC.num_all_experts) -> ExpertWeights:
@@ -72,66 +74,76 @@ def floor_s(num_tokens: int, choice: Choice, is_fp8: bool) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
+    """quantises_inside and quantises_h as in MoeTiles; of a second product whose rows come quantised, the
+    first is False."""
+
     rows: int
     is_gated: bool
     tile: Tile
     quantises_inside: bool
+    quantises_h: bool = False
 
 
 def candidates(num_tokens: int, is_fp8: bool) -> list[Candidate]:
     found = []
-    for rows in _row_choices(num_tokens):
-        for tile in _tiles(rows, num_tokens, is_fp8):
+    for rows in _row_choices(num_tokens, is_fp8):
+        for tile in _fp8_tiles(rows, num_tokens) if is_fp8 else _tiles(rows, num_tokens):
             for is_gated in (True, False):
                 if is_gated and rows * tile.columns > 128 * 128:
                     continue
                 if is_fp8 and rows * tile.columns > (64 * 128 if is_gated else 128 * 128):
                     continue
-                found += [Candidate(rows, is_gated, tile, inside) for inside in _quantising(rows, is_fp8)]
+                ways = _quantising(rows, tile, is_gated) if is_fp8 else [(True, False)]
+                found += [Candidate(rows, is_gated, tile, *way) for way in ways]
     return found
 
 
-def _quantising(rows: int, is_fp8: bool) -> tuple[bool, ...]:
-    if not is_fp8 or rows <= 16:
-        return (True,)
-    return (True, False) if rows <= 64 else (False,)
+def _quantising(rows: int, tile: Tile, is_gated: bool) -> list[tuple[bool, bool]]:
+    insides = (True, False) if rows <= 32 else (False,)
+    if not is_gated:
+        return [*((inside, False) for inside in insides), (False, True)]
+    return [(inside, h) for inside in insides for h in (False, True) if not h or tile.columns == FP8_GROUP]
 
 
-def _row_choices(num_tokens: int) -> tuple[int, ...]:
+def _row_choices(num_tokens: int, is_fp8: bool) -> tuple[int, ...]:
     if num_tokens <= 16:
         return (16,)
     if num_tokens <= 128:
-        return (16, 32)
+        return (16, 32, 64) if is_fp8 and num_tokens > 64 else (16, 32)
     if num_tokens <= 512:
         return (32, 64)
     return (64, 128)
 
 
-def _tiles(rows: int, num_tokens: int, is_fp8: bool) -> list[Tile]:
-    depths = (128,) if is_fp8 else (64, 128)
+def _fp8_tiles(rows: int, num_tokens: int) -> list[Tile]:
+    group = 1 if num_tokens <= 256 else 8
+    tiles = []
+    for columns, num_stages in itertools.product((64, 128), (3, 4)):
+        for num_warps, is_bulk in itertools.product(
+            (4, 8) if rows * columns >= 64 * 128 else (4,), (False, True)
+        ):
+            tiles.append(Tile(columns, 128, num_warps, num_stages, group, is_bulk))
+    if rows <= 32:
+        for columns, num_stages in itertools.product((64, 128), (3, 4, 6)):
+            tiles.append(Tile(columns, 128, 4, num_stages, group, is_bulk=True, is_swapped=True))
+    return tiles
+
+
+def _tiles(rows: int, num_tokens: int) -> list[Tile]:
     group = 1 if num_tokens <= 256 else 8
     tiles = []
     if rows <= 32:
-        for columns, depth in itertools.product((32, 64, 128), depths):
+        for columns, depth in itertools.product((32, 64, 128), (64, 128)):
             for num_stages in (3, 5) if depth == 64 else (3, 4):
                 tiles.append(Tile(columns, depth, 4, num_stages, group))
                 if columns >= 64:
                     tiles.append(Tile(columns, depth, 4, num_stages, group, is_bulk=True))
         tiles.append(Tile(16, 128, 4, 4, group))
-        tiles.append(Tile(16, 128 if is_fp8 else 256, 4, 3, group))
+        tiles.append(Tile(16, 256, 4, 3, group))
         return tiles
-    for columns in (64, 128, 256):
-        if is_fp8 and columns > 128:
-            continue
-        for is_bulk in (False, True):
-            warps = (4, 8) if rows * columns >= 64 * 128 else (4,)
-            for num_warps in warps:
-                if is_fp8:
-                    tiles.append(Tile(columns, 128, num_warps, 3, group, is_bulk))
-                    tiles.append(Tile(columns, 128, num_warps, 4, group, is_bulk))
-                else:
-                    tiles.append(Tile(columns, 64, num_warps, 4, group, is_bulk))
-                    tiles.append(Tile(columns, 64, num_warps, 3, group, is_bulk))
+    for columns, is_bulk in itertools.product((64, 128, 256), (False, True)):
+        for num_warps in (4, 8) if rows * columns >= 64 * 128 else (4,):
+            tiles += [Tile(columns, 64, num_warps, num_stages, group, is_bulk) for num_stages in (4, 3)]
     return tiles
 
 
@@ -146,20 +158,9 @@ class MoeBench:
         """Seconds of one of the two products, quantising its rows included."""
         num_tiles = max_tiles(num_tokens, TOP_K, NUM_SHARED, NUM_EXPERTS, candidate.rows)
         routes = [route_pairs(choice, num_tiles, candidate.rows) for choice in choices]
-        pairs = num_tokens * SPEC.experts_per_token
-        shape = (num_tokens, HIDDEN) if candidate.is_gated else (pairs, SIZE)
-        x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-        is_before = self.is_fp8 and not candidate.quantises_inside
-
-        def call(i: int) -> None:
-            rows = quantise_rows(x) if is_before else x
-            weights, route = self.sets[i % len(self.sets)], routes[i % len(routes)]
-            if candidate.is_gated:
-                multiply_up_gate(rows, weights, route, SPEC.experts_per_token, candidate.tile)
-            else:
-                multiply_down(rows, weights, route, candidate.tile)
-
-        calls = [lambda i=i: call(i) for i in range(len(self.sets))]
+        x = _rows(candidate, num_tokens, self.is_fp8)
+        work = list(zip(self.sets, routes, strict=False))
+        calls = [partial(_multiply, candidate, x, weights, route) for weights, route in work]
         return graph_time(calls, num_replays=3, num_rounds=1 if num_tokens > 512 else 2)
 
     def tune(self, num_tokens: int, deadline: float) -> tuple[MoeTiles, float, list[tuple[float, Candidate]]]:
@@ -171,29 +172,66 @@ class MoeBench:
             try:
                 results.append((self.time(candidate, num_tokens, choices), candidate))
             except Exception as error:  # noqa: BLE001 - a tile that does not fit the device is no answer
-                if num_tokens in (1, 1024):
+                if num_tokens in (128, 1024):
                     print("skipped", candidate, repr(error)[:80])
         best, best_s = None, float("inf")
-        for rows, inside in {(c.rows, c.quantises_inside) for _, c in results}:
-            of = [r for r in results if (r[1].rows, r[1].quantises_inside) == (rows, inside)]
-            up = min((r for r in of if r[1].is_gated), default=None, key=lambda r: r[0])
-            down = min((r for r in of if not r[1].is_gated), default=None, key=lambda r: r[0])
+        for rows, inside, h in {
+            (c.rows, c.quantises_inside, c.quantises_h) for _, c in results if c.is_gated
+        }:
+            up = _fastest(results, (rows, True, inside, h))
+            down = _fastest(results, (rows, False, inside and not h, h))
             if up and down and up[0] + down[0] < best_s:
-                best, best_s = MoeTiles(rows, up[1].tile, down[1].tile, inside), up[0] + down[0]
+                best, best_s = MoeTiles(rows, up[1].tile, down[1].tile, inside, h), up[0] + down[0]
         if best is None:
             raise RuntimeError(f"no tile works for {num_tokens} tokens")
         return best, best_s, sorted(results, key=lambda r: r[0])
 
 
+def _rows(candidate: Candidate, num_tokens: int, is_fp8: bool) -> torch.Tensor | Fp8Rows:
+    """What a product of the candidate gets, before it is quantised unless another product does that."""
+    shape = (num_tokens, HIDDEN) if candidate.is_gated else (num_tokens * SPEC.experts_per_token, SIZE)
+    x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    return quantise_rows(x) if is_fp8 and candidate.quantises_h and not candidate.is_gated else x
+
+
+def _multiply(candidate: Candidate, x: torch.Tensor | Fp8Rows, weights: ExpertWeights, route: Route) -> None:
+    if weights.is_fp8 and not candidate.quantises_inside and isinstance(x, torch.Tensor):
+        x = quantise_rows(x)
+    if candidate.is_gated:
+        multiply_up_gate(
+            x,
+            weights,
+            route,
+            SPEC.experts_per_token,
+            candidate.tile,
+            quantises_out=candidate.quantises_h,
+        )
+    else:
+        multiply_down(x, weights, route, candidate.tile)
+
+
+def _fastest(
+    results: list[tuple[float, Candidate]], wanted: tuple[int, bool, bool, bool]
+) -> tuple[float, Candidate] | None:
+    """wanted: rows, is_gated, quantises_inside, quantises_h."""
+    found = [
+        (seconds, c)
+        for seconds, c in results
+        if (c.rows, c.is_gated, c.quantises_inside, c.quantises_h) == wanted
+    ]
+    return min(found, default=None, key=lambda result: result[0])
+
+
 def _compile(work: tuple[bool, list[Candidate]]) -> int:
     """In a process of its own: fills the compiler's cache on disk."""
     is_fp8, mine = work
-    bench = _small_bench(is_fp8)
-    num_done = 0
+    weights, choice, num_done = random_weights(is_fp8), random_choice(8), 0
     for candidate in mine:
         try:
-            bench_choice = [random_choice(8)]
-            _launch_once(bench, candidate, bench_choice)
+            route = route_pairs(
+                choice, max_tiles(8, TOP_K, NUM_SHARED, NUM_EXPERTS, candidate.rows), candidate.rows
+            )
+            _multiply(candidate, _rows(candidate, 8, is_fp8), weights, route)
             num_done += 1
         except Exception:  # noqa: BLE001 - reported when it is timed
             continue
@@ -201,31 +239,15 @@ def _compile(work: tuple[bool, list[Candidate]]) -> int:
     return num_done
 
 
-def _small_bench(is_fp8: bool) -> MoeBench:
-    return MoeBench(is_fp8, num_sets=1)
-
-
-def _launch_once(bench: MoeBench, candidate: Candidate, choices: list[Choice]) -> None:
-    num_tiles = max_tiles(8, TOP_K, NUM_SHARED, NUM_EXPERTS, candidate.rows)
-    route = route_pairs(choices[0], num_tiles, candidate.rows)
-    shape = (8, HIDDEN) if candidate.is_gated else (8 * SPEC.experts_per_token, SIZE)
-    x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    rows = quantise_rows(x) if bench.is_fp8 and not candidate.quantises_inside else x
-    if candidate.is_gated:
-        multiply_up_gate(rows, bench.sets[0], route, SPEC.experts_per_token, candidate.tile)
-    else:
-        multiply_down(rows, bench.sets[0], route, candidate.tile)
-
-
-def compile_all(num_processes: int | None = None) -> tuple[int, float]:
-    """All candidates in parallel; the number compiled and the seconds it took."""
+def compile_all(formats: list[bool], tokens: tuple[int, ...]) -> tuple[int, float]:
+    """All candidates in parallel; the number compiled and the seconds it took. formats: is it FP8."""
     began = time.monotonic()
     work: list[tuple[bool, list[Candidate]]] = []
-    num_processes = num_processes or max(1, (os.cpu_count() or 2) - 1)
-    for is_fp8 in (False, True):
-        unique = {c for num_tokens in TUNED_TOKENS for c in candidates(num_tokens, is_fp8)}
+    num_processes = max(2, (os.cpu_count() or 2) - 1)
+    for is_fp8 in formats:
+        unique = {c for num_tokens in tokens for c in candidates(num_tokens, is_fp8)}
         ordered = sorted(unique, key=repr)
-        share = num_processes // 2
+        share = num_processes // len(formats)
         work += [(is_fp8, ordered[i::share]) for i in range(share)]
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
         return sum(pool.map(_compile, work)), time.monotonic() - began

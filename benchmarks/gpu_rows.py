@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +31,9 @@ from engine.kernels.rms_norm import add_rms_norm_
 from engine.kernels.sampling import RowSampling, draw_tokens, greedy_tokens
 from engine.layers.linear import Linear
 from engine.moe.dispatch import LocalDispatcher
+from engine.moe.expert_products import run_experts
 from engine.moe.experts import Experts
-from engine.moe.fused_experts import run_experts
+from engine.moe.specialised import can_specialise
 
 NUM_SETS = 3  # of inputs
 
@@ -216,36 +217,40 @@ def _sampling(num_rows: int) -> Iterator[Row]:
         yield Row(f"draw {name}", num_rows, floor, ours)
 
 
-def moe_rows(tuned: dict[bool, dict[int, MoeTiles]]) -> list[Row]:
+def moe_rows(tuned: dict[bool, dict[int, MoeTiles]], formats: Sequence[bool]) -> list[Row]:
     rows: list[Row] = []
-    for is_fp8 in (False, True):
+    for is_fp8 in formats:
         bench = MoeBench(is_fp8)
-        for num_tokens in (1, 8, 32, 64, 128, 256, 1024, 4096, 8192):
-            rows += _moe(bench, num_tokens, _nearest(tuned.get(is_fp8, {}), num_tokens))
+        for num_tokens in (1, 8, 32, 64, 128, 256, 512, 768, 1024, 2048, 4096, 8192):
+            rows += _moe(bench, num_tokens, tuned.get(is_fp8, {}).get(num_tokens))
         del bench
         torch.cuda.empty_cache()
     return rows
 
 
-def _nearest(tuned: dict[int, MoeTiles], num_tokens: int) -> MoeTiles | None:
-    larger = [limit for limit in tuned if limit >= num_tokens]
-    return tuned[min(larger)] if larger else tuned.get(max(tuned, default=0))
-
-
-def _moe(bench: MoeBench, num_tokens: int, tiles: MoeTiles | None) -> Iterator[Row]:
-    tiles = tiles or moe_tiles(num_tokens, bench.sets[0].up_gate.dtype)
-    name = "fp8" if bench.is_fp8 else "bf16"
+def _moe(bench: MoeBench, num_tokens: int, tuned: MoeTiles | None) -> Iterator[Row]:
+    """As the engine computes it; with the tiles of the table where it does not use them; with tuned ones."""
+    dtype = bench.sets[0].up_gate.dtype
+    is_specialised = can_specialise(bench.sets[0], torch.bfloat16)
+    tiles = moe_tiles(num_tokens, dtype, is_specialised=is_specialised)
+    ways = {"": tiles, " by the table": moe_tiles(num_tokens, dtype), " tuned": tuned}
+    if ways[" by the table"] == tiles:
+        del ways[" by the table"]
     choices = [random_choice(num_tokens) for _ in bench.sets]
     xs = [torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in bench.sets]
     work = list(zip(xs, choices, bench.sets, strict=True))
     rounds = 2 if num_tokens <= 512 else 1
-    ours = graph_time(
-        [lambda x=x, c=c, w=w: run_experts(x, c, SPEC, w, tiles) for x, c, w in work], num_rounds=rounds
-    )
-    plain = None
-    if not bench.is_fp8 and num_tokens in (1, 128, 4096):
-        plain = _plain_experts(bench, num_tokens, xs[0])
-    yield Row(f"experts {name}", num_tokens, floor_s(num_tokens, choices[0], bench.is_fp8), ours, plain)
+    name = "fp8" if bench.is_fp8 else "bf16"
+    floor = floor_s(num_tokens, choices[0], bench.is_fp8)
+    for way, cut in ways.items():
+        if cut is None:
+            continue
+        calls = [lambda x=x, c=c, w=w, cut=cut: run_experts(x, c, SPEC, w, cut) for x, c, w in work]
+        ours = graph_time(calls, num_rounds=rounds)
+        plain = None
+        if not bench.is_fp8 and num_tokens in (1, 128, 4096):
+            plain = _plain_experts(bench, num_tokens, xs[0])
+        yield Row(f"experts {name}{way}", num_tokens, floor, ours, plain)
     if bench.is_fp8:
         return
     gate = split_weight(torch.randn(NUM_EXPERTS, HIDDEN, device="cuda").bfloat16().float(), torch.bfloat16)

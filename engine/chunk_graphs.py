@@ -2,23 +2,26 @@
 kernels takes the host longer than computing them takes the device.
 
 A graph has room for a few chunks and for any division of its tokens among them. Padding rows belong to no
-chunk, store nothing, and their attention is 0. Contexts must be computed whole in the same step: what the
-cache already holds would have to be gathered, and that has no fixed size.
+chunk, store nothing, and their attention is 0. What the cache holds of the chunks' sequences before them has
+a fixed room too, and any division of it: how much it is, and where, is read on the device.
 
-T tokens, S chunks, V vocabulary.
+T tokens, S chunks, B blocks of a table, V vocabulary.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from engine.attention.device_plan import ChunkRows, DevicePlan
+from engine.attention.device_plan import ChunkRows, DevicePlan, PagedContext
 from engine.forward_batch import ForwardBatch
 from engine.kv_cache import KvCache
 from engine.models.causal_lm import CausalLM, LayerDone
+from engine.uploads import upload
 
 LADDER = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 MAX_CHUNKS = 16
+MAX_CACHED_ROWS = 16384  # of all chunks: 8 KB each for expanded keys and values in DeepSeek-V2-Lite's shape
 _LAYERS_PER_EVENT = 4  # KV of so many layers can leave while the next ones are computed
 
 
@@ -73,7 +76,10 @@ class ChunkGraphs:
         most = self._ladder[-1] if self._ladder else 0
         self._rows_3T = torch.zeros(3, most, dtype=torch.int64, device=device)  # ids, positions, slots
         self._rows_3T[2] = -1
-        self._starts_S = torch.zeros(MAX_CHUNKS + 1, dtype=torch.int32, device=device)
+        self._starts_2S = torch.zeros(2, MAX_CHUNKS + 1, dtype=torch.int32, device=device)  # rows, cached
+        self._block_size = kv_cache.layout.block_size
+        max_blocks = -(-MAX_CACHED_ROWS // self._block_size)
+        self._tables_SB = torch.zeros(MAX_CHUNKS, max_blocks, dtype=torch.int32, device=device)
         self._wanted_S = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=device)
         self._logits_SV = torch.zeros(MAX_CHUNKS, model.vocab_size, dtype=kv_cache.data.dtype, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -89,8 +95,8 @@ class ChunkGraphs:
             plan is not None
             and plan.chunks is not None
             and plan.num_decodes == 0
-            and plan.chunks.context_slots_L is None
             and batch.num_seqs <= MAX_CHUNKS
+            and sum(batch.context_len) - batch.num_tokens <= MAX_CACHED_ROWS
             and bool(self._ladder)
             and batch.num_tokens <= self._ladder[-1]
         )
@@ -113,16 +119,30 @@ class ChunkGraphs:
 
     def fill(self, batch: ForwardBatch, size: int, num_wanted: int) -> None:
         """Copies the inputs of a step of so many tokens in, for the logits of num_wanted rows."""
-        assert batch.device_plan is not None and batch.device_plan.chunks is not None
         num_tokens = batch.num_tokens
         self._rows_3T[0, :num_tokens] = batch.token_ids_T
         self._rows_3T[1, :num_tokens] = batch.positions_T
         self._rows_3T[2, :num_tokens] = batch.slot_mapping_T
         self._rows_3T[2, num_tokens:size] = -1
-        self._starts_S.fill_(num_tokens)
-        self._starts_S[: batch.num_seqs + 1] = batch.device_plan.chunks.query_start
+        self._fill_chunks(batch)
         self._wanted_S.zero_()  # what a larger run wanted may be no row of this one
         self._wanted_S[:num_wanted] = batch.logits_rows_N[:num_wanted]
+
+    def _fill_chunks(self, batch: ForwardBatch) -> None:
+        device, num_seqs = self._tables_SB.device, batch.num_seqs
+        starts = np.zeros((2, MAX_CHUNKS + 1), dtype=np.int32)
+        starts[0] = batch.num_tokens
+        starts[0, : num_seqs + 1] = batch.query_start
+        num_cached = np.array(batch.context_len) - np.diff(batch.query_start)
+        starts[1, 1 : num_seqs + 1] = np.cumsum(num_cached)
+        starts[1, num_seqs:] = starts[1, num_seqs]
+        self._starts_2S.copy_(upload(starts, device))
+        num_blocks = -(-num_cached // self._block_size)
+        if width := int(num_blocks.max()):
+            tables = np.zeros((num_seqs, width), dtype=np.int32)
+            for row, table, num in zip(tables, batch.block_tables, num_blocks, strict=True):
+                row[:num] = table[:num]
+            self._tables_SB[:num_seqs, :width].copy_(upload(tables, device))
 
     def logits(self, num_wanted: int) -> torch.Tensor:
         return self._logits_SV[:num_wanted]
@@ -158,13 +178,16 @@ class ChunkGraphs:
     def batch(self, size: int) -> ForwardBatch:
         """Of the rows that fill() fills."""
         token_ids_T, positions_T, slots_T = self._rows_3T[:, :size].unbind()
+        query_start, cached_start = self._starts_2S.unbind()
         plan = DevicePlan(
             positions_T=positions_T,
             slot_mapping_T=slots_T,
             num_decodes=0,
             block_tables_SB=torch.empty(0, 1, dtype=torch.int32, device=token_ids_T.device),
             context_len_S=torch.empty(0, dtype=torch.int32, device=token_ids_T.device),
-            chunks=ChunkRows(self._starts_S, self._starts_S, None),
+            chunks=ChunkRows(
+                query_start, query_start, PagedContext(cached_start, self._tables_SB, MAX_CACHED_ROWS)
+            ),
         )
         return ForwardBatch(
             token_ids_T=token_ids_T,

@@ -44,6 +44,7 @@ class DeviceLaunch:
     """Places of tokens drawn on the device; and logits, float32 [N, V], of those that the host will draw."""
 
     sampler: Sampler
+    has_decodes: bool  # a row can take a token that was left on the device
     places: dict[Sequence, int] = field(default_factory=dict)
     by_host: list[tuple[torch.Tensor, list[Sequence]]] = field(default_factory=list)
     found_P: torch.Tensor | None = None  # on the host, once the step is done
@@ -52,7 +53,7 @@ class DeviceLaunch:
 
     @property
     def is_open(self) -> bool:
-        return not self.by_host
+        return not self.by_host and (self.has_decodes or all(seq.keeps_blocks for seq in self.places))
 
     @torch.inference_mode()
     def collect(self) -> StepResult:
@@ -118,7 +119,7 @@ class DeviceSteps:
     def launch(self, batch: ScheduledBatch, layer_done: LayerDone | None) -> DeviceLaunch:
         """The launch before may be under way if it is open; it is collected before the next one. Prompt
         logprobs are waited for, and appended to their sequences."""
-        launch = DeviceLaunch(self._sampler)
+        launch = DeviceLaunch(self._sampler, has_decodes=self._decodes is not None)
         decodes, chunks = ScheduledBatch(), batch
         if self._decodes is not None:
             decodes, chunks = batch.split(lambda seq: not seq.wants_prompt_logprobs)

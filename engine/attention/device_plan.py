@@ -6,6 +6,7 @@ T tokens, S decoding sequences, B blocks of a table, L context rows of all chunk
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,13 +18,44 @@ if TYPE_CHECKING:
     from engine.forward_batch import ForwardBatch
 
 
+@dataclass(frozen=True)
+class GatheredContext:
+    """The cache held rows of the chunks' sequences before: all their rows up to the chunks' ends are gathered
+    from it, as many as there are."""
+
+    tables: list[list[int]]
+    ends: list[int]  # tokens of each table
+    first_token: int
+    block_size: int
+    device: torch.device
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """int64 [L]. Found when somebody asks: graphs read tables instead."""
+        parts = [
+            _slots(table, end, self.block_size)[self.first_token :]
+            for table, end in zip(self.tables, self.ends, strict=True)
+        ]
+        return upload(np.concatenate(parts), self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedContext:
+    """For graphs: what the cache held of the chunks' sequences before the chunks, in a fixed number of
+    launches that reads on the device how much it is."""
+
+    start: torch.Tensor  # int32 [chunks + 1], from 0: rows of all chunks one behind the other
+    block_tables: torch.Tensor  # int32 [chunks, B]
+    max_rows: int  # of all chunks
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkRows:
     """Rows num_decodes .. T of the batch: all chunks of it."""
 
     query_start: torch.Tensor  # int32 [chunks + 1], from 0
-    context_start: torch.Tensor  # int32 [chunks + 1], from 0
-    context_slots_L: torch.Tensor | None  # int64; None: nothing was cached, the context is the chunks' rows
+    context_start: torch.Tensor  # int32 [chunks + 1], from 0; without the rows of a paged context
+    context: GatheredContext | PagedContext | None  # None: nothing was cached before
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +98,17 @@ def plan_on_device(batch: ForwardBatch, block_size: int) -> DevicePlan:
 def _plan_chunks(batch: ForwardBatch, block_size: int) -> ChunkRows:
     device = batch.token_ids_T.device
     query_start = np.array(batch.query_start[batch.num_decodes :], dtype=np.int32) - batch.num_decodes
-    ends = np.array(batch.context_len[batch.num_decodes :], dtype=np.int32)
-    lengths = ends - batch.first_token
-    num_queries = np.diff(query_start)
+    ends = batch.context_len[batch.num_decodes :]
+    lengths = np.array(ends, dtype=np.int32) - batch.first_token
     starts = np.zeros((2, len(query_start)), dtype=np.int32)
     starts[0] = query_start
     np.cumsum(lengths, out=starts[1, 1:])
-    slots = None
-    if (lengths > num_queries).any():
+    context = None
+    if (lengths > np.diff(query_start)).any():
         tables = batch.block_tables[batch.num_decodes :]
-        parts = [
-            _slots(t, int(n), block_size)[batch.first_token :] for t, n in zip(tables, ends, strict=True)
-        ]
-        slots = upload(np.concatenate(parts), device)
+        context = GatheredContext(tables, ends, batch.first_token, block_size, device)
     query_start_here, context_start = upload(starts, device).unbind()
-    return ChunkRows(query_start_here, context_start, slots)
+    return ChunkRows(query_start_here, context_start, context)
 
 
 def _slots(table: list[int], num_tokens: int, block_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from engine.attention.device_plan import ChunkRows, DevicePlan
+from engine.attention.device_plan import ChunkRows, DevicePlan, GatheredContext, PagedContext
 from engine.checkpoint.model_config import MlaConfig
 from engine.kernels.row_task import RowTask
 from engine.kernels.support import is_power_of_two
@@ -104,15 +104,23 @@ class MlaKernels:
     def _prefill(
         self, q_THQ: torch.Tensor, rows_TC: torch.Tensor, cache: torch.Tensor, chunks: ChunkRows
     ) -> torch.Tensor:
+        from engine.kernels.attention_context import expand_context
         from engine.kernels.attention_prefill import Segments, mla_prefill
 
+        num_heads = q_THQ.shape[1]
+        context = chunks.context
         rows_LC = rows_TC
-        if chunks.context_slots_L is not None:
-            rows_LC = cache.flatten(0, 1).index_select(0, chunks.context_slots_L)
+        if isinstance(context, GatheredContext):
+            rows_LC = cache.flatten(0, 1).index_select(0, context.slots)
+        cached = None
+        if isinstance(context, PagedContext):
+            cached = expand_context(
+                cache, context.block_tables, context.start, self._expansion_KC, num_heads, context.max_rows
+            )
         expanded = functional.linear(rows_LC[:, : self._rank], self._expansion_KC)
         segments = Segments(chunks.query_start, chunks.context_start)
-        key_value_LHK = expanded.unflatten(-1, (q_THQ.shape[1], -1))
-        return mla_prefill(q_THQ, key_value_LHK, rows_LC[:, self._rank :], segments)
+        key_value_LHK = expanded.unflatten(-1, (num_heads, -1))
+        return mla_prefill(q_THQ, key_value_LHK, rows_LC[:, self._rank :], segments, cached=cached)
 
 
 def kernels_fit(config: MlaConfig) -> bool:

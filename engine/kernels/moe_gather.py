@@ -1,6 +1,6 @@
 # ruff: noqa: PLR0913 - a kernel takes its pointers, strides and sizes one by one
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
-"""Rows of tokens in the order of sorted pairs, so that a tile of them is one block of memory.
+"""FP8 rows of tokens in the order of sorted pairs, so that a tile of them is one block of memory.
 
 T tokens, P pairs, K experts a token, D columns.
 """
@@ -17,19 +17,13 @@ from engine.kernels.moe_choice import Route
 _ROWS = 4  # of one program
 
 
-def gather_rows(x_TD: torch.Tensor, route: Route, num_rows: int, experts_per_token: int) -> torch.Tensor:
-    """[num_rows, D]: row i is x[pair i // K] for the first sorted pairs."""
-    out = x_TD.new_empty(num_rows, x_TD.shape[1])
-    _launch(x_TD, route, experts_per_token, out)
-    return out
-
-
-def gather_fp8_rows(x: Fp8Rows, route: Route, num_rows: int, experts_per_token: int) -> Fp8Rows:
-    """Values as gather_rows; the scales of all pairs."""
-    values = gather_rows(x.values.view(torch.uint8), route, num_rows, experts_per_token)
+def gather_rows(x: Fp8Rows, route: Route, num_rows: int, experts_per_token: int) -> Fp8Rows:
+    """Row i is x[pair i // K] for the first num_rows sorted pairs; the scales of all pairs."""
+    values = x.values.new_empty(num_rows, x.values.shape[1])
     scales = x.scales.new_empty(route.sorted_pairs_P.shape[0], x.scales.shape[1])
+    _launch(x.values.view(torch.uint8), route, experts_per_token, values.view(torch.uint8))
     _launch(x.scales, route, experts_per_token, scales)
-    return Fp8Rows(values.view(x.values.dtype), scales)
+    return Fp8Rows(values, scales)
 
 
 def _launch(x_TD: torch.Tensor, route: Route, experts_per_token: int, out: torch.Tensor) -> None:

@@ -5,7 +5,10 @@
 `multiply_up_gate` gathers the tokens' rows and ends in up * silu(gate); `multiply_down` sends each result to
 its pair's place. Weights are bf16 (or float32), or FP8 with a scale for each 128 x 128 block; then rows are
 FP8 too, with a scale for each 128 columns of a row: quantised before the product, or inside it, which for few
-rows costs less than a launch. Both give the same numbers.
+rows costs less than a launch, or by the first product for the second. All give the same numbers.
+
+Hopper multiplies FP8 with 64 rows or more on the left; for fewer, the compiler turns all weights into
+float16 first. Swapped, the product is transposed: columns of weights stand where rows did, 64 at least.
 
 P pairs, T tokens, K experts a token, D hidden, I intermediate, E experts, M tiles.
 """
@@ -36,6 +39,7 @@ class Tile:
     num_stages: int
     group: int = 1  # tiles of rows that share their weights' way through the cache
     is_bulk: bool = False  # blocks come by the tensor copy engine, where the depth fills them
+    is_swapped: bool = False  # FP8 only: weights on the left, in 64s of columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +58,26 @@ class ExpertWeights:
 
 
 def multiply_up_gate(
-    x: torch.Tensor | Fp8Rows, weights: ExpertWeights, route: Route, experts_per_token: int, tile: Tile
-) -> torch.Tensor:
+    x: torch.Tensor | Fp8Rows,
+    weights: ExpertWeights,
+    route: Route,
+    experts_per_token: int,
+    tile: Tile,
+    *,
+    quantises_out: bool = False,
+) -> torch.Tensor | Fp8Rows:
     """[P, I] in the order of sorted pairs; x [T, D]."""
-    size = weights.down.shape[2]
+    num_pairs, size = route.sorted_pairs_P.shape[0], weights.down.shape[2]
     rows = x.values if isinstance(x, Fp8Rows) else x
     dtype = x.dtype if isinstance(x, torch.Tensor) else torch.bfloat16
-    out = torch.empty(route.sorted_pairs_P.shape[0], size, dtype=dtype, device=rows.device)
-    _launch(x, weights.up_gate, weights.up_gate_scale, out, route, tile, experts_per_token)
+    if quantises_out:
+        assert tile.columns == FP8_GROUP
+        values = torch.empty(num_pairs, size, dtype=torch.float8_e4m3fn, device=rows.device)
+        scales = torch.empty(num_pairs, size // FP8_GROUP, dtype=torch.float32, device=rows.device)
+        _launch(x, weights.up_gate, weights.up_gate_scale, values, scales, route, tile, experts_per_token)
+        return Fp8Rows(values, scales)
+    out = torch.empty(num_pairs, size, dtype=dtype, device=rows.device)
+    _launch(x, weights.up_gate, weights.up_gate_scale, out, None, route, tile, experts_per_token)
     return out
 
 
@@ -72,7 +88,7 @@ def multiply_down(
     rows = h.values if isinstance(h, Fp8Rows) else h
     dtype = h.dtype if isinstance(h, torch.Tensor) else torch.bfloat16
     out = torch.empty(rows.shape[0], weights.down.shape[1], dtype=dtype, device=rows.device)
-    _launch(h, weights.down, weights.down_scale, out, route, tile, 0)
+    _launch(h, weights.down, weights.down_scale, out, None, route, tile, 0)
     return out
 
 
@@ -81,6 +97,7 @@ def _launch(
     b_ENK: torch.Tensor,
     b_scale: torch.Tensor | None,
     out: torch.Tensor,
+    out_scale: torch.Tensor | None,
     route: Route,
     tile: Tile,
     experts_per_token: int,
@@ -103,6 +120,7 @@ def _launch(
         a_blocks,
         b_blocks,
         out,
+        out_scale,
         route.sorted_pairs_P,
         route.tile_expert_M,
         route.tile_start_M,
@@ -115,11 +133,13 @@ def _launch(
         IS_GATED=experts_per_token > 0,
         IS_FP8=b_scale is not None,
         QUANTISES=b_scale is not None and a_scale is None,
+        QUANTISES_OUT=out_scale is not None,
         IS_EVEN=depth % tile.depth == 0,
         ROWS=route.tile_rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
         GROUP=tile.group,
+        IS_SWAPPED=tile.is_swapped,
         PRECISION="ieee" if b_ENK.dtype == torch.float32 else "tf32",
         IS_BULK=is_bulk,
         **launch_options(route.sorted_pairs_P.shape[0] // _PAIRS_OF_ROW),
@@ -140,6 +160,16 @@ def quantise_tile(a):
     return (a / scale[:, None]).to(tl.float8e4nv), scale
 
 
+@triton.jit
+def _scaled_product(a, b, scale, IS_SWAPPED: tl.constexpr):
+    """a [rows, 128] times b [128, columns], each row by its scale; transposed if swapped."""
+    if IS_SWAPPED:
+        product = tl.dot(b.T, a.T) * scale[None, :]
+    else:
+        product = tl.dot(a, b) * scale[:, None]
+    return product
+
+
 @triton.jit(do_not_specialize=["num_tiles"])
 def _grouped_kernel(
     a_ptr,
@@ -149,6 +179,7 @@ def _grouped_kernel(
     a_blocks,
     b_blocks,
     out_ptr,
+    out_scale_ptr,
     pairs_ptr,
     tile_expert_ptr,
     tile_start_ptr,
@@ -161,11 +192,13 @@ def _grouped_kernel(
     IS_GATED: tl.constexpr,
     IS_FP8: tl.constexpr,
     QUANTISES: tl.constexpr,
+    QUANTISES_OUT: tl.constexpr,
     IS_EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
+    IS_SWAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
     IS_BULK: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -207,8 +240,10 @@ def _grouped_kernel(
         b_scale += (n * COLUMNS // 128) * scale_columns
         gate_scale = b_scale + num_out // 128 * scale_columns
 
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    acc_gate = tl.zeros((ROWS, COLUMNS), tl.float32)
+    LEFT: tl.constexpr = COLUMNS if IS_SWAPPED else ROWS
+    RIGHT: tl.constexpr = ROWS if IS_SWAPPED else COLUMNS
+    acc = tl.zeros((LEFT, RIGHT), tl.float32)
+    acc_gate = tl.zeros((LEFT, RIGHT), tl.float32)
     for k in range(tl.cdiv(depth, DEPTH)):
         if IS_BULK:
             if IS_GATED:
@@ -234,9 +269,11 @@ def _grouped_kernel(
                 a_block, a_scale = quantise_tile(a_block)
             else:
                 a_scale = tl.load(a_scale_ptr + a_rows * scale_columns + k, mask=is_row, other=0.0)
-            acc += tl.dot(a_block, b_block) * (a_scale * tl.load(b_scale + k))[:, None]
+            acc += _scaled_product(a_block, b_block, a_scale * tl.load(b_scale + k), IS_SWAPPED)
             if IS_GATED:
-                acc_gate += tl.dot(a_block, gate_block) * (a_scale * tl.load(gate_scale + k))[:, None]
+                acc_gate += _scaled_product(
+                    a_block, gate_block, a_scale * tl.load(gate_scale + k), IS_SWAPPED
+                )
         else:
             acc = tl.dot(a_block, b_block, acc, input_precision=PRECISION)
             if IS_GATED:
@@ -244,9 +281,16 @@ def _grouped_kernel(
         a += DEPTH
         b += DEPTH
 
+    if IS_SWAPPED:
+        acc = acc.T
+        acc_gate = acc_gate.T
     if IS_GATED:
         acc = acc * acc_gate / (1.0 + tl.exp(-acc_gate))
         out_rows = a_rows * 0 + rows
+        if QUANTISES_OUT:
+            # From bf16, as if the rows had been written first: the same numbers.
+            acc, scale = quantise_tile(acc.to(tl.bfloat16))
+            tl.store(out_scale_ptr + out_rows * (num_out // 128) + n, scale, mask=is_row)
     else:
         out_rows = tl.load(pairs_ptr + rows, mask=is_row, other=0).to(tl.int64)
     out = out_ptr + out_rows[:, None] * num_out + columns[None, :]

@@ -1,8 +1,8 @@
 """How to cut the expert products, by number of tokens and kind of weight.
 
 Tuned on one H100 80 GB with DeepSeek-V2-Lite's experts (hidden 2048, intermediate 1408, 64 experts, 6 a
-token, 2 shared) by `python -m benchmarks.gpu_kernels --tune`, up to 8 tokens in
-whole steps (docs/log.md, 2026-11-26); a start for other shapes, always correct.
+token, 2 shared) by `python -m benchmarks.gpu_kernels --tune`, up to 8 tokens of bf16 in whole decode steps
+(docs/log.md, 2026-11-26); a start for other shapes, always correct.
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ class MoeTiles:
     up_gate: Tile
     down: Tile
     quantises_inside: bool = True  # FP8 only: no separate pass over the rows
+    quantises_h: bool = False  # FP8 only: the first product does, in tiles of 128 columns
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialisedTiles:
+    """Those of moe_specialised, which has one way to cut."""
+
+    rows: int = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,8 @@ class OneTokenTiles:
     up_gate: FewRowsTile
     down: FewRowsTile
 
+
+ExpertTiles = MoeTiles | OneTokenTiles | SpecialisedTiles
 
 _ONE_TOKEN = OneTokenTiles(FewRowsTile(4, 8), FewRowsTile(2, 4))
 
@@ -71,8 +81,13 @@ _FLOAT32: dict[int, MoeTiles | OneTokenTiles] = {
 }
 
 
-def moe_tiles(num_tokens: int, dtype: torch.dtype) -> MoeTiles | OneTokenTiles:
-    """dtype is that of the weights."""
+_SPECIALISED_TOKENS = 768  # from so many on: below, the two are equal
+
+
+def moe_tiles(num_tokens: int, dtype: torch.dtype, *, is_specialised: bool = False) -> ExpertTiles:
+    """dtype is that of the weights; is_specialised: engine/moe/specialised.py says that they can be."""
+    if is_specialised and num_tokens >= _SPECIALISED_TOKENS:
+        return SpecialisedTiles()
     table: Mapping[int, MoeTiles | OneTokenTiles] = _BF16
     if dtype == torch.float32:
         table = _FLOAT32

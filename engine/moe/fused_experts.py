@@ -12,19 +12,16 @@ import torch
 from engine.checkpoint import fp8
 from engine.checkpoint.model_config import MoeConfig
 from engine.checkpoint.weights import WeightSource
-from engine.kernels.fp8_quantise import FP8_GROUP, quantise_rows
-from engine.kernels.moe_choice import Choice, Route
-from engine.kernels.moe_combine import combine_into_norm_, combine_pairs
+from engine.kernels.fp8_quantise import FP8_GROUP
+from engine.kernels.moe_combine import combine_into_norm_
 from engine.kernels.moe_gate import GateSpec, choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_gate_few import choose_of_sum, takes_few
-from engine.kernels.moe_gemm import ExpertWeights, multiply_down, multiply_up_gate
-from engine.kernels.moe_one_token import multiply_down_one, multiply_up_gate_one
-from engine.kernels.moe_persistent import PersistentTiles, run_products_persistent
-from engine.kernels.moe_route import max_tiles, route_pairs
-from engine.kernels.moe_specialised import SpecialisedTiles, run_products_specialised
-from engine.kernels.moe_tiles import MoeTiles, OneTokenTiles, moe_tiles
+from engine.kernels.moe_gemm import ExpertWeights
+from engine.kernels.moe_tiles import ExpertTiles, moe_tiles
 from engine.layers.mlp import load_up_gate
 from engine.layers.rms_norm import RmsNorm
+from engine.moe.expert_products import multiply_experts, run_experts
+from engine.moe.specialised import can_specialise
 
 
 class FusedMoeLayer:
@@ -45,6 +42,7 @@ class FusedMoeLayer:
         self._gate_PED = split_weight(gate_ED, dtype)
         self._bias_E = bias_E
         self._weights = weights
+        self._is_specialised = can_specialise(weights, dtype)
         self._state = new_gate_state(spec.num_experts, gate_ED.device)
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -52,9 +50,7 @@ class FusedMoeLayer:
         if num_tokens == 0:
             return torch.empty_like(x_TD)
         choice = choose_experts_fused(x_TD, self._gate_PED, self._bias_E, self._spec, self._state)
-        return run_experts(
-            x_TD, choice, self._spec, self._weights, moe_tiles(num_tokens, self._weights.up_gate.dtype)
-        )
+        return run_experts(x_TD, choice, self._spec, self._weights, self._tiles(num_tokens))
 
     def between_norms(
         self, x_TD: torch.Tensor, delta_TD: torch.Tensor, norm: RmsNorm, next_norm: RmsNorm
@@ -70,82 +66,17 @@ class FusedMoeLayer:
         else:
             normed_TD = norm.add_(x_TD, delta_TD)
             choice = choose_experts_fused(normed_TD, self._gate_PED, self._bias_E, spec, self._state)
-        tiles = moe_tiles(num_tokens, self._weights.up_gate.dtype)
-        y_PD = multiply_experts(normed_TD, choice, spec, self._weights, tiles)
+        y_PD = multiply_experts(normed_TD, choice, spec, self._weights, self._tiles(num_tokens))
         return x_TD, combine_into_norm_(y_PD, choice.weights_TK, x_TD, next_norm.weight_D, next_norm.eps)
+
+    def _tiles(self, num_tokens: int) -> ExpertTiles:
+        return moe_tiles(num_tokens, self._weights.up_gate.dtype, is_specialised=self._is_specialised)
 
     def take_load(self) -> torch.Tensor:
         """int64 [E] on the device: tokens by logical expert since the last call. Waits for nothing."""
         load_E = self._state.load_E.clone()
         self._state.load_E.zero_()
         return load_E
-
-
-def run_experts(
-    x_TD: torch.Tensor,
-    choice: Choice,
-    spec: GateSpec,
-    weights: ExpertWeights,
-    tiles: MoeTiles | OneTokenTiles | PersistentTiles | SpecialisedTiles,
-) -> torch.Tensor:
-    return combine_pairs(multiply_experts(x_TD, choice, spec, weights, tiles), choice.weights_TK)
-
-
-def multiply_experts(
-    x_TD: torch.Tensor,
-    choice: Choice,
-    spec: GateSpec,
-    weights: ExpertWeights,
-    tiles: MoeTiles | OneTokenTiles | PersistentTiles | SpecialisedTiles,
-) -> torch.Tensor:
-    """[T * K, D]: what each chosen expert makes of its token."""
-    if isinstance(tiles, OneTokenTiles):
-        h_KI = multiply_up_gate_one(x_TD, weights, choice.ids_TK, spec, tiles.up_gate)
-        return multiply_down_one(h_KI, weights, choice.ids_TK, spec, tiles.down)
-    num_tokens = x_TD.shape[0]
-    route = choice.route
-    if route is None or route.tile_rows != tiles.rows:
-        num_tiles = max_tiles(num_tokens, spec.top_k, spec.num_shared, spec.num_experts, tiles.rows)
-        route = route_pairs(choice, num_tiles, tiles.rows)
-    if isinstance(tiles, SpecialisedTiles):
-        return run_products_specialised(x_TD, route, spec, weights, tiles)
-    if isinstance(tiles, PersistentTiles):
-        return run_products_persistent(x_TD, route, spec, weights, tiles)
-    return _run_products(x_TD, route, spec, weights, tiles)
-
-
-def _run_products(
-    x_TD: torch.Tensor, route: Route, spec: GateSpec, weights: ExpertWeights, tiles: MoeTiles
-) -> torch.Tensor:
-    """[P, D], pair p in row p."""
-    is_quantised = weights.is_fp8 and not tiles.quantises_inside
-    x = quantise_rows(x_TD) if is_quantised else x_TD
-    h_PI = multiply_up_gate(x, weights, route, spec.experts_per_token, tiles.up_gate)
-    h = quantise_rows(h_PI) if is_quantised else h_PI
-    return multiply_down(h, weights, route, tiles.down)
-
-
-def run_experts_reference(
-    x_TD: torch.Tensor, choice: Choice, spec: GateSpec, weights: ExpertWeights
-) -> torch.Tensor:
-    """float32, expert by expert."""
-    up_gate, down = _dense(weights.up_gate, weights.up_gate_scale), _dense(weights.down, weights.down_scale)
-    x = x_TD.float()
-    out_TD = torch.zeros_like(x)
-    for expert in range(spec.num_all_experts):
-        tokens, places = (choice.ids_TK == expert).nonzero(as_tuple=True)
-        up, gate = (x[tokens] @ up_gate[expert].t()).chunk(2, dim=1)
-        y = (up * torch.nn.functional.silu(gate)) @ down[expert].t()
-        out_TD.index_add_(0, tokens, y * choice.weights_TK[tokens, places].unsqueeze(1))
-    return out_TD
-
-
-def _dense(values: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
-    if scales is None:
-        return values.float()
-    block = (FP8_GROUP, FP8_GROUP)
-    pairs = zip(values, scales, strict=True)
-    return torch.stack([fp8.dequantise(value, scale, block, torch.float32) for value, scale in pairs])
 
 
 def gate_spec(config: MoeConfig) -> GateSpec:

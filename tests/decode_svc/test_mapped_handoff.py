@@ -215,6 +215,7 @@ async def test_the_commit_waits_until_the_prefill_worker_says_that_it_held_the_b
     monkeypatch.setattr(prefill_call, "_read_commit", read_commit)
     async with workers() as (prefill, decode, router):
         await map_first(router, decode, prefill)
+        await decode.until_idle()
         num_committed = decode.metric("baton_handoffs_total", state="COMMITTED")
         fails = True
         reply = await hand_off(router, prefill, "a")

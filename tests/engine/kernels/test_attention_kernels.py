@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from engine.attention.reference import mla_reference
+from engine.forward_batch import ForwardBatch
 
 pytest.importorskip("triton", reason="kernel tests need the package triton (pip install triton)")
 
+from engine.kernels.attention_context import ExpandTuning, expand_context
 from engine.kernels.attention_decode import DecodeTuning, mla_decode, num_shares
-from engine.kernels.attention_prefill import PrefillTuning, Segments, mla_prefill
+from engine.kernels.attention_prefill import PrefillTuning, Segments, max_shares, mla_prefill
 from engine.kernels.mla_rows import prepare_mla_rows
 from engine.kernels.row_task import RowTask
 from engine.layers.rms_norm import RmsNorm
@@ -103,6 +105,86 @@ def test_prefill_is_causal_over_cached_and_new_rows(device: str, tile: tuple[int
 
     expected = mla_reference(q, batch, cache, key, value)
     torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+CHUNKS = [(0, 9), (37, 20), (0, 0), (64, 1), (16, 33), (3, 2)]  # cached, new; two end inside a block
+
+
+def chunks_before(
+    batch: ForwardBatch, num_places: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Starts of the rows and of the cached rows, block tables; with places of chunks that are not there."""
+    starts = torch.tensor(batch.query_start)
+    cached = torch.tensor(batch.context_len) - starts.diff()
+    missing = num_places - batch.num_seqs
+    query_start = torch.cat((starts, starts[-1:].expand(missing))).to(torch.int32)
+    cached_start = torch.cat((torch.zeros(1), cached.cumsum(0), cached.sum().expand(missing))).to(torch.int32)
+    tables = torch.zeros(num_places, 16, dtype=torch.int32)
+    padded = padded_tables(batch)
+    tables[: batch.num_seqs, : padded.shape[1]] = padded
+    return query_start.to(device), cached_start.to(device), tables.to(device)
+
+
+@pytest.mark.parametrize(("num_queries", "shares"), [(16, 1), (16, 3), (32, None)])
+def test_chunks_attend_to_what_the_cache_held_before_them(
+    device: str, num_queries: int, shares: int | None
+) -> None:
+    torch.manual_seed(0)
+    num_heads, num_padding = 3, 5
+    batch, num_blocks = scattered_batch([], CHUNKS, 8)
+    cache = torch.randn(num_blocks, 8, RANK + ROPE)
+    q = torch.randn(batch.num_tokens + num_padding, num_heads, NOPE + ROPE) / 2
+    key, value = expansion(num_heads)
+    expansion_KC = torch.cat((key, value.transpose(1, 2)), dim=1).flatten(0, 1)
+    new_rows = torch.cat((cache.flatten(0, 1)[batch.slot_mapping_T], torch.randn(num_padding, RANK + ROPE)))
+    query_start, cached_start, tables = chunks_before(batch, len(CHUNKS) + 2, device)
+
+    cached = expand_context(cache.to(device), tables, cached_start, expansion_KC.to(device), num_heads, 200)
+    found = mla_prefill(
+        q.to(device),
+        (new_rows[:, :RANK] @ expansion_KC.T).unflatten(-1, (num_heads, -1)).to(device),
+        new_rows[:, RANK:].to(device),
+        Segments(query_start, query_start),
+        PrefillTuning(num_queries=num_queries, num_keys=16, num_warps=4, num_stages=1),
+        cached=cached,
+        shares=shares,
+    ).cpu()
+
+    expected = mla_reference(q[: batch.num_tokens], batch, cache, key, value)
+    torch.testing.assert_close(found[: batch.num_tokens].double(), expected, rtol=1e-5, atol=1e-5)
+    assert not found[batch.num_tokens :].any()
+
+
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16 if torch.cuda.is_available() else torch.float16]
+)
+def test_cached_rows_are_expanded_in_order(device: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    num_heads = 3
+    batch, num_blocks = scattered_batch([], CHUNKS, 8)
+    cache = torch.randn(num_blocks, 8, RANK + ROPE).to(dtype)
+    expansion_KC = torch.randn(num_heads * (NOPE + VALUE), RANK).to(dtype)
+    _, cached_start, tables = chunks_before(batch, len(CHUNKS) + 2, device)
+    tuning = ExpandTuning(num_rows=16, num_columns=64, depth=16, num_warps=4, num_stages=1, num_programs=4)
+
+    found = expand_context(
+        cache.to(device), tables, cached_start, expansion_KC.to(device), num_heads, 200, tuning
+    )
+
+    rows = torch.cat(
+        [cache[table].flatten(0, 1)[:num] for table, (num, _) in zip(batch.block_tables, CHUNKS, strict=True)]
+    )
+    expected = (rows[:, :RANK].double() @ expansion_KC.double().T).unflatten(-1, (num_heads, -1))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(found.key_value_LHK[: len(rows)].cpu().double(), expected, **tolerance)
+    assert torch.equal(found.rope_LR[: len(rows)].cpu(), rows[:, RANK:])
+
+
+def test_a_graph_of_few_rows_shares_long_contexts_out() -> None:
+    assert max_shares(64) == 8
+    assert max_shares(512) == 2
+    assert max_shares(2048) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

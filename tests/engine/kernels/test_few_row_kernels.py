@@ -21,7 +21,7 @@ from engine.kernels.moe_gemm import ExpertWeights
 from engine.kernels.moe_tiles import OneTokenTiles
 from engine.kernels.rms_norm import add_rms_norm_
 from engine.kernels.row_task import RowTask
-from engine.moe.fused_experts import run_experts, run_experts_reference
+from engine.moe.expert_products import run_experts, run_experts_reference
 from tests.engine.kernels.kernel_batches import padded_tables, scattered_batch
 
 RANK, ROPE, NOPE, VALUE, HEADS = 32, 16, 16, 32, 3

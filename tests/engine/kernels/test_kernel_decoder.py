@@ -17,6 +17,7 @@ from engine import chunk_graphs, mixed_graphs, warm_up
 from engine.checkpoint.model_config import load_model_config
 from engine.checkpoint.random_presets import hub_config
 from engine.checkpoint.weights import open_weights
+from engine.chunk_graphs import ChunkGraphs
 from engine.decode_graphs import GraphLimits, batch_ladder
 from engine.engine import Engine, EngineLimits
 from engine.forward_batch import ForwardBatch
@@ -34,6 +35,8 @@ from engine.scheduler import SchedulerConfig
 from engine.sequence import Sequence
 from tests.fakes.tiny_tokenizer import build_tokenizer
 
+pytestmark = pytest.mark.timeout(240)  # the interpreter is slow
+
 BLOCK_SIZE, MAX_RUNNING, MAX_MODEL_LEN = 4, 3, 64
 
 
@@ -50,7 +53,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(
-    checkpoint: Path, device: str, *, uses_kernels: bool, uses_graphs: bool, decodes: bool = True
+    checkpoint: Path,
+    device: str,
+    *,
+    uses_kernels: bool,
+    uses_graphs: bool,
+    decodes: bool = True,
+    token_budget: int = 24,
 ) -> Engine:
     config = load_model_config(checkpoint)
     with open_weights(checkpoint, "dummy", torch.float32, config) as weights:
@@ -67,12 +76,12 @@ def build(
         max_model_len=MAX_MODEL_LEN, vocab_size=config.vocab_size, eos_token_ids=frozenset()
     )
     graph_limits = GraphLimits(MAX_RUNNING if decodes else 0, MAX_MODEL_LEN) if uses_graphs else None
-    runner = Runner(model, cache, Sampler(frozenset()), 24, device, graph_limits=graph_limits)
+    runner = Runner(model, cache, Sampler(frozenset()), token_budget, device, graph_limits=graph_limits)
     return Engine(
         runner,
         cache,
         limits,
-        SchedulerConfig(token_budget=24, max_running=MAX_RUNNING),
+        SchedulerConfig(token_budget=token_budget, max_running=MAX_RUNNING),
     )
 
 
@@ -109,7 +118,6 @@ def test_kernels_give_the_tokens_of_the_plain_model(
     assert answers(by_kernels, prompts, temperature=temperature) == expected
 
 
-@pytest.mark.timeout(240)  # the interpreter is slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_chunks_that_share_a_pass_with_decodes_change_no_token(
     checkpoint: Path, device: str, temperature: float, monkeypatch: pytest.MonkeyPatch
@@ -139,6 +147,41 @@ def test_chunks_that_share_a_pass_with_decodes_change_no_token(
 
     assert answers(merged, prompts, temperature=temperature) == expected
     assert steps == [(2, 10)]  # of the two prompts that met decodes the other one is too long
+
+
+def test_chunks_behind_cached_rows_go_through_graphs(
+    checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
+    monkeypatch.setattr(chunk_graphs, "LADDER", (12,))
+    monkeypatch.setattr(chunk_graphs, "MAX_CHUNKS", 3)
+    monkeypatch.setattr(mixed_graphs, "CHUNK_LADDER", (8,))
+    alone: list[int] = []  # cached rows of each step
+    merged: list[int] = []
+    run, launch = ChunkGraphs.run, MixedGraphs.launch
+
+    def counted_run(self: ChunkGraphs, batch: ForwardBatch, num_wanted: int) -> torch.Tensor:
+        alone.append(sum(batch.context_len) - batch.num_tokens)
+        return run(self, batch, num_wanted)
+
+    def counted_launch(
+        self: MixedGraphs, seqs: list[Sequence], places: Any, batch: ForwardBatch, num_wanted: int
+    ) -> Any:
+        merged.append(sum(batch.context_len) - batch.num_tokens)
+        return launch(self, seqs, places, batch, num_wanted)
+
+    monkeypatch.setattr(ChunkGraphs, "run", counted_run)
+    monkeypatch.setattr(MixedGraphs, "launch", counted_launch)
+    rng = random.Random(0)
+    first = [rng.randrange(512) for _ in range(21)]  # two chunks; the later prompts hit two blocks of it
+    prompts = [first, [*first[:9], 1, 2], [*first[:9], 3, 4, 5]]
+    plain = build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False, token_budget=12)
+    by_graphs = build(checkpoint, device, uses_kernels=True, uses_graphs=True, token_budget=12)
+
+    expected = answers(plain, prompts, temperature=0.0)
+
+    assert answers(by_graphs, prompts, temperature=0.0) == expected
+    assert (alone, merged) == ([0, 12], [8 + 8])
 
 
 def test_constrained_rows_go_beside_plain_ones_through_the_graphs(checkpoint: Path, device: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 
@@ -16,22 +19,16 @@ from engine.moe.moe_layer import MoeLayer
 pytest.importorskip("triton", reason="the kernels need triton")
 
 from engine.kernels.fp8_quantise import dequantise_rows, quantise_rows, quantise_rows_reference
-from engine.kernels.moe_choice import Choice
+from engine.kernels.moe_choice import Choice, Route
 from engine.kernels.moe_combine import combine_pairs, combine_pairs_reference
 from engine.kernels.moe_gate import choose_experts_fused, new_gate_state, split_weight
-from engine.kernels.moe_gather import gather_fp8_rows
+from engine.kernels.moe_gather import gather_rows
 from engine.kernels.moe_gemm import ExpertWeights, Tile
-from engine.kernels.moe_persistent import PersistentTile, PersistentTiles
 from engine.kernels.moe_route import max_tiles, route_pairs, route_pairs_reference
-from engine.kernels.moe_specialised import SpecialisedTile, SpecialisedTiles
-from engine.kernels.moe_tiles import MoeTiles, OneTokenTiles, moe_tiles
-from engine.moe.fused_experts import (
-    FusedMoeLayer,
-    gate_spec,
-    load_fused_moe,
-    run_experts,
-    run_experts_reference,
-)
+from engine.kernels.moe_tiles import MoeTiles, OneTokenTiles, SpecialisedTiles, moe_tiles
+from engine.moe import specialised
+from engine.moe.expert_products import run_experts, run_experts_reference
+from engine.moe.fused_experts import FusedMoeLayer, gate_spec, load_fused_moe
 
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers, and rounds to FP8 without the
 # carry into the exponent, so that a few values in a hundred come out at half their size.
@@ -213,65 +210,127 @@ def test_experts_give_the_weighted_sum(
     assert relative_error(found, expected) < tolerance
 
 
-@pytest.mark.parametrize("num_tokens", [1, 40])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (HALF, 1e-2)])
-def test_persistent_programs_give_the_weighted_sum(
-    num_tokens: int, dtype: torch.dtype, tolerance: float, device: str
-) -> None:
-    torch.manual_seed(3)
-    config = moe_config(moe_intermediate_size=64)
-    choice = random_choice(num_tokens, config, device)
-    weights = random_experts(14, 128, 64, dtype, device)
-    x = torch.randn(num_tokens, 128, dtype=dtype, device=device)
-    tiles = PersistentTiles(16, PersistentTile(32, 32, 4, 2, 2), PersistentTile(16, 64, 4, 2))
-
-    found = run_experts(x, choice, gate_spec(config), weights, tiles)
-
-    expected = run_experts_reference(x, choice, gate_spec(config), weights)
-    assert relative_error(found, expected) < tolerance
-
-
 def test_gathered_rows_are_those_of_the_sorted_pairs(device: str) -> None:
     torch.manual_seed(4)
     choice = random_choice(21, moe_config(), device)
     route = route_pairs(choice, max_tiles(21, 3, 2, 12, 16), 16)
     x = quantise_rows(torch.randn(21, 384, device=device))
 
-    found = gather_fp8_rows(x, route, 21 * 3, 5)
+    found = gather_rows(x, route, 21 * 3, 5)
 
     tokens = route.sorted_pairs_P.long() // 5
     assert torch.equal(found.values.float(), x.values[tokens[: 21 * 3]].float())
     assert torch.equal(found.scales, x.scales[tokens])
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs Hopper"
+NEEDS_HOPPER = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper"
 )
-@pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize(("is_fp8", "tolerance"), [(False, 1e-2), (True, FP8_ERROR)])
-def test_specialised_warps_give_the_weighted_sum(block: int, is_fp8: bool, tolerance: float) -> None:
+
+
+@NEEDS_HOPPER
+@pytest.mark.parametrize(("hidden", "size"), [(512, 256), (384, 128)])
+def test_specialised_warps_give_the_weighted_sum(hidden: int, size: int) -> None:
     torch.manual_seed(3)
-    config = moe_config(moe_intermediate_size=256)
-    weights = random_experts(14, 512, 256, torch.bfloat16, "cuda", is_fp8)
-    tile = SpecialisedTile(block, num_stages=3, group=2)
+    config = moe_config(moe_intermediate_size=size)
+    weights = random_experts(14, hidden, size, torch.bfloat16, "cuda", is_fp8=True)
     for num_tokens in (17, 300, 1000):
         choice = random_choice(num_tokens, config, "cuda")
-        x = torch.randn(num_tokens, 512, dtype=torch.bfloat16, device="cuda")
+        x = torch.randn(num_tokens, hidden, dtype=torch.bfloat16, device="cuda")
 
-        found = run_experts(x, choice, gate_spec(config), weights, SpecialisedTiles(tile, tile))
+        found = run_experts(x, choice, gate_spec(config), weights, SpecialisedTiles())
 
         expected = run_experts_reference(x, choice, gate_spec(config), weights)
-        assert relative_error(found, expected) < tolerance
+        assert relative_error(found, expected) < FP8_ERROR
 
 
-@pytest.mark.parametrize("quantises_inside", [True, False])
-def test_fp8_experts_stay_near_their_dequantised_weights(quantises_inside: bool, device: str) -> None:
+@NEEDS_HOPPER
+def test_fp8_experts_on_hopper_are_specialised() -> None:
+    weights = random_experts(3, 384, 128, torch.bfloat16, "cuda", is_fp8=True)
+    assert specialised.can_specialise(weights, torch.bfloat16)
+    assert not specialised.can_specialise(weights, torch.float16)
+    half = random_experts(3, 384, 128, torch.bfloat16, "cuda")
+    assert not specialised.can_specialise(half, torch.bfloat16)
+
+
+def no_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "engine.kernels.moe_specialised", None)
+
+
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> torch.Tensor:
+        raise AttributeError("module 'mbarrier' has no attribute 'arrive'")
+
+    monkeypatch.setattr("engine.kernels.moe_specialised.run_products_specialised", fail)
+
+
+def wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(x: torch.Tensor, route: Route, *args: object) -> torch.Tensor:
+        return x.new_zeros(route.sorted_pairs_P.shape[0], x.shape[1])
+
+    monkeypatch.setattr("engine.kernels.moe_specialised.run_products_specialised", zeros)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A device that says it is one."""
+    monkeypatch.setattr(specialised, "_is_hopper", lambda device: True)
+    specialised._works.cache_clear()
+    yield
+    specialised._works.cache_clear()
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("breaks", [no_module, no_compiler, wrong_numbers])
+def test_layers_take_other_tiles_where_specialised_ones_fail(
+    breaks: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    device: str,
+) -> None:
+    torch.manual_seed(7)
+    breaks(monkeypatch)
+    monkeypatch.setattr("engine.kernels.moe_tiles._SPECIALISED_TOKENS", 2)
+    spec = gate_spec(moe_config(num_routed_experts=3, num_shared_experts=0, moe_intermediate_size=128))
+    weights = random_experts(3, 128, 128, torch.bfloat16, device, is_fp8=True)
+    gate, x = torch.randn(3, 128, device=device), torch.randn(2, 128, device=device).bfloat16()
+
+    layers = [FusedMoeLayer(spec, gate, None, weights, torch.bfloat16) for _ in range(2)]
+
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    for layer in layers:
+        assert layer(x).shape == x.shape
+
+
+@pytest.mark.usefixtures("hopper")
+def test_layers_take_specialised_tiles_from_many_tokens_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(specialised, "_trial_error", lambda device: 0.01)
+    weights = random_experts(14, 384, 128, torch.bfloat16, "cpu", is_fp8=True)
+    assert specialised.can_specialise(weights, torch.bfloat16)
+    assert not specialised.can_specialise(weights, torch.float32)
+    odd = random_experts(14, 384, 64, torch.bfloat16, "cpu", is_fp8=True)
+    assert not specialised.can_specialise(odd, torch.bfloat16)
+    below, above = (
+        moe_tiles(num_tokens, torch.float8_e4m3fn, is_specialised=True) for num_tokens in (767, 768)
+    )
+    assert isinstance(below, MoeTiles)
+    assert isinstance(above, SpecialisedTiles)
+
+
+@pytest.mark.parametrize(
+    ("quantises_inside", "is_swapped", "is_bulk"),
+    [(True, False, False), (False, True, True), (True, True, False)],
+)
+def test_fp8_experts_stay_near_their_dequantised_weights(
+    quantises_inside: bool, is_swapped: bool, is_bulk: bool, device: str
+) -> None:
     torch.manual_seed(4)
     config = moe_config(moe_intermediate_size=128)
-    choice = random_choice(20, config, device)
+    choice = random_choice(17, config, device)
     weights = random_experts(14, 256, 128, torch.bfloat16, device, is_fp8=True)
-    x = torch.randn(20, 256, dtype=torch.bfloat16, device=device)
-    tiles = MoeTiles(16, Tile(32, 128, 4, 2), Tile(64, 128, 4, 2), quantises_inside)
+    x = torch.randn(17, 256, dtype=torch.bfloat16, device=device)
+    tile = Tile(64, 128, 4, 2, is_bulk=is_bulk, is_swapped=is_swapped)
+    tiles = MoeTiles(16, tile, tile, quantises_inside)
 
     found = run_experts(x, choice, gate_spec(config), weights, tiles)
 
@@ -279,23 +338,25 @@ def test_fp8_experts_stay_near_their_dequantised_weights(quantises_inside: bool,
     assert relative_error(found, expected) < FP8_ERROR
 
 
-def test_both_ways_to_quantise_give_the_same_bits(device: str) -> None:
+def test_all_ways_to_quantise_give_the_same_bits(device: str) -> None:
     torch.manual_seed(5)
-    config = moe_config(moe_intermediate_size=128)
-    choice = random_choice(9, config, device)
-    weights = random_experts(14, 256, 128, torch.bfloat16, device, is_fp8=True)
-    x = torch.randn(9, 256, dtype=torch.bfloat16, device=device)
-    inside, before = (
+    config = moe_config(num_routed_experts=6, num_shared_experts=0, moe_intermediate_size=256)
+    choice = random_choice(5, config, device)
+    weights = random_experts(6, 128, 256, torch.bfloat16, device, is_fp8=True)
+    x = torch.randn(5, 128, dtype=torch.bfloat16, device=device)
+    first, *others = (
         run_experts(
             x,
             choice,
             gate_spec(config),
             weights,
-            MoeTiles(16, Tile(32, 128, 4, 2), Tile(32, 128, 4, 2), quantises_inside),
+            MoeTiles(16, Tile(128, 128, 4, 2), Tile(32, 128, 4, 2), quantises_inside, quantises_h),
         )
         for quantises_inside in (True, False)
+        for quantises_h in (False, True)
     )
-    assert torch.equal(inside, before)
+    for other in others:
+        assert torch.equal(first, other)
 
 
 def test_quantised_rows_equal_the_reference(device: str) -> None:
