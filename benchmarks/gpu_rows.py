@@ -26,7 +26,7 @@ from engine.kernels.linear_tiles import LinearTile
 from engine.kernels.moe_combine import combine_pairs
 from engine.kernels.moe_gate import choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_route import max_tiles, route_pairs
-from engine.kernels.moe_tiles import MoeTiles, moe_tiles
+from engine.kernels.moe_tiles import MoeTiles, OneTokenTiles, moe_tiles
 from engine.kernels.rms_norm import add_rms_norm_
 from engine.kernels.sampling import RowSampling, draw_tokens, greedy_tokens
 from engine.layers.linear import Linear
@@ -260,7 +260,7 @@ def _moe(bench: MoeBench, num_tokens: int, tuned: MoeTiles | None) -> Iterator[R
     )
     row_bytes = 2 * num_tokens * HIDDEN
     yield Row("gate", num_tokens, (row_bytes + 2 * NUM_EXPERTS * HIDDEN) / BYTES_PER_S, measured)
-    if choices[0].route is None:
+    if choices[0].route is None and not isinstance(tiles, OneTokenTiles):
         num_tiles = max_tiles(num_tokens, TOP_K, NUM_SHARED, NUM_EXPERTS, tiles.rows)
         calls = [lambda c=c: route_pairs(c, num_tiles, tiles.rows) for c in choices]
         floor = 8 * num_tokens * SPEC.experts_per_token / BYTES_PER_S
