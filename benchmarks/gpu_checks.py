@@ -13,10 +13,9 @@ from engine.draw import Truncation, draw, draw_truncated
 from engine.kernels.few_rows import MAX_ROWS, multiply_few_rows
 from engine.kernels.fp8_quantise import quantise_rows, quantise_rows_reference
 from engine.kernels.gated_silu import gated_silu_rows
-from engine.kernels.linear import multiply_fp8, multiply_into
-from engine.kernels.linear_tiles import linear_tile
+from engine.kernels.linear import multiply_fp8
 from engine.kernels.moe_gate import choose_experts_fused, new_gate_state, split_weight
-from engine.kernels.moe_tiles import SpecialisedTiles, moe_tiles
+from engine.kernels.moe_tiles import moe_tiles
 from engine.kernels.rms_norm import add_rms_norm_, rms_norm_reference
 from engine.kernels.sampling import RowSampling, draw_tokens, greedy_tokens
 from engine.moe.expert_products import run_experts, run_experts_reference
@@ -64,7 +63,7 @@ def _norms() -> Iterator[Check]:
 def _linear() -> Iterator[Check]:
     weight = torch.randn(3648, HIDDEN, device="cuda") * HIDDEN**-0.5
     value, scale = fp8.quantise(weight, (128, 128))
-    for num_rows in (1, 3, 5, 100, 700):
+    for num_rows in (1, 2, 5, 100, 700):
         x = torch.randn(num_rows, HIDDEN, device="cuda", dtype=torch.bfloat16)
         exact = x.double() @ fp8.dequantise(value, scale, (128, 128), torch.float32).double().t()
         yield f"fp8 product of {num_rows} rows", relative_error(multiply_fp8(x, value, scale), exact), 0.04
@@ -72,10 +71,6 @@ def _linear() -> Iterator[Check]:
             half = weight.bfloat16()
             error = relative_error(multiply_few_rows(x, half), x.double() @ half.double().t())
             yield f"few rows product of {num_rows}", error, 4e-3
-        out = torch.full((num_rows, 3648), torch.nan, device="cuda", dtype=torch.bfloat16)
-        half = weight.bfloat16()
-        multiply_into(out, x, half, None, linear_tile(num_rows, is_fp8=False))
-        yield f"bf16 product of {num_rows} rows", relative_error(out, x.double() @ half.double().t()), 4e-3
 
 
 def _gate() -> Iterator[Check]:
@@ -107,8 +102,7 @@ def _experts() -> Iterator[Check]:
             found = run_experts(x, choice, SPEC, weights, tiles)
             again = run_experts(x, choice, SPEC, weights, tiles)
             expected = run_experts_reference(x, choice, SPEC, weights)
-            way = "specialised" if isinstance(tiles, SpecialisedTiles) else f"rows by {tiles.rows}"
-            name = f"experts {'fp8' if is_fp8 else 'bf16'} of {num_tokens}, {way}"
+            name = f"experts {'fp8' if is_fp8 else 'bf16'} of {num_tokens}, {type(tiles).__name__}"
             yield name, relative_error(found, expected), tolerance
             yield name + ": values that differ when repeated", float((found != again).sum()), 0.0
         del weights

@@ -11,7 +11,6 @@ from torch.nn import functional
 from benchmarks.gpu_checks import VOCAB, row_sampling
 from benchmarks.gpu_moe import HIDDEN, NUM_EXPERTS, NUM_SHARED, SPEC, TOP_K, MoeBench, floor_s, random_choice
 from benchmarks.gpu_timing import (
-    BF16_FLOPS_PER_S,
     BYTES_PER_S,
     FP8_FLOPS_PER_S,
     eager_time,
@@ -22,12 +21,12 @@ from engine.checkpoint import fp8
 from engine.kernels.few_rows import MAX_ROWS, FewRowsTile, multiply_few_rows
 from engine.kernels.fp8_quantise import quantise_rows
 from engine.kernels.gated_silu import gated_silu_rows
-from engine.kernels.linear import multiply_fp8, multiply_into
+from engine.kernels.linear import multiply_fp8
 from engine.kernels.linear_tiles import LinearTile
 from engine.kernels.moe_combine import combine_pairs
 from engine.kernels.moe_gate import choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_route import max_tiles, route_pairs
-from engine.kernels.moe_tiles import MoeTiles, moe_tiles
+from engine.kernels.moe_tiles import MoeTiles, OneTokenTiles, moe_tiles
 from engine.kernels.rms_norm import add_rms_norm_
 from engine.kernels.sampling import RowSampling, draw_tokens, greedy_tokens
 from engine.layers.linear import Linear
@@ -82,18 +81,13 @@ def norm_rows() -> list[Row]:
     return rows
 
 
-_FEW_ROW_TILES = (
+_FP8_TILES = (
     LinearTile(16, 16, 128, 4, 5),
-    LinearTile(16, 16, 256, 4, 4),
     LinearTile(16, 32, 128, 4, 5),
     LinearTile(16, 64, 128, 4, 4),
     LinearTile(32, 32, 128, 4, 4),
     LinearTile(32, 64, 128, 4, 4),
     LinearTile(64, 64, 128, 4, 3),
-)
-_FP8_TILES = (
-    *_FEW_ROW_TILES[:1],
-    *_FEW_ROW_TILES[2:],
     LinearTile(64, 64, 128, 4, 4, 8, False),
     LinearTile(64, 128, 128, 4, 4, 8, False),
     LinearTile(128, 64, 128, 4, 4, 8, False),
@@ -119,7 +113,6 @@ def dense_rows() -> list[Row]:
                 [lambda x=x, w=w: x @ w.t() for x, w in zip(xs, weight, strict=True)], num_rounds=4
             )
             rows += _few_rows(xs, weight, plain)
-            rows += _bf16_linear(xs, weight, plain)
             if num_out != VOCAB:
                 rows += _fp8_linear(xs, quantised, plain)
     return rows
@@ -133,23 +126,6 @@ def _best(time_of: Callable[[LinearTile], float], tiles: tuple[LinearTile, ...])
         except Exception as error:  # noqa: BLE001 - a tile that does not fit the device is no answer
             print("skipped", tile, repr(error)[:100])
     return min(found, key=lambda pair: pair[0])
-
-
-def _bf16_linear(xs: list[torch.Tensor], weights: list[torch.Tensor], plain: float) -> Iterator[Row]:
-    num_rows, num_out = xs[0].shape[0], weights[0].shape[0]
-    num_bytes = 2 * (num_out * HIDDEN + num_rows * (HIDDEN + num_out))
-    floor = max(num_bytes / BYTES_PER_S, 2 * num_rows * num_out * HIDDEN / BF16_FLOPS_PER_S)
-    if num_rows > 128:
-        return
-    out = torch.empty(num_rows, num_out, device="cuda", dtype=torch.bfloat16)
-
-    def time_of(tile: LinearTile) -> float:
-        pairs = list(zip(xs, weights, strict=True))
-        return graph_time([lambda p=p: multiply_into(out, *p, None, tile) for p in pairs], num_rounds=4)
-
-    tiles = tuple(t for t in _FEW_ROW_TILES if t.rows <= max(16, num_rows))
-    ours, tile = _best(time_of, tiles)
-    yield Row(f"bf16 linear {HIDDEN} -> {num_out}", num_rows, floor, ours, plain, str(tile))
 
 
 _FEW = [FewRowsTile(n, w) for n in (1, 2, 4, 8) for w in (1, 2, 4, 8) if n * 8 >= w]
@@ -284,7 +260,7 @@ def _moe(bench: MoeBench, num_tokens: int, tuned: MoeTiles | None) -> Iterator[R
     )
     row_bytes = 2 * num_tokens * HIDDEN
     yield Row("gate", num_tokens, (row_bytes + 2 * NUM_EXPERTS * HIDDEN) / BYTES_PER_S, measured)
-    if choices[0].route is None:
+    if choices[0].route is None and not isinstance(tiles, OneTokenTiles):
         num_tiles = max_tiles(num_tokens, TOP_K, NUM_SHARED, NUM_EXPERTS, tiles.rows)
         calls = [lambda c=c: route_pairs(c, num_tiles, tiles.rows) for c in choices]
         floor = 8 * num_tokens * SPEC.experts_per_token / BYTES_PER_S

@@ -34,13 +34,13 @@ class MlaKernels:
         self, rows_TC: torch.Tensor, q_THQ: torch.Tensor, cache: torch.Tensor, plan: DevicePlan
     ) -> torch.Tensor:
         """[T, H, V]. rows (latent, shared key) and q as projected; both are changed in place."""
+        from engine.kernels.mla_few_rows import MAX_ROWS
         from engine.kernels.mla_rows import prepare_mla_rows
-        from engine.kernels.step_switches import SWITCHES
 
         num_decodes = plan.num_decodes
         num_tokens, num_heads, q_size = q_THQ.shape
         is_decode_only = num_decodes == num_tokens
-        if is_decode_only and 0 < num_tokens <= SWITCHES.joins_attention:
+        if is_decode_only and 0 < num_tokens <= MAX_ROWS:
             return self._decode_few(rows_TC, q_THQ, cache, plan)
         q_SHC = q_THQ.new_empty(num_decodes, num_heads, rows_TC.shape[1])
         rotated = q_SHC[..., self._rank :] if is_decode_only else q_THQ[..., self._nope :]
@@ -59,21 +59,22 @@ class MlaKernels:
         self, rows_TC: torch.Tensor, q_THQ: torch.Tensor, cache: torch.Tensor, plan: DevicePlan
     ) -> torch.Tensor:
         """[S, H, V]."""
-        from engine.kernels.attention_decode import FEW_TUNING, decode_shares, num_shares
+        from engine.kernels.attention_decode import decode_shares, few_tuning, num_shares
         from engine.kernels.mla_few_rows import merge_and_expand, prepare_few_rows
 
         q_SHC = prepare_few_rows(
             self._task, rows_TC, q_THQ, self._key_HNC, plan.positions_T, plan.slot_mapping_T, cache
         )
+        tuning = few_tuning(q_SHC.shape[0])
         shares = decode_shares(
             q_SHC,
             cache,
             plan.block_tables_SB,
             plan.context_len_S,
             self._rank,
-            num_shares(q_SHC.shape[0], q_SHC.shape[1], FEW_TUNING),
+            num_shares(q_SHC.shape[0], q_SHC.shape[1], tuning),
             first_token=plan.first_token,
-            tuning=FEW_TUNING,
+            tuning=tuning,
         )
         return merge_and_expand(shares, self._value_HCV)
 

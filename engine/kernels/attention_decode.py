@@ -33,7 +33,8 @@ class DecodeTuning:
 
 
 DEFAULT_TUNING = DecodeTuning()
-FEW_TUNING = DecodeTuning(max_shares=64)  # of a few sequences
+_ONE_TUNING = DecodeTuning(num_warps=8, num_stages=1, max_shares=64)
+_FEW_TUNING = DecodeTuning(max_shares=64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,11 @@ class Shares:
 
     parts_SHPC: torch.Tensor  # float32
     mass_SHP: torch.Tensor  # float32: the base-2 logarithm of each share's sum of weights
+
+
+def few_tuning(num_seqs: int) -> DecodeTuning:
+    """For mla_few_rows: best of a whole step on an H100."""
+    return _ONE_TUNING if num_seqs == 1 else _FEW_TUNING
 
 
 def num_shares(num_seqs: int, num_heads: int, tuning: DecodeTuning = DEFAULT_TUNING) -> int:

@@ -24,13 +24,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine.kernels.step_switches import SWITCHES
+MAX_ROWS = 32  # of a step whose launches overlap: those of many rows are long enough to do without
 
 
 def launch_options(num_rows: int) -> dict[str, Any]:
-    """Keyword arguments of a launch; the kernel has a constexpr DEPENDENT for wait() and signal(). Steps of
-    many rows are long enough to do without."""
-    is_dependent = num_rows <= SWITCHES.dependent_rows and _is_supported()
+    """Keyword arguments of a launch; the kernel has a constexpr DEPENDENT for wait() and signal()."""
+    is_dependent = num_rows <= MAX_ROWS and _is_supported()
     return {"DEPENDENT": is_dependent, "launch_pdl": is_dependent}
 
 

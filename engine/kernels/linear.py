@@ -1,7 +1,6 @@
 # ruff: noqa: PLR0913 - a kernel takes its pointers, strides and sizes one by one
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
-"""x @ weight.T of a dense layer: FP8 weights with a scale for each 128 x 128 block, and few rows times bf16
-weights, where reading the weights once is all that counts.
+"""x @ weight.T of a dense layer whose FP8 weights have a scale for each 128 x 128 block.
 
 T rows of x, K inputs, N outputs.
 """
@@ -22,25 +21,25 @@ def multiply_fp8(
     x_TK: torch.Tensor, weight_NK: torch.Tensor, scale_NK: torch.Tensor, tile: LinearTile | None = None
 ) -> torch.Tensor:
     """[T, N] in x's dtype; K is a multiple of 128."""
-    tile = tile or linear_tile(x_TK.shape[0], is_fp8=True)
+    tile = tile or linear_tile(x_TK.shape[0])
     x = x_TK if tile.quantises_inside else quantise_rows(x_TK)
     out = x_TK.new_empty(x_TK.shape[0], weight_NK.shape[0])
-    multiply_into(out, x, weight_NK, scale_NK, tile)
+    _launch(out, x, weight_NK, scale_NK, tile)
     return out
 
 
-def multiply_into(
+def _launch(
     out_TN: torch.Tensor,
     x: torch.Tensor | Fp8Rows,
     weight_NK: torch.Tensor,
-    scale_NK: torch.Tensor | None,
+    scale_NK: torch.Tensor,
     tile: LinearTile,
 ) -> None:
     rows, x_scale = (x.values, x.scales) if isinstance(x, Fp8Rows) else (x, None)
     num_rows, depth = rows.shape
     if num_rows == 0:
         return
-    assert scale_NK is None or tile.depth == FP8_GROUP and FP8_GROUP % tile.columns == 0
+    assert depth % tile.depth == 0 and tile.depth == FP8_GROUP and FP8_GROUP % tile.columns == 0
     assert rows.stride(1) == 1 and weight_NK.is_contiguous()
     num_row_tiles = triton.cdiv(num_rows, tile.rows)
     _linear_kernel[(num_row_tiles * triton.cdiv(out_TN.shape[1], tile.columns),)](
@@ -54,14 +53,11 @@ def multiply_into(
         depth,
         rows.stride(0),
         out_TN.stride(0),
-        IS_FP8=scale_NK is not None,
-        QUANTISES=scale_NK is not None and x_scale is None,
-        IS_EVEN=depth % tile.depth == 0,
+        QUANTISES=x_scale is None,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
         GROUP=tile.group,
-        PRECISION="ieee" if weight_NK.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch_options(num_rows),
@@ -80,14 +76,11 @@ def _linear_kernel(
     depth,
     x_stride,
     out_stride,
-    IS_FP8: tl.constexpr,
     QUANTISES: tl.constexpr,
-    IS_EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     signal(DEPENDENT)
@@ -111,22 +104,14 @@ def _linear_kernel(
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     wait(DEPENDENT)
     for k in range(tl.cdiv(depth, DEPTH)):
-        if IS_EVEN:
-            x_block = tl.load(x, mask=is_row[:, None], other=0.0)
-            w_block = tl.load(w)
+        x_block = tl.load(x, mask=is_row[:, None], other=0.0)
+        w_block = tl.load(w)
+        if QUANTISES:
+            x_block, x_scale = quantise_tile(x_block)
         else:
-            is_k = ks < depth - k * DEPTH
-            x_block = tl.load(x, mask=is_row[:, None] & is_k[None, :], other=0.0)
-            w_block = tl.load(w, mask=is_k[:, None], other=0.0)
-        if IS_FP8:
-            if QUANTISES:
-                x_block, x_scale = quantise_tile(x_block)
-            else:
-                x_scale = tl.load(x_scale_ptr + rows * scale_columns + k, mask=is_row, other=0.0)
-            w_scale = tl.load(w_scale_ptr + (n * COLUMNS // 128) * scale_columns + k)
-            acc += tl.dot(x_block, w_block) * (x_scale * w_scale)[:, None]
-        else:
-            acc = tl.dot(x_block, w_block, acc, input_precision=PRECISION)
+            x_scale = tl.load(x_scale_ptr + rows * scale_columns + k, mask=is_row, other=0.0)
+        w_scale = tl.load(w_scale_ptr + (n * COLUMNS // 128) * scale_columns + k)
+        acc += tl.dot(x_block, w_block) * (x_scale * w_scale)[:, None]
         x += DEPTH
         w += DEPTH
     out = out_ptr + rows[:, None] * out_stride + columns[None, :]

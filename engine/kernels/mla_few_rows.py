@@ -20,6 +20,7 @@ from engine.kernels.mla_rows import rotate_queries, store_row
 from engine.kernels.row_task import RowTask
 from engine.kernels.support import is_power_of_two
 
+MAX_ROWS = 4  # apart is faster at 8
 _ABSORBED = 64  # latent dims of a program
 _MERGE_PROGRAMS = 128  # wanted at least: about one for each multiprocessor
 _MIN_VALUES, _MAX_VALUES = 16, 64  # dims of a program

@@ -1,8 +1,8 @@
 # ruff: noqa: PLR0913 - a kernel takes its pointers, strides and sizes one by one
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
-"""The gate of few tokens in one kernel with the residual sum and the norm before it.
+"""The gate of one or two tokens in one kernel with the residual sum and the norm before it.
 
-A step of one token waits here for one thing after another while the memory rests. So each program takes a few
+So small a step waits here for one thing after another while the memory rests. So each program takes a few
 experts, whose weights it has read before the token is there; it norms the token by itself; the last one to
 arrive chooses, by counting for each expert those that are better.
 
@@ -28,10 +28,10 @@ from engine.kernels.moe_gate import (
     score_experts,
     write_choice,
 )
-from engine.kernels.step_switches import SWITCHES
 
-MAX_TOKENS = 8
-_MAX_COMPARISONS = 1 << 15  # of experts with experts, all tokens together
+_EXPERTS = {1: 2, 2: 4}  # of a program, by tokens: best of a whole step on an H100
+_MAX_TOKENS = max(_EXPERTS)
+_MAX_EXPERTS = 128  # all are compared with all
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,7 @@ class NormedChoice:
 
 
 def takes_few(num_tokens: int, spec: GateSpec) -> bool:
-    padded = triton.next_power_of_2(spec.num_experts)
-    return 0 < num_tokens <= MAX_TOKENS and triton.next_power_of_2(num_tokens) * padded**2 <= _MAX_COMPARISONS
+    return 0 < num_tokens <= _MAX_TOKENS and spec.num_experts <= _MAX_EXPERTS
 
 
 def choose_of_sum(
@@ -63,7 +62,7 @@ def choose_of_sum(
     route = choice.route
     assert route is not None
     sum_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
-    experts = SWITCHES.gate_experts
+    experts = _EXPERTS[num_tokens]
     padded = max(experts, triton.next_power_of_2(spec.num_experts))
     logits = torch.empty(num_tokens, padded, dtype=torch.float32, device=x_TD.device)
     _gate_few_kernel[(padded // experts,)](
@@ -87,7 +86,6 @@ def choose_of_sum(
         norm[1],
         spec.scaling_factor,
         TOKENS=num_tokens,
-        TOKENS_PAD=triton.next_power_of_2(num_tokens),
         TERMS=weight_PED.shape[0],
         E=spec.num_experts,
         E_PAD=padded,
@@ -101,8 +99,8 @@ def choose_of_sum(
         NORM=spec.norm_weights,
         EXPERTS=experts,
         BLOCK_D=triton.next_power_of_2(hidden),
-        TILES_PAD=triton.next_power_of_2(few_tiles(MAX_TOKENS, spec)),
-        num_warps=SWITCHES.gate_warps,
+        TILES_PAD=triton.next_power_of_2(few_tiles(_MAX_TOKENS, spec)),
+        num_warps=4,
         **launch_options(num_tokens),
     )
     return NormedChoice(sum_TD, normed_TD, choice)
@@ -130,7 +128,6 @@ def _gate_few_kernel(
     eps,
     scaling_factor,
     TOKENS: tl.constexpr,
-    TOKENS_PAD: tl.constexpr,
     TERMS: tl.constexpr,
     E: tl.constexpr,
     E_PAD: tl.constexpr,
@@ -174,23 +171,18 @@ def _gate_few_kernel(
     if tl.atomic_add(arrivals_ptr, 1) != PROGRAMS - 1:
         return
     tl.store(arrivals_ptr, 0)
-    rows = tl.arange(0, TOKENS_PAD)
-    ids = tl.arange(0, E_PAD)[None, :] + tl.zeros((TOKENS_PAD, 1), tl.int32)
-    logits = tl.load(
-        logits_ptr + rows[:, None] * E_PAD + ids,
-        mask=(rows < TOKENS)[:, None] & (ids < E),
-        other=0.0,
-        cache_modifier=".cg",
-    )
+    rows = tl.arange(0, TOKENS)
+    ids = tl.arange(0, E_PAD)[None, :] + tl.zeros((TOKENS, 1), tl.int32)
+    logits = tl.load(logits_ptr + rows[:, None] * E_PAD + ids, mask=ids < E, other=0.0, cache_modifier=".cg")
     scores, choice = score_experts(
         logits, ids, bias_ptr, E, E_PAD, IS_SIGMOID, HAS_BIAS, GROUPS, TOPK_GROUPS, IS_GROUP_OF_TWO
     )
     mine, others = choice[:, :, None], choice[:, None, :]
     is_better = (others > mine) | ((others == mine) & (ids[:, None, :] < ids[:, :, None]))
     rank = tl.sum(is_better.to(tl.int32), 2)
-    factor = tl.full((TOKENS_PAD,), scaling_factor, tl.float32)
+    factor = tl.full((TOKENS,), scaling_factor, tl.float32)
     if NORM:
-        total = tl.zeros((TOKENS_PAD,), tl.float32)
+        total = tl.zeros((TOKENS,), tl.float32)
         for k in tl.static_range(TOP_K):
             total += tl.sum(tl.where(rank == k, scores, 0.0), 1)
         factor = factor / (total + 1e-20)
@@ -211,7 +203,7 @@ def _gate_few_kernel(
         E_PAD,
         SHARED,
         TOP_K,
-        TOKENS_PAD,
+        TOKENS,
         True,
         TILES_PAD,
     )

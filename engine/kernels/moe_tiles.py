@@ -1,16 +1,19 @@
 """How to cut the expert products, by number of tokens and kind of weight.
 
 Tuned on one H100 80 GB with DeepSeek-V2-Lite's experts (hidden 2048, intermediate 1408, 64 experts, 6 a
-token, 2 shared) by `python -m benchmarks.gpu_kernels --tune`; a start for other shapes, always correct.
+token, 2 shared) by `python -m benchmarks.gpu_kernels --tune`, up to 8 tokens of bf16 in whole decode steps
+(docs/log.md, 2026-11-26); a start for other shapes, always correct.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from engine.kernels.few_rows import FewRowsTile
 from engine.kernels.moe_gemm import Tile
 
 
@@ -30,9 +33,23 @@ class SpecialisedTiles:
     rows: int = 128
 
 
+@dataclass(frozen=True, slots=True)
+class OneTokenTiles:
+    """Those of moe_one_token."""
+
+    up_gate: FewRowsTile
+    down: FewRowsTile
+
+
+ExpertTiles = MoeTiles | OneTokenTiles | SpecialisedTiles
+
+_ONE_TOKEN = OneTokenTiles(FewRowsTile(4, 8), FewRowsTile(2, 4))
+
 # Up to so many tokens.
-_BF16: dict[int, MoeTiles] = {
-    1: MoeTiles(16, Tile(32, 128, 4, 3), Tile(64, 128, 4, 3)),
+_BF16: dict[int, MoeTiles | OneTokenTiles] = {
+    1: _ONE_TOKEN,
+    2: MoeTiles(16, Tile(32, 128, 4, 5), Tile(64, 128, 4, 3)),
+    4: MoeTiles(16, Tile(32, 128, 4, 5), Tile(64, 128, 4, 4)),
     8: MoeTiles(16, Tile(128, 128, 4, 3, is_bulk=True), Tile(64, 128, 4, 4, is_bulk=True)),
     24: MoeTiles(16, Tile(128, 128, 4, 3), Tile(64, 128, 4, 4, is_bulk=True)),
     48: MoeTiles(32, Tile(64, 128, 4, 4), Tile(128, 128, 4, 3, is_bulk=True)),
@@ -58,18 +75,23 @@ _FP8: dict[int, MoeTiles] = {
 }
 
 
-_FLOAT32 = {1 << 40: MoeTiles(32, Tile(32, 32, 4, 3), Tile(64, 32, 4, 3))}
+_FLOAT32: dict[int, MoeTiles | OneTokenTiles] = {
+    1: _ONE_TOKEN,
+    1 << 40: MoeTiles(32, Tile(32, 32, 4, 3), Tile(64, 32, 4, 3)),
+}
 
 
 _SPECIALISED_TOKENS = 768  # from so many on: below, the two are equal
 
 
-def moe_tiles(
-    num_tokens: int, dtype: torch.dtype, *, is_specialised: bool = False
-) -> MoeTiles | SpecialisedTiles:
+def moe_tiles(num_tokens: int, dtype: torch.dtype, *, is_specialised: bool = False) -> ExpertTiles:
     """dtype is that of the weights; is_specialised: engine/moe/specialised.py says that they can be."""
     if is_specialised and num_tokens >= _SPECIALISED_TOKENS:
         return SpecialisedTiles()
-    table = _FLOAT32 if dtype == torch.float32 else _FP8 if dtype == torch.float8_e4m3fn else _BF16
+    table: Mapping[int, MoeTiles | OneTokenTiles] = _BF16
+    if dtype == torch.float32:
+        table = _FLOAT32
+    elif dtype == torch.float8_e4m3fn:
+        table = _FP8
     limits = list(table)
     return table[limits[bisect_left(limits, num_tokens)]]

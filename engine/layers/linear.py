@@ -1,6 +1,6 @@
 """A matrix product with its weight laid out for this processor.
 
-Off the CPU a weight stays as the hub has it, and a few rows have kernels of their own. On CPU the
+Off the CPU a weight stays as the hub has it, and one or two rows have a kernel of their own. On CPU the
 hub's [N, K] layout is the slowest of three (docs/log.md). For one or two rows a [K, N] copy reads memory
 fastest. For more rows oneDNN's packed form multiplies up to 1.7 times as fast, but a call costs 55 us. So
 small weights are kept as [K, N], large ones packed, and middle ones both ways: twice their memory for the
@@ -42,8 +42,8 @@ class Linear:
 
     def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
         num_rows = x_TK.shape[0]
-        if self._kernels is not None and self._weight_KN is not None and self._kernels.takes(num_rows):
-            return self._kernels.multiply(x_TK, self._weight_KN.t())
+        if self._kernels is not None and self._weight_KN is not None and num_rows <= self._kernels.MAX_ROWS:
+            return self._kernels.multiply_few_rows(x_TK, self._weight_KN.t())
         if self._weight_KN is not None and (num_rows <= _MAX_FEW_ROWS or self._packed is None):
             if self._bias_N is None:
                 return torch.mm(x_TK, self._weight_KN)
@@ -54,9 +54,9 @@ class Linear:
 
     def into(self, out_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
         """Write the product to out_TN, which may be a slice of a larger tensor's rows."""
-        has_kernel = self._kernels is not None and self._kernels.takes(x_TK.shape[0])
+        has_kernel = self._kernels is not None and x_TK.shape[0] <= self._kernels.MAX_ROWS
         if has_kernel and self._kernels is not None and self._weight_KN is not None:
-            self._kernels.multiply(x_TK, self._weight_KN.t(), out_TN)
+            self._kernels.multiply_few_rows(x_TK, self._weight_KN.t(), out_TN)
         elif self._packed is None and self._bias_N is None and self._weight_KN is not None:
             torch.mm(x_TK, self._weight_KN, out=out_TN)
         else:
@@ -77,6 +77,6 @@ def _is_worth_doubling(weight_NK: torch.Tensor) -> bool:
 
 
 def _load_kernels() -> ModuleType:
-    from engine.kernels import linear_rows  # needs Triton, which a CPU has no use for
+    from engine.kernels import few_rows  # needs Triton, which a CPU has no use for
 
-    return linear_rows
+    return few_rows

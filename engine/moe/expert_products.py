@@ -8,16 +8,14 @@ from __future__ import annotations
 import torch
 
 from engine.checkpoint import fp8
-from engine.kernels.few_rows import FewRowsTile
 from engine.kernels.fp8_quantise import FP8_GROUP, quantise_rows
 from engine.kernels.moe_choice import Choice, Route
 from engine.kernels.moe_combine import combine_pairs
-from engine.kernels.moe_few import MAX_TOKENS, multiply_down_few, multiply_up_gate_few
 from engine.kernels.moe_gate import GateSpec
 from engine.kernels.moe_gemm import ExpertWeights, multiply_down, multiply_up_gate
+from engine.kernels.moe_one_token import multiply_down_one, multiply_up_gate_one
 from engine.kernels.moe_route import max_tiles, route_pairs
-from engine.kernels.moe_tiles import MoeTiles, SpecialisedTiles
-from engine.kernels.step_switches import SWITCHES
+from engine.kernels.moe_tiles import ExpertTiles, MoeTiles, OneTokenTiles, SpecialisedTiles
 
 
 def run_experts(
@@ -25,7 +23,7 @@ def run_experts(
     choice: Choice,
     spec: GateSpec,
     weights: ExpertWeights,
-    tiles: MoeTiles | SpecialisedTiles,
+    tiles: ExpertTiles,
 ) -> torch.Tensor:
     return combine_pairs(multiply_experts(x_TD, choice, spec, weights, tiles), choice.weights_TK)
 
@@ -35,9 +33,12 @@ def multiply_experts(
     choice: Choice,
     spec: GateSpec,
     weights: ExpertWeights,
-    tiles: MoeTiles | SpecialisedTiles,
+    tiles: ExpertTiles,
 ) -> torch.Tensor:
     """[T * K, D]: what each chosen expert makes of its token."""
+    if isinstance(tiles, OneTokenTiles):
+        h_KI = multiply_up_gate_one(x_TD, weights, choice.ids_TK, spec, tiles.up_gate)
+        return multiply_down_one(h_KI, weights, choice.ids_TK, spec, tiles.down)
     num_tokens = x_TD.shape[0]
     route = choice.route
     if route is None or route.tile_rows != tiles.rows:
@@ -47,23 +48,7 @@ def multiply_experts(
         from engine.kernels.moe_specialised import run_products_specialised  # not in every Triton
 
         return run_products_specialised(x_TD, route, spec, weights)
-    if num_tokens <= MAX_TOKENS and not weights.is_fp8:
-        h_PI = up_gate_few(x_TD, route, spec, weights, tiles)
-        if SWITCHES.few_down:
-            return multiply_down_few(h_PI, weights, route, spec, FewRowsTile(*SWITCHES.few_down))
-        return multiply_down(h_PI, weights, route, tiles.down)
     return _run_products(x_TD, route, spec, weights, tiles)
-
-
-def up_gate_few(
-    x_TD: torch.Tensor, route: Route, spec: GateSpec, weights: ExpertWeights, tiles: MoeTiles
-) -> torch.Tensor:
-    """[P, I] in the order of sorted pairs; at most MAX_TOKENS tokens, not FP8."""
-    if SWITCHES.few_up:
-        return multiply_up_gate_few(x_TD, weights, route, spec, FewRowsTile(*SWITCHES.few_up))
-    h_PI = multiply_up_gate(x_TD, weights, route, spec.experts_per_token, tiles.up_gate)
-    assert isinstance(h_PI, torch.Tensor)
-    return h_PI
 
 
 def _run_products(

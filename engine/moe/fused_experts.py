@@ -13,16 +13,14 @@ from engine.checkpoint import fp8
 from engine.checkpoint.model_config import MoeConfig
 from engine.checkpoint.weights import WeightSource
 from engine.kernels.fp8_quantise import FP8_GROUP
-from engine.kernels.moe_combine import combine_into_norm_, combine_pairs
-from engine.kernels.moe_few import sum_down_one
+from engine.kernels.moe_combine import combine_into_norm_
 from engine.kernels.moe_gate import GateSpec, choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_gate_few import choose_of_sum, takes_few
 from engine.kernels.moe_gemm import ExpertWeights
-from engine.kernels.moe_tiles import MoeTiles, SpecialisedTiles, moe_tiles
-from engine.kernels.step_switches import SWITCHES
+from engine.kernels.moe_tiles import ExpertTiles, moe_tiles
 from engine.layers.mlp import load_up_gate
 from engine.layers.rms_norm import RmsNorm
-from engine.moe.expert_products import multiply_experts, run_experts, up_gate_few
+from engine.moe.expert_products import multiply_experts, run_experts
 from engine.moe.specialised import can_specialise
 
 
@@ -61,26 +59,17 @@ class FusedMoeLayer:
         num_tokens, spec = x_TD.shape[0], self._spec
         if num_tokens == 0:
             return x_TD, torch.empty_like(x_TD)
-        if num_tokens <= SWITCHES.joins_gate and takes_few(num_tokens, spec):
+        if takes_few(num_tokens, spec):
             gate = (self._gate_PED, self._bias_E)
             found = choose_of_sum(x_TD, delta_TD, (norm.weight_D, norm.eps), gate, spec, self._state)
             x_TD, normed_TD, choice = found.sum_TD, found.normed_TD, found.choice
         else:
             normed_TD = norm.add_(x_TD, delta_TD)
             choice = choose_experts_fused(normed_TD, self._gate_PED, self._bias_E, spec, self._state)
-        tiles = self._tiles(num_tokens)
-        if SWITCHES.sums_down and num_tokens == 1 and not self._weights.is_fp8:
-            route = choice.route
-            assert route is not None and isinstance(tiles, MoeTiles)
-            h_PI = up_gate_few(normed_TD, route, spec, self._weights, tiles)
-            delta_TD = sum_down_one(h_PI, self._weights, choice.weights_TK, route, spec, SWITCHES.sums_down)
-            return x_TD, next_norm.add_(x_TD, delta_TD)
-        y_PD = multiply_experts(normed_TD, choice, spec, self._weights, tiles)
-        if SWITCHES.joins_combine:
-            return x_TD, combine_into_norm_(y_PD, choice.weights_TK, x_TD, next_norm.weight_D, next_norm.eps)
-        return x_TD, next_norm.add_(x_TD, combine_pairs(y_PD, choice.weights_TK))
+        y_PD = multiply_experts(normed_TD, choice, spec, self._weights, self._tiles(num_tokens))
+        return x_TD, combine_into_norm_(y_PD, choice.weights_TK, x_TD, next_norm.weight_D, next_norm.eps)
 
-    def _tiles(self, num_tokens: int) -> MoeTiles | SpecialisedTiles:
+    def _tiles(self, num_tokens: int) -> ExpertTiles:
         return moe_tiles(num_tokens, self._weights.up_gate.dtype, is_specialised=self._is_specialised)
 
     def take_load(self) -> torch.Tensor:

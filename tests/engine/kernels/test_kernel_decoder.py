@@ -105,7 +105,8 @@ def test_kernels_give_the_tokens_of_the_plain_model(
     checkpoint: Path, device: str, uses_graphs: bool, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
-    monkeypatch.setattr(attention_decode, "FEW_TUNING", attention_decode.DecodeTuning(max_shares=2))
+    monkeypatch.setattr(attention_decode, "_ONE_TUNING", attention_decode.DecodeTuning(max_shares=2))
+    monkeypatch.setattr(attention_decode, "_FEW_TUNING", attention_decode.DecodeTuning(max_shares=2))
     rng = random.Random(0)
     shared = [rng.randrange(512) for _ in range(9)]  # two blocks of prefix that later prompts hit
     prompts = [shared + [rng.randrange(512) for _ in range(n)] for n in (5, 9, 3, 12)]
@@ -122,7 +123,8 @@ def test_chunks_that_share_a_pass_with_decodes_change_no_token(
     checkpoint: Path, device: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
-    monkeypatch.setattr(attention_decode, "FEW_TUNING", attention_decode.DecodeTuning(max_shares=2))
+    monkeypatch.setattr(attention_decode, "_ONE_TUNING", attention_decode.DecodeTuning(max_shares=2))
+    monkeypatch.setattr(attention_decode, "_FEW_TUNING", attention_decode.DecodeTuning(max_shares=2))
     monkeypatch.setattr(chunk_graphs, "LADDER", (8, 12))
     monkeypatch.setattr(mixed_graphs, "CHUNK_LADDER", (8, 12))  # a chunk of 13 or more goes apart
     monkeypatch.setattr(mixed_graphs, "DECODE_LADDER", (2,))

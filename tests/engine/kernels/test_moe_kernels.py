@@ -25,7 +25,7 @@ from engine.kernels.moe_gate import choose_experts_fused, new_gate_state, split_
 from engine.kernels.moe_gather import gather_rows
 from engine.kernels.moe_gemm import ExpertWeights, Tile
 from engine.kernels.moe_route import max_tiles, route_pairs, route_pairs_reference
-from engine.kernels.moe_tiles import MoeTiles, SpecialisedTiles, moe_tiles
+from engine.kernels.moe_tiles import MoeTiles, OneTokenTiles, SpecialisedTiles, moe_tiles
 from engine.moe import specialised
 from engine.moe.expert_products import run_experts, run_experts_reference
 from engine.moe.fused_experts import FusedMoeLayer, gate_spec, load_fused_moe
@@ -378,7 +378,7 @@ def test_combine_sums_in_the_order_of_experts(device: str) -> None:
 
 
 @pytest.mark.parametrize("is_fp8", [False, True])
-def test_a_layer_gives_the_same_for_a_token_alone_and_in_a_batch(is_fp8: bool, device: str) -> None:
+def test_a_layer_gives_the_same_for_two_tokens_alone_and_in_a_batch(is_fp8: bool, device: str) -> None:
     torch.manual_seed(6)
     config = moe_config(moe_intermediate_size=128)
     weights = random_experts(14, 128, 128, HALF, device, is_fp8)
@@ -387,16 +387,18 @@ def test_a_layer_gives_the_same_for_a_token_alone_and_in_a_batch(is_fp8: bool, d
 
     together = layer(x)
 
-    assert torch.equal(layer(x[3:4]), together[3:4])
+    assert torch.equal(layer(x[3:5]), together[3:5])
     assert layer(x[:0]).shape == (0, 128)
-    assert int(layer.take_load().sum()) == 13 * 3
+    assert int(layer.take_load().sum()) == 14 * 3
     assert int(layer.take_load().sum()) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_tiles_exist_for_every_number_of_tokens(dtype: torch.dtype) -> None:
-    for num_tokens in (1, 2, 16, 17, 1000, 100_000):
+    assert isinstance(moe_tiles(1, dtype), OneTokenTiles) == (dtype != torch.float8_e4m3fn)
+    for num_tokens in (2, 3, 5, 16, 17, 1000, 100_000):
         tiles = moe_tiles(num_tokens, dtype)
+        assert isinstance(tiles, MoeTiles)
         assert tiles.rows >= 16
         assert dtype != torch.float8_e4m3fn or tiles.up_gate.depth == tiles.down.depth == 128
 

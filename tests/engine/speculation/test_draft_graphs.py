@@ -138,7 +138,8 @@ def test_tokens_of_the_plain_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
-    monkeypatch.setattr(attention_decode, "FEW_TUNING", attention_decode.DecodeTuning(max_shares=2))
+    monkeypatch.setattr(attention_decode, "_ONE_TUNING", attention_decode.DecodeTuning(max_shares=2))
+    monkeypatch.setattr(attention_decode, "_FEW_TUNING", attention_decode.DecodeTuning(max_shares=2))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plain = run(build(config_dir, "cpu", 0, uses_graphs=False), kinds)
     found = run(build(config_dir, device, num_drafts, uses_graphs=uses_graphs), kinds)
