@@ -13,19 +13,22 @@ from engine.sampling_params import SamplingParams
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
 
-_NUM_PROMPTS = (1, 2, 3, 4, 5, 9)  # of a step: kernels for few rows differ by their number
+_NUM_PROMPTS = (2, 3, 4, 5, 9)  # of a step: kernels for few rows differ by their number
+_ROUND = 16  # kernels for sizes that this divides differ from the others
 _GREEDY = SamplingParams(temperature=0.0)
 _DRAWN = (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.9))
 
 
 def warm_up(runner: Runner, kv_cache: KvCache, token_budget: int, max_model_len: int) -> None:
     """Writes to blocks of the cache, which nobody uses yet."""
-    beyond_graphs = min(LADDER[-1] + 1, token_budget)
-    steps = [(num_prompts, beyond_graphs, _GREEDY) for num_prompts in _NUM_PROMPTS]
-    steps += [(num_prompts, beyond_graphs, drawn) for num_prompts in (1, 9) for drawn in _DRAWN]
-    steps += [(1, token_budget, _GREEDY)]
     block_size = kv_cache.layout.block_size
     num_places = kv_cache.num_blocks * block_size
+    beyond_graphs = min(LADDER[-1] + 1, token_budget)
+    longest = min(token_budget, max_model_len - 1 - block_size, num_places - block_size)
+    sizes = {beyond_graphs, beyond_graphs + _ROUND - 1, longest, longest - 1, longest // _ROUND * _ROUND}
+    steps = [(1, size, _GREEDY) for size in sorted(sizes)]
+    steps += [(num_prompts, beyond_graphs, _GREEDY) for num_prompts in _NUM_PROMPTS]
+    steps += [(num_prompts, beyond_graphs, drawn) for num_prompts in (1, 9) for drawn in _DRAWN]
     for num_prompts, num_tokens, sampling in steps:
         for context in (0, block_size):
             most = min(max_model_len - 1, num_places // num_prompts // block_size * block_size) - context

@@ -229,7 +229,7 @@ def test_a_warm_up_leaves_nothing_behind(
     monkeypatch.setattr(warm_up, "_DRAWN", warm_up._DRAWN[1:])
     engine = build(checkpoint, device, uses_kernels=True, uses_graphs=True, decodes=False)
     plain = build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False)
-    warm_up.warm_up(engine._runner, engine.kv_cache, 24, MAX_MODEL_LEN)
+    warm_up.warm_up(engine._runner, engine.kv_cache, 6, MAX_MODEL_LEN)
     assert engine.kv_cache.data[:, :4].count_nonzero()  # it computed something
     assert not engine.cached_hashes() and not engine.has_work
     assert answers(engine, [[7, 8, 9]], temperature=0.0) == answers(plain, [[7, 8, 9]], temperature=0.0)
