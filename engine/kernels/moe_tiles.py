@@ -43,11 +43,9 @@ class OneTokenTiles:
 
 ExpertTiles = MoeTiles | OneTokenTiles | SpecialisedTiles
 
-_ONE_TOKEN = OneTokenTiles(FewRowsTile(4, 8), FewRowsTile(2, 4))
-
 # Up to so many tokens.
 _BF16: dict[int, MoeTiles | OneTokenTiles] = {
-    1: _ONE_TOKEN,
+    1: OneTokenTiles(FewRowsTile(4, 8), FewRowsTile(2, 4)),
     2: MoeTiles(16, Tile(32, 128, 4, 5), Tile(64, 128, 4, 3)),
     4: MoeTiles(16, Tile(32, 128, 4, 5), Tile(64, 128, 4, 4)),
     8: MoeTiles(16, Tile(128, 128, 4, 3, is_bulk=True), Tile(64, 128, 4, 4, is_bulk=True)),
@@ -75,10 +73,7 @@ _FP8: dict[int, MoeTiles] = {
 }
 
 
-_FLOAT32: dict[int, MoeTiles | OneTokenTiles] = {
-    1: _ONE_TOKEN,
-    1 << 40: MoeTiles(32, Tile(32, 32, 4, 3), Tile(64, 32, 4, 3)),
-}
+_FLOAT32 = {1 << 40: MoeTiles(32, Tile(32, 32, 4, 3), Tile(64, 32, 4, 3))}
 
 
 _SPECIALISED_TOKENS = 768  # from so many on: below, the two are equal
