@@ -6,7 +6,7 @@ rows of x are there.
 
 How a step of few rows differs from larger ones, which fill the device without all this:
 - 1 row: the experts' products do without matrix units (moe_one_token).
-- Up to 2: dense products do too (here), and the gate takes in the sum and norm before it (moe_gate_few).
+- Up to 2: dense products do too (here).
 - Up to 4, all decodes: attention takes in the work on its rows and the latents' expansions (mla_few_rows).
 - Up to 32: launches overlap (dependent_launch), which changes no bit.
 All but the last sum in another order. So a row's results in bf16 may differ in their last bits between steps

@@ -17,7 +17,7 @@ import triton.language as tl
 from engine.kernels.dependent_launch import launch_options, signal, wait
 from engine.kernels.moe_choice import Choice, Route
 
-ROUTE_ROWS = 16  # of a tile of few tokens: those of the smallest matrix product
+_ROUTE_ROWS = 16  # of a tile of few tokens: those of the smallest matrix product
 _MAX_SMALL_GROUPS = 32  # beyond, larger groups: fewer rows of counts to add up
 MAX_WEIGHT_PARTS = 3
 
@@ -82,11 +82,11 @@ def choose_experts_fused(
     """As moe.gate.choose_experts of x @ weight.T; of equal scores the lower id wins. x has the dtype of
     weight. The choice of up to 16 tokens comes with its route."""
     num_tokens, hidden = x_TD.shape
-    is_small = num_tokens <= ROUTE_ROWS * _MAX_SMALL_GROUPS
-    group_size = ROUTE_ROWS if is_small else 4 * ROUTE_ROWS
+    is_small = num_tokens <= _ROUTE_ROWS * _MAX_SMALL_GROUPS
+    group_size = _ROUTE_ROWS if is_small else 4 * _ROUTE_ROWS
     num_groups = triton.cdiv(num_tokens, group_size)
-    choice = new_choice(num_tokens, num_groups, group_size, spec, x_TD.device)
-    padded = max(ROUTE_ROWS, triton.next_power_of_2(spec.num_experts))
+    choice = _new_choice(num_tokens, num_groups, group_size, spec, x_TD.device)
+    padded = max(_ROUTE_ROWS, triton.next_power_of_2(spec.num_experts))
     parts = (8 if num_groups <= _MAX_SMALL_GROUPS // 2 else 4) if is_small else 1
     partial = None
     if parts > 1:
@@ -126,7 +126,7 @@ def choose_experts_fused(
         PARTS=parts,
         PART_D=block * triton.cdiv(triton.cdiv(hidden, parts), block),
         ROUTES=route is not None,
-        TILES_PAD=triton.next_power_of_2(few_tiles(ROUTE_ROWS, spec)),
+        TILES_PAD=triton.next_power_of_2(_few_tiles(_ROUTE_ROWS, spec)),
         PRECISION="ieee" if x_TD.dtype == torch.float32 else "tf32",
         num_warps=4 if padded <= 64 and is_small else 8,
         num_stages=4,
@@ -135,12 +135,12 @@ def choose_experts_fused(
     return choice
 
 
-def few_tiles(num_tokens: int, spec: GateSpec) -> int:
+def _few_tiles(num_tokens: int, spec: GateSpec) -> int:
     """One for each expert in use; a multiple of 4, for even addresses."""
     return 4 * triton.cdiv(min(num_tokens * spec.top_k, spec.num_experts) + spec.num_shared, 4)
 
 
-def new_choice(
+def _new_choice(
     num_tokens: int, num_groups: int, group_size: int, spec: GateSpec, device: torch.device
 ) -> Choice:
     shape = (num_tokens, spec.experts_per_token)
@@ -148,10 +148,10 @@ def new_choice(
     ids_TK = torch.empty(shape, dtype=torch.int32, device=device)
     counts_GE = torch.empty(num_groups, spec.num_all_experts, dtype=torch.int32, device=device)
     route = None
-    if num_tokens <= ROUTE_ROWS:
+    if num_tokens <= _ROUTE_ROWS:
         pairs = torch.empty(shape[0] * shape[1], dtype=torch.int32, device=device)
-        tiles_3M = torch.empty(3, few_tiles(num_tokens, spec), dtype=torch.int32, device=device)
-        route = Route(pairs, tiles_3M[0], tiles_3M[1], tiles_3M[2], ROUTE_ROWS)
+        tiles_3M = torch.empty(3, _few_tiles(num_tokens, spec), dtype=torch.int32, device=device)
+        route = Route(pairs, tiles_3M[0], tiles_3M[1], tiles_3M[2], _ROUTE_ROWS)
     return Choice(weights_TK, ids_TK, counts_GE, group_size, route)
 
 
@@ -220,7 +220,7 @@ def _route_few(
 
 
 @triton.jit
-def score_experts(
+def _score_experts(
     logits,
     ids,
     bias_ptr,
@@ -252,7 +252,7 @@ def score_experts(
 
 
 @triton.jit
-def write_choice(
+def _write_choice(
     weights,
     rank,
     ids,
@@ -375,7 +375,7 @@ def _gate_kernel(
         for i in tl.static_range(PARTS):
             logits += tl.load(partial + i * BLOCK_T * E_PAD, cache_modifier=".cg")
     ids = experts[None, :] + tl.zeros((BLOCK_T, 1), tl.int32)
-    scores, choice = score_experts(
+    scores, choice = _score_experts(
         logits, ids, bias_ptr, E, E_PAD, IS_SIGMOID, HAS_BIAS, GROUPS, TOPK_GROUPS, IS_GROUP_OF_TWO
     )
     # Chosen first, written after: the weights may be normed by their sum.
@@ -389,7 +389,7 @@ def _gate_kernel(
     factor = tl.full((BLOCK_T,), scaling_factor, tl.float32)
     if NORM:
         factor = factor / (total + 1e-20)
-    write_choice(
+    _write_choice(
         scores * factor[:, None],
         rank,
         ids,

@@ -15,7 +15,6 @@ from engine.checkpoint.weights import WeightSource
 from engine.kernels.fp8_quantise import FP8_GROUP
 from engine.kernels.moe_combine import combine_into_norm_
 from engine.kernels.moe_gate import GateSpec, choose_experts_fused, new_gate_state, split_weight
-from engine.kernels.moe_gate_few import choose_of_sum, takes_few
 from engine.kernels.moe_gemm import ExpertWeights
 from engine.kernels.moe_tiles import ExpertTiles, moe_tiles
 from engine.layers.mlp import load_up_gate
@@ -55,17 +54,12 @@ class FusedMoeLayer:
     def between_norms(
         self, x_TD: torch.Tensor, delta_TD: torch.Tensor, norm: RmsNorm, next_norm: RmsNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x + delta + this layer of norm(x + delta), and next_norm of that. x may change in place."""
+        """x + delta + this layer of norm(x + delta), and next_norm of that. x changes in place."""
         num_tokens, spec = x_TD.shape[0], self._spec
         if num_tokens == 0:
             return x_TD, torch.empty_like(x_TD)
-        if takes_few(num_tokens, spec):
-            gate = (self._gate_PED, self._bias_E)
-            found = choose_of_sum(x_TD, delta_TD, (norm.weight_D, norm.eps), gate, spec, self._state)
-            x_TD, normed_TD, choice = found.sum_TD, found.normed_TD, found.choice
-        else:
-            normed_TD = norm.add_(x_TD, delta_TD)
-            choice = choose_experts_fused(normed_TD, self._gate_PED, self._bias_E, spec, self._state)
+        normed_TD = norm.add_(x_TD, delta_TD)
+        choice = choose_experts_fused(normed_TD, self._gate_PED, self._bias_E, spec, self._state)
         y_PD = multiply_experts(normed_TD, choice, spec, self._weights, self._tiles(num_tokens))
         return x_TD, combine_into_norm_(y_PD, choice.weights_TK, x_TD, next_norm.weight_D, next_norm.eps)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -15,8 +13,7 @@ from engine.kernels.few_rows import FewRowsTile
 from engine.kernels.mla_few_rows import merge_and_expand, prepare_few_rows
 from engine.kernels.mla_rows import prepare_mla_rows
 from engine.kernels.moe_combine import combine_into_norm_, combine_pairs
-from engine.kernels.moe_gate import GateSpec, choose_experts_fused, new_gate_state, split_weight
-from engine.kernels.moe_gate_few import choose_of_sum, takes_few
+from engine.kernels.moe_gate import GateSpec, choose_experts_fused, new_gate_state
 from engine.kernels.moe_gemm import ExpertWeights
 from engine.kernels.moe_tiles import OneTokenTiles
 from engine.kernels.rms_norm import add_rms_norm_
@@ -53,66 +50,6 @@ def test_launches_overlap_on_hopper_only() -> None:
     is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
     assert launch_options(1)["launch_pdl"] == launch_options(1)["DEPENDENT"] == is_hopper
     assert not launch_options(100_000)["launch_pdl"]
-
-
-@pytest.mark.parametrize("num_tokens", [1, 2])
-@pytest.mark.parametrize("spec", [PLAIN, GROUPED])
-@pytest.mark.parametrize("is_exact_in_half", [True, False])
-def test_the_gate_of_few_tokens_is_sum_norm_and_gate(
-    num_tokens: int, spec: GateSpec, is_exact_in_half: bool, device: str
-) -> None:
-    torch.manual_seed(num_tokens)
-    hidden = 80
-    x, delta = torch.randn(2, num_tokens, hidden, device=device).unbind()
-    norm = (torch.rand(hidden, device=device) + 0.5, 1e-6)
-    weight = torch.randn(spec.num_experts, hidden, device=device)
-    weight_PED = split_weight(weight.half().float() if is_exact_in_half else weight, torch.float16)
-    bias = torch.randn(spec.num_experts, device=device) if spec.is_sigmoid else None
-    state, state_apart = (new_gate_state(spec.num_experts, device) for _ in range(2))
-
-    found = choose_of_sum(x, delta, norm, (weight_PED, bias), spec, state)
-
-    total = x.clone()
-    normed = add_rms_norm_(total, delta, *norm)
-    whole = weight_PED.float().sum(0, keepdim=True)
-    expected = choose_experts_fused(normed, whole, bias, spec, state_apart)
-    torch.testing.assert_close(found.sum_TD, total)
-    torch.testing.assert_close(found.normed_TD, normed)
-    assert torch.equal(found.choice.ids_TK, expected.ids_TK)
-    torch.testing.assert_close(found.choice.weights_TK, expected.weights_TK, rtol=2e-5, atol=1e-6)
-    assert torch.equal(found.choice.counts_GE, expected.counts_GE)
-    assert torch.equal(state.load_E, state_apart.load_E)
-    assert not state.arrivals_G.any()
-    route, expected_route = found.choice.route, expected.route
-    assert route is not None
-    assert expected_route is not None
-    assert torch.equal(route.sorted_pairs_P, expected_route.sorted_pairs_P)
-    assert torch.equal(route.tile_end_M, expected_route.tile_end_M)
-    used = route.tile_end_M > route.tile_start_M
-    assert torch.equal(route.tile_expert_M[used], expected_route.tile_expert_M[used])
-
-
-def test_equal_scores_go_to_the_lower_expert(device: str) -> None:
-    x = torch.randn(2, 32, device=device)
-    gate = (torch.ones(1, 12, 32, device=device), None)
-    norm = (torch.ones(32, device=device), 1e-6)
-    state = new_gate_state(12, device)
-    found = choose_of_sum(x, x.clone(), norm, gate, PLAIN, state)
-    assert found.choice.ids_TK.tolist() == [[0, 1, 2, 12, 13]] * 2
-
-
-@pytest.mark.filterwarnings("ignore:invalid value")
-def test_a_gate_without_numbers_chooses_experts_that_exist(device: str) -> None:
-    x = torch.full((2, 32), float("nan"), device=device)
-    gate = (torch.randn(1, 12, 32, device=device), None)
-    norm = (torch.ones(32, device=device), 1e-6)
-    found = choose_of_sum(x, x.clone(), norm, gate, PLAIN, new_gate_state(12, device))
-    assert found.choice.ids_TK.tolist() == [[0, 1, 2, 12, 13]] * 2
-
-
-def test_a_large_gate_is_left_to_the_matrix_units() -> None:
-    assert [num_tokens for num_tokens in range(9) if takes_few(num_tokens, PLAIN)] == [1, 2]
-    assert not takes_few(1, replace(PLAIN, num_experts=256))
 
 
 @pytest.mark.parametrize("spec", [PLAIN, GROUPED])
