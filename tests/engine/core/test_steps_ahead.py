@@ -226,3 +226,20 @@ def test_a_step_under_way_is_waited_for_when_the_engine_closes() -> None:
     engine.abort_all()
     engine.close()
     assert device.launches[-1].was_collected
+
+
+def test_a_device_that_fails_does_not_keep_the_engine_from_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, device = build(num_blocks=40)
+    engine.add(sequence(0, [1, 2, 3], 20))
+    engine.step()
+
+    def fail(launch: CountingLaunch) -> StepResult:
+        launch.was_collected = True
+        raise RuntimeError("the device is lost")
+
+    closed: list[bool] = []
+    monkeypatch.setattr(engine._tiers, "close", lambda: closed.append(True))
+    monkeypatch.setattr(CountingLaunch, "collect", fail)
+    engine.close()
+    assert device.launches[-1].was_collected
+    assert closed == [True]
