@@ -15,7 +15,10 @@ if docker info >/dev/null 2>&1; then
     BATON_TEST_CONTAINERS=require exec "${tests[@]}"
 fi
 
-has_parts() { command -v dockerd slirp4netns mmdebstrap unshare nsenter >/dev/null; }
+has_parts() { # `command -v` with several names is content with one of them
+    local part
+    for part in dockerd slirp4netns mmdebstrap unshare nsenter; do command -v "$part" >/dev/null || return 1; done
+}
 
 if is_ci && ! has_parts; then
     apt-get update -qq
