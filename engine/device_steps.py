@@ -22,7 +22,7 @@ from engine.batch_tensors import BatchTensors
 from engine.chunk_graphs import MAX_CHUNKS, ChunkGraphs
 from engine.decode_graphs import DecodeGraphs, GraphLimits
 from engine.device_draws import DeviceDraws
-from engine.launch import StepResult
+from engine.launch import LOAD_STEPS, StepResult
 from engine.mixed_graphs import MixedGraphs
 from engine.phase_times import PhaseTimes
 from engine.prepared_batch import PreparedBatch, prepare
@@ -35,8 +35,6 @@ from engine.uploads import upload
 if TYPE_CHECKING:
     from engine.kv_cache import KvCache
     from engine.models.causal_lm import CausalLM, LayerDone
-
-_LOAD_STEPS = 256  # the load of the experts is read in one step of so many
 
 
 @dataclass(slots=True)
@@ -209,7 +207,7 @@ class DeviceSteps:
             num_places = 1 + max(launch.places.values())
             launch.found_P = self._host_found_3P[self._num_launches % 3, :num_places]
             launch.found_P.copy_(self._found_P[:num_places], non_blocking=True)
-        if not is_cuda or self._num_launches % _LOAD_STEPS == 0:
+        if not is_cuda or self._num_launches % LOAD_STEPS == 0:
             load_LE = self._model.take_expert_load()
             if load_LE is not None:
                 host_LE = torch.empty(load_LE.shape, dtype=load_LE.dtype, pin_memory=is_cuda)

@@ -8,6 +8,8 @@ from typing import Protocol
 from engine.grammar.step_masks import GrammarTimes
 from engine.speculation.verification import NewTokens
 
+LOAD_STEPS = 256  # off the CPU the load of the experts is read in one step of so many
+
 
 @dataclass(slots=True)
 class StepResult:

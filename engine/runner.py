@@ -12,7 +12,7 @@ from engine.batch_tensors import BatchTensors
 from engine.decode_graphs import GraphLimits
 from engine.device_steps import DeviceSteps
 from engine.kv_cache import KvCache
-from engine.launch import FinishedLaunch, Launch, StepResult
+from engine.launch import LOAD_STEPS, FinishedLaunch, Launch, StepResult
 from engine.phase_times import PhaseTimes
 from engine.prepared_batch import prepare
 from engine.sampler import Sampler, is_plain_greedy
@@ -27,8 +27,6 @@ from engine.speculation.verification import verify
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM, LayerDone
-
-DEVICE_LOAD_STEPS = 256
 
 
 class Runner:
@@ -160,7 +158,7 @@ class Runner:
 
     def _take_expert_load(self) -> tuple[tuple[int, ...], ...]:
         """Off the CPU in some steps only, of all steps since: reading waits for the device."""
-        if not self._is_on_cpu and self._num_steps % DEVICE_LOAD_STEPS:
+        if not self._is_on_cpu and self._num_steps % LOAD_STEPS:
             return ()
         load_LE = self._model.take_expert_load()
         return () if load_LE is None else tuple(tuple(layer) for layer in load_LE.tolist())

@@ -120,7 +120,7 @@ class Sequence:
     def __init__(  # noqa: PLR0913 - most of them are rare and keyword-only
         self,
         seq_id: int,
-        prompt_ids: list[int],
+        prompt_ids: Iterable[int],
         sampling: SamplingParams,
         *,
         output_ids: Iterable[int] = (),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -109,6 +109,8 @@ def _build(
     return seq
 
 
-def _token_array(token_ids_pb: Any) -> Any:
+def _token_array(token_ids_pb: Iterable[int]) -> array[int]:
     """As the array that a Sequence keeps, without an int for each token."""
-    return array("q", np.array(token_ids_pb, dtype=np.int64).tobytes())
+    token_ids: array[int] = array("q")
+    token_ids.frombytes(np.array(token_ids_pb, dtype=np.int64).tobytes())
+    return token_ids

@@ -1,4 +1,4 @@
-# ruff: noqa: PLR0913 - a kernel takes its pointers, strides and sizes one by one
+# ruff: noqa: PLR0913, PLR0915, C901 - a kernel takes its pointers, strides and sizes one by one
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 """The gate in one kernel: scores, choice of experts, weights, and how many tokens each expert gets.
 
@@ -17,7 +17,7 @@ import triton.language as tl
 from engine.kernels.dependent_launch import launch_options, signal, wait
 from engine.kernels.moe_choice import Choice, Route
 
-_ROUTE_ROWS = 16  # of a tile of few tokens: those of the smallest matrix product
+_MIN_DOT = 16  # rows or columns of the smallest matrix product
 _MAX_SMALL_GROUPS = 32  # beyond, larger groups: fewer rows of counts to add up
 MAX_WEIGHT_PARTS = 3
 
@@ -82,11 +82,11 @@ def choose_experts_fused(
     """As moe.gate.choose_experts of x @ weight.T; of equal scores the lower id wins. x has the dtype of
     weight. The choice of up to 16 tokens comes with its route."""
     num_tokens, hidden = x_TD.shape
-    is_small = num_tokens <= _ROUTE_ROWS * _MAX_SMALL_GROUPS
-    group_size = _ROUTE_ROWS if is_small else 4 * _ROUTE_ROWS
+    is_small = num_tokens <= _MIN_DOT * _MAX_SMALL_GROUPS
+    group_size = _MIN_DOT if is_small else 4 * _MIN_DOT
     num_groups = triton.cdiv(num_tokens, group_size)
     choice = _new_choice(num_tokens, num_groups, group_size, spec, x_TD.device)
-    padded = max(_ROUTE_ROWS, triton.next_power_of_2(spec.num_experts))
+    padded = max(_MIN_DOT, triton.next_power_of_2(spec.num_experts))
     parts = (8 if num_groups <= _MAX_SMALL_GROUPS // 2 else 4) if is_small else 1
     partial = None
     if parts > 1:
@@ -126,7 +126,7 @@ def choose_experts_fused(
         PARTS=parts,
         PART_D=block * triton.cdiv(triton.cdiv(hidden, parts), block),
         ROUTES=route is not None,
-        TILES_PAD=triton.next_power_of_2(_few_tiles(_ROUTE_ROWS, spec)),
+        TILES_PAD=triton.next_power_of_2(_few_tiles(_MIN_DOT, spec)),
         PRECISION="ieee" if x_TD.dtype == torch.float32 else "tf32",
         num_warps=4 if padded <= 64 and is_small else 8,
         num_stages=4,
@@ -148,10 +148,10 @@ def _new_choice(
     ids_TK = torch.empty(shape, dtype=torch.int32, device=device)
     counts_GE = torch.empty(num_groups, spec.num_all_experts, dtype=torch.int32, device=device)
     route = None
-    if num_tokens <= _ROUTE_ROWS:
+    if num_tokens <= _MIN_DOT:
         pairs = torch.empty(shape[0] * shape[1], dtype=torch.int32, device=device)
         tiles_3M = torch.empty(3, _few_tiles(num_tokens, spec), dtype=torch.int32, device=device)
-        route = Route(pairs, tiles_3M[0], tiles_3M[1], tiles_3M[2], _ROUTE_ROWS)
+        route = Route(pairs, tiles_3M[0], tiles_3M[1], tiles_3M[2], _MIN_DOT)
     return Choice(weights_TK, ids_TK, counts_GE, group_size, route)
 
 
@@ -217,94 +217,6 @@ def _route_few(
     is_empty = (tiles >= num_used + SHARED) & (tiles < num_tiles)
     tl.store(tiles_ptr + num_tiles + tiles, tiles * 0, mask=is_empty)
     tl.store(tiles_ptr + 2 * num_tiles + tiles, tiles * 0, mask=is_empty)
-
-
-@triton.jit
-def _score_experts(
-    logits,
-    ids,
-    bias_ptr,
-    E: tl.constexpr,
-    E_PAD: tl.constexpr,
-    IS_SIGMOID: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOPK_GROUPS: tl.constexpr,
-    IS_GROUP_OF_TWO: tl.constexpr,
-):
-    """Scores of [tokens, E_PAD] logits, and what the choice goes by: -inf where it cannot fall."""
-    logits = tl.where(ids < E, logits, float("-inf"))
-    if IS_SIGMOID:
-        scores = 1.0 / (1.0 + tl.exp(-logits))
-    else:
-        scores = tl.exp(logits - tl.max(logits, 1)[:, None])
-        scores = scores / tl.sum(scores, 1)[:, None]
-    choice = scores
-    if HAS_BIAS:
-        experts = tl.arange(0, E_PAD)
-        choice += tl.load(bias_ptr + experts, mask=experts < E, other=0.0)[None, :]
-    # A NaN must not lead past the last expert, whose weights do not exist.
-    choice = tl.where(choice == choice, choice, -1.0)
-    choice = tl.where(ids < E, choice, float("-inf"))
-    if TOPK_GROUPS < GROUPS:
-        choice = _close_groups(choice, ids, E, GROUPS, TOPK_GROUPS, IS_GROUP_OF_TWO)
-    return scores, choice
-
-
-@triton.jit
-def _write_choice(
-    weights,
-    rank,
-    ids,
-    g,
-    weights_ptr,
-    ids_ptr,
-    counts_ptr,
-    load_ptr,
-    pairs_ptr,
-    tiles_ptr,
-    num_tokens,
-    num_tiles,
-    E: tl.constexpr,
-    E_PAD: tl.constexpr,
-    SHARED: tl.constexpr,
-    TOP_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    ROUTES: tl.constexpr,
-    TILES_PAD: tl.constexpr,
-):
-    """Of the tokens of group g [BLOCK_T, E_PAD]: an expert is chosen if its rank is below TOP_K."""
-    rows = g * BLOCK_T + tl.arange(0, BLOCK_T)
-    is_row = rows < num_tokens
-    experts = tl.arange(0, E_PAD)
-    is_chosen = (rank < TOP_K) & is_row[:, None]
-    place = rows[:, None].to(tl.int64) * (TOP_K + SHARED) + rank
-    tl.store(weights_ptr + place, weights, mask=is_chosen)
-    tl.store(ids_ptr + place, ids, mask=is_chosen)
-    counts = tl.sum(is_chosen.to(tl.int32), 0)
-    tl.store(counts_ptr + g * (E + SHARED) + experts, counts, mask=experts < E)
-    tl.atomic_add(load_ptr + experts, counts.to(tl.int64), mask=(experts < E) & (counts > 0), sem="relaxed")
-    if ROUTES:
-        _route_few(
-            is_chosen,
-            rank,
-            rows,
-            counts,
-            pairs_ptr,
-            tiles_ptr,
-            num_tokens,
-            num_tiles,
-            E,
-            E_PAD,
-            SHARED,
-            TOP_K,
-            TILES_PAD,
-        )
-    for s in tl.static_range(SHARED):
-        place_s = rows.to(tl.int64) * (TOP_K + SHARED) + TOP_K + s
-        tl.store(weights_ptr + place_s, tl.full((BLOCK_T,), 1.0, tl.float32), mask=is_row)
-        tl.store(ids_ptr + place_s, tl.full((BLOCK_T,), E + s, tl.int32), mask=is_row)
-        tl.store(counts_ptr + g * (E + SHARED) + E + s, tl.sum(is_row.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
@@ -374,10 +286,22 @@ def _gate_kernel(
         logits = tl.zeros((BLOCK_T, E_PAD), tl.float32)
         for i in tl.static_range(PARTS):
             logits += tl.load(partial + i * BLOCK_T * E_PAD, cache_modifier=".cg")
+    logits = tl.where((experts < E)[None, :], logits, float("-inf"))
+    if IS_SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        scores = tl.exp(logits - tl.max(logits, 1)[:, None])
+        scores = scores / tl.sum(scores, 1)[:, None]
     ids = experts[None, :] + tl.zeros((BLOCK_T, 1), tl.int32)
-    scores, choice = _score_experts(
-        logits, ids, bias_ptr, E, E_PAD, IS_SIGMOID, HAS_BIAS, GROUPS, TOPK_GROUPS, IS_GROUP_OF_TWO
-    )
+    choice = scores
+    if HAS_BIAS:
+        choice += tl.load(bias_ptr + experts, mask=experts < E, other=0.0)[None, :]
+    # A NaN must not lead past the last expert, whose weights do not exist.
+    choice = tl.where(choice == choice, choice, -1.0)
+    choice = tl.where(ids < E, choice, float("-inf"))
+    if TOPK_GROUPS < GROUPS:
+        choice = _close_groups(choice, ids, E, GROUPS, TOPK_GROUPS, IS_GROUP_OF_TWO)
+
     # Chosen first, written after: the weights may be normed by their sum.
     rank = tl.full((BLOCK_T, E_PAD), TOP_K, tl.int32)
     total = tl.zeros((BLOCK_T,), tl.float32)
@@ -389,24 +313,31 @@ def _gate_kernel(
     factor = tl.full((BLOCK_T,), scaling_factor, tl.float32)
     if NORM:
         factor = factor / (total + 1e-20)
-    _write_choice(
-        scores * factor[:, None],
-        rank,
-        ids,
-        g,
-        weights_ptr,
-        ids_ptr,
-        counts_ptr,
-        load_ptr,
-        pairs_ptr,
-        tiles_ptr,
-        num_tokens,
-        num_tiles,
-        E,
-        E_PAD,
-        SHARED,
-        TOP_K,
-        BLOCK_T,
-        ROUTES,
-        TILES_PAD,
-    )
+    is_chosen = (rank < TOP_K) & is_row[:, None]
+    place = rows[:, None].to(tl.int64) * (TOP_K + SHARED) + rank
+    tl.store(weights_ptr + place, scores * factor[:, None], mask=is_chosen)
+    tl.store(ids_ptr + place, ids, mask=is_chosen)
+    counts = tl.sum(is_chosen.to(tl.int32), 0)
+    tl.store(counts_ptr + g * (E + SHARED) + experts, counts, mask=experts < E)
+    tl.atomic_add(load_ptr + experts, counts.to(tl.int64), mask=(experts < E) & (counts > 0), sem="relaxed")
+    if ROUTES:
+        _route_few(
+            is_chosen,
+            rank,
+            rows,
+            counts,
+            pairs_ptr,
+            tiles_ptr,
+            num_tokens,
+            num_tiles,
+            E,
+            E_PAD,
+            SHARED,
+            TOP_K,
+            TILES_PAD,
+        )
+    for s in tl.static_range(SHARED):
+        place_s = rows.to(tl.int64) * (TOP_K + SHARED) + TOP_K + s
+        tl.store(weights_ptr + place_s, tl.full((BLOCK_T,), 1.0, tl.float32), mask=is_row)
+        tl.store(ids_ptr + place_s, tl.full((BLOCK_T,), E + s, tl.int32), mask=is_row)
+        tl.store(counts_ptr + g * (E + SHARED) + E + s, tl.sum(is_row.to(tl.int32), 0))
