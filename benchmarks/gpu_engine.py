@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_engine table   [--rows 0 4 7] [--json FILE]   the table of rates
                                             [--weights uniform] [--fp8]    engine/checkpoint/dummy_weights.py
-    python -m benchmarks.gpu_engine profile [--streams 1 32 256]           what a step's time goes to
+    python -m benchmarks.gpu_engine profile [--streams 1 32 256] [as above] what a step's time goes to
     python -m benchmarks.gpu_engine check                                  same tokens as the plain CPU form
     python -m benchmarks.gpu_engine publish FILE                           a page of benchmarks/results/
 
@@ -328,12 +328,13 @@ def main() -> None:
     tables = modes.add_parser("table")
     tables.add_argument("--rows", type=int, nargs="+", default=list(range(len(ROWS))))
     tables.add_argument("--token-budget", type=int, default=8192)
-    tables.add_argument("--weights", choices=DUMMY_SPREADS, default="variance")
-    tables.add_argument("--fp8", action="store_true", help="experts in FP8")
     tables.add_argument("--json", type=Path)
     profiles = modes.add_parser("profile")
     profiles.add_argument("--streams", type=int, nargs="+", default=[1, 32, 256])
     profiles.add_argument("--kernels", type=int, default=16)
+    for mode in (tables, profiles):
+        mode.add_argument("--weights", choices=DUMMY_SPREADS, default="variance")
+        mode.add_argument("--fp8", action="store_true", help="experts in FP8")
     modes.add_parser("check")
     modes.add_parser("publish").add_argument("file", type=Path)
     args = parser.parse_args()
@@ -344,7 +345,8 @@ def main() -> None:
             engine = build(directory, args.weights, is_fp8=args.fp8, token_budget=args.token_budget)
             table(engine, name, args.rows, args.json)
         elif args.mode == "profile":
-            profile(build(directory), args.streams, args.kernels)
+            engine = build(directory, args.weights, is_fp8=args.fp8)
+            profile(engine, args.streams, args.kernels)
         elif args.mode == "check":
             check(directory)
         else:
