@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,9 @@ class SleepingModel:
         if layer_done is not None:
             layer_done(0)
         return torch.zeros(batch.num_tokens, 1)
+
+    def one_layer_of_each_kind(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         return torch.zeros(hidden_ND.shape[0], NUM_LOGITS)

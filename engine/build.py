@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from hashlib import blake2b
 
 import torch
@@ -17,6 +18,7 @@ from engine.device_share import DeviceShare
 from engine.engine import Engine, EngineLimits
 from engine.engine_config import EngineConfig, EngineConfigError, check_weights_fit, resolve_cache_size
 from engine.ep.ep_group import EpGroup
+from engine.kernels.compile_ahead import compile_ahead
 from engine.kernels.support import has_kernels
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
@@ -92,8 +94,8 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
     )
     times.seconds |= runner.start_times.seconds
     if graph_limits is not None and model.uses_kernels:
-        with times.phase("warm-up"):
-            warm_up(runner, kv_cache, scheduler_config.token_budget, size.max_model_len)
+        steps = partial(warm_up, runner, kv_cache, scheduler_config.token_budget, size.max_model_len)
+        _warm_up(steps, model, runner, times)
     with times.phase("host memory"):
         engine = Engine(runner, kv_cache, limits, scheduler_config, ep, build_lower_tiers(config, layout))
         if num_slots := config.outbox_bytes // layout.block_bytes:
@@ -144,6 +146,14 @@ def _check_fp8_experts(device: str, model: ModelConfig, ep_size: int) -> None:
     sizes = (model.hidden_size, model.moe.moe_intermediate_size)
     if any(size % FP8_BLOCK for size in sizes):
         raise EngineConfigError(f"FP8 experts need sizes that {FP8_BLOCK} divides, this model has {sizes}")
+
+
+def _warm_up(steps: Callable[[], None], model: CausalLM, runner: Runner, times: PhaseTimes) -> None:
+    if runner.device_steps is not None:  # else the host draws tokens, from logits that nobody would compute
+        with times.phase("kernels"), model.one_layer_of_each_kind():
+            compile_ahead(steps)
+    with times.phase("warm-up"):
+        steps()
 
 
 def _load_model(

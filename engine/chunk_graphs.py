@@ -63,8 +63,8 @@ class ChunkGraphs:
     """One batch after another: the logits of a run are good until the next run."""
 
     def __init__(self, model: CausalLM, kv_cache: KvCache, token_budget: int, found_S: torch.Tensor) -> None:
-        """Captures all graphs; off CUDA the same step runs without them. The cache does not change. found_S:
-        int64, where a run leaves the greedy tokens of the wanted rows."""
+        """found_S: int64, where a run leaves the greedy tokens of the wanted rows. Before capture() the same
+        steps run without graphs."""
         from engine.kernels.sampling import greedy_tokens  # Triton is not everywhere
 
         self._pick = greedy_tokens
@@ -86,8 +86,6 @@ class ChunkGraphs:
         self._layer_events: LayerEvents | None = None
         if device.type == "cuda" and has_graph_events():
             self._layer_events = LayerEvents(kv_cache.layout.num_layers)
-        if device.type == "cuda":
-            self._capture()
 
     def fits(self, batch: ForwardBatch) -> bool:
         plan = batch.device_plan
@@ -151,7 +149,13 @@ class ChunkGraphs:
         """Reached when the layer of the last run is. None: nobody knows before its end."""
         return None if self._layer_events is None else self._layer_events.of(layer)
 
-    def _capture(self) -> None:
+    def rehearse(self) -> None:
+        """Each step of the ladder, for compile_ahead()."""
+        for size in reversed(self._ladder):
+            self._step(size)
+
+    def capture(self) -> None:
+        """All graphs, on CUDA only. The cache does not change."""
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         for size in reversed(self._ladder):

@@ -40,8 +40,8 @@ class DecodeGraphs:
     def __init__(
         self, model: CausalLM, kv_cache: KvCache, limits: GraphLimits, found_P: torch.Tensor
     ) -> None:
-        """Captures all graphs; off CUDA the same step runs without them. The cache does not change. found_P:
-        int64, tokens found by the last step; a step here leaves its own, row by row, in the first places."""
+        """found_P: int64, tokens found by the last step; a step here leaves its own, row by row, in the first
+        places. Before capture() the same steps run without graphs."""
         from engine.kernels.sampling import greedy_tokens  # Triton is not everywhere
 
         self._pick = greedy_tokens
@@ -65,8 +65,6 @@ class DecodeGraphs:
             limits.max_seqs, model.vocab_size, dtype=kv_cache.data.dtype, device=device
         )
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        if is_cuda:
-            self._capture()
 
     @torch.inference_mode()
     def launch(self, seqs: list[Sequence], places: Mapping[Sequence, int]) -> list[Sequence]:
@@ -95,7 +93,13 @@ class DecodeGraphs:
         """int64 [N], of the rows of the last launch."""
         return self._rows_3N[1]
 
-    def _capture(self) -> None:
+    def rehearse(self) -> None:
+        """Each step of the ladder, for compile_ahead()."""
+        for num_rows in reversed(self._ladder):
+            self._step(num_rows)
+
+    def capture(self) -> None:
+        """All graphs, on CUDA only. The cache does not change."""
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         for num_rows in reversed(self._ladder):  # the largest first: the others fit in its memory

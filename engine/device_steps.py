@@ -22,6 +22,7 @@ from engine.batch_tensors import BatchTensors
 from engine.chunk_graphs import MAX_CHUNKS, ChunkGraphs
 from engine.decode_graphs import DecodeGraphs, GraphLimits
 from engine.device_draws import DeviceDraws
+from engine.kernels.compile_ahead import compile_ahead
 from engine.launch import LOAD_STEPS, StepResult
 from engine.mixed_graphs import MixedGraphs
 from engine.phase_times import PhaseTimes
@@ -103,15 +104,19 @@ class DeviceSteps:
         self._chunk_draws = DeviceDraws(num_chunk_places, device)
         self._last: DeviceLaunch | None = None
         self._num_launches = 0
-        with self.start_times.phase("chunk graphs"):
-            self._chunks = ChunkGraphs(model, kv_cache, token_budget, self._found_P[self._max_decodes :])
+        self._chunks = ChunkGraphs(model, kv_cache, token_budget, self._found_P[self._max_decodes :])
         self._decodes: DecodeGraphs | None = None
         self._mixed: MixedGraphs | None = None
+        graphs: dict[str, ChunkGraphs | DecodeGraphs | MixedGraphs] = {"chunk graphs": self._chunks}
         if self._max_decodes:
-            with self.start_times.phase("decode graphs"):
-                self._decodes = DecodeGraphs(model, kv_cache, limits, self._found_P)
-            with self.start_times.phase("mixed graphs"):
-                self._mixed = MixedGraphs(model, kv_cache, self._decodes, self._chunks)
+            self._decodes = DecodeGraphs(model, kv_cache, limits, self._found_P)
+            self._mixed = MixedGraphs(model, kv_cache, self._decodes, self._chunks)
+            graphs |= {"decode graphs": self._decodes, "mixed graphs": self._mixed}
+        with self.start_times.phase("kernels"), model.one_layer_of_each_kind():
+            compile_ahead(lambda: [each.rehearse() for each in graphs.values()])
+        for phase, each in graphs.items():
+            with self.start_times.phase(phase):
+                each.capture()
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch, layer_done: LayerDone | None) -> DeviceLaunch:

@@ -31,7 +31,7 @@ class MixedGraphs:
     def __init__(
         self, model: CausalLM, kv_cache: KvCache, decodes: DecodeGraphs, chunks: ChunkGraphs
     ) -> None:
-        """Captures all graphs; off CUDA the same step runs without them. The cache does not change."""
+        """Before capture() the same steps run without graphs."""
         self._model = model
         self._kv_cache = kv_cache
         self._decodes = decodes
@@ -39,8 +39,6 @@ class MixedGraphs:
         self._rows = [*(n for n in DECODE_LADDER if n < decodes.max_seqs), decodes.max_seqs]
         self._sizes = [n for n in CHUNK_LADDER if n <= chunks.max_tokens]
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        if kv_cache.data.device.type == "cuda":
-            self._capture()
 
     def fits(self, batch: ForwardBatch) -> bool:
         """These chunks, beside any decodes."""
@@ -67,7 +65,14 @@ class MixedGraphs:
             graph.replay()
         return placed
 
-    def _capture(self) -> None:
+    def rehearse(self) -> None:
+        """Each step of both ladders, for compile_ahead()."""
+        for num_rows in reversed(self._rows):
+            for size in reversed(self._sizes):
+                self._step(num_rows, size)
+
+    def capture(self) -> None:
+        """All graphs, on CUDA only. The cache does not change."""
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         for num_rows in reversed(self._rows):

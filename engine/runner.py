@@ -11,6 +11,7 @@ from engine.batch_rows import main_rows
 from engine.batch_tensors import BatchTensors
 from engine.decode_graphs import GraphLimits
 from engine.device_steps import DeviceSteps
+from engine.kernels.compile_ahead import compile_ahead
 from engine.kv_cache import KvCache
 from engine.launch import LOAD_STEPS, FinishedLaunch, Launch, StepResult
 from engine.phase_times import PhaseTimes
@@ -57,7 +58,7 @@ class Runner:
         self._num_steps = 0
         self.device_steps: DeviceSteps | None = None
         self._graphed_drafts: GraphedDecodes | None = None
-        self.start_times = PhaseTimes()  # of the graphs, compiling their kernels included
+        self.start_times = PhaseTimes()  # of the graphs and their kernels
         if graph_limits is None or not model.uses_kernels:
             return
         if self._drafter is None:
@@ -66,8 +67,11 @@ class Runner:
             )
             self.start_times = self.device_steps.start_times
         elif draft_limits is not None and graph_limits.max_seqs:
+            draft_graphs = DraftGraphs(model, kv_cache, graph_limits, draft_limits.num_tokens)
+            with self.start_times.phase("kernels"), model.one_layer_of_each_kind():
+                compile_ahead(draft_graphs.rehearse)
             with self.start_times.phase("draft graphs"):
-                draft_graphs = DraftGraphs(model, kv_cache, graph_limits, draft_limits.num_tokens)
+                draft_graphs.capture()
             self._graphed_drafts = GraphedDecodes(
                 draft_graphs, self._drafter.planner, sampler, graph_limits.max_seqs
             )

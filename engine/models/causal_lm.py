@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -30,6 +31,10 @@ class CausalLM(Protocol):
     ) -> torch.Tensor:
         """hidden_TD after the final norm. Calls layer_done(i) when layer i is computed and its KV of this
         batch is in the cache. Zero tokens are an idle step: it joins every dispatch and combine."""
+        ...
+
+    def one_layer_of_each_kind(self) -> AbstractContextManager[None]:
+        """Inside, forward() leaves out layers that launch the same kernels as another one."""
         ...
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
@@ -106,6 +107,15 @@ class Decoder:
             if layer_done is not None:
                 layer_done(i)
         return normed_TD
+
+    @contextmanager
+    def one_layer_of_each_kind(self) -> Iterator[None]:
+        layers = self._layers
+        self._layers = list({type(layer.feed_forward): layer for layer in layers}.values())
+        try:
+            yield
+        finally:
+            self._layers = layers
 
     @torch.inference_mode()
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 
 from engine.checkpoint import fp8
+from engine.kernels.compile_ahead import compile_ahead
 from engine.kernels.fp8_quantise import FP8_GROUP
 from engine.kernels.moe_choice import Choice
 from engine.kernels.moe_gate import GateSpec
@@ -37,6 +38,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 @cache
 def _works(device: torch.device) -> bool:
+    compile_ahead(lambda: _trial_error(device))
     try:
         error = _trial_error(device)
     except Exception as failure:  # noqa: BLE001 - whatever Triton says, other tiles are there

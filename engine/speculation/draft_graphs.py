@@ -31,7 +31,7 @@ IDS, POSITIONS = 0, 1
 
 class DraftGraphs:
     def __init__(self, model: CausalLM, kv_cache: KvCache, limits: GraphLimits, num_drafts: int) -> None:
-        """Captures all graphs; off CUDA the same passes run without them. The cache does not change."""
+        """Before capture() the same passes run without graphs."""
         from engine.kernels.sampling import greedy_tokens  # Triton is not everywhere
 
         assert model.mtp is not None
@@ -67,8 +67,6 @@ class DraftGraphs:
         self._results = torch.zeros(most, 2 * width, dtype=torch.int64, device=device)
         self._limits_host = torch.zeros(most, dtype=torch.int64, pin_memory=is_cuda)
         self._uploaded: torch.cuda.Event | None = None
-        if is_cuda:
-            self._capture()
 
     @torch.inference_mode()
     def run_main(self, parts: list[SequenceRows]) -> list[SequenceRows]:
@@ -260,7 +258,14 @@ class DraftGraphs:
             device_plan=plan,
         )
 
-    def _capture(self) -> None:
+    def rehearse(self) -> None:
+        """Each pass of each size, for compile_ahead()."""
+        for size in reversed(self._ladder):
+            for step in (self._main_pass, self._draft_pass, self._turn_pass):
+                step(size)
+
+    def capture(self) -> None:
+        """All graphs, on CUDA only. The cache does not change."""
         self._main.fill_(-1)
         self._main[IDS] = 0
         self._draft.fill_(-1)

@@ -7,6 +7,7 @@ not computed, not handed over, or handed over to the wrong place changes the tok
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -48,6 +49,9 @@ class FakeModel:
                 layer_done(layer)
         states = [state for s in range(batch.num_seqs) for state in _states(batch, kv_cache, s)]
         return torch.tensor(states, dtype=torch.int64).view(-1, 1)
+
+    def one_layer_of_each_kind(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         tokens_1V = torch.arange(self.vocab_size).unsqueeze(0)
