@@ -156,6 +156,8 @@ class ChunkGraphs:
 
     def capture(self) -> None:
         """All graphs, on CUDA only. The cache does not change."""
+        if self._kv_cache.data.device.type != "cuda":
+            return
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         for size in reversed(self._ladder):

@@ -100,6 +100,8 @@ class DecodeGraphs:
 
     def capture(self) -> None:
         """All graphs, on CUDA only. The cache does not change."""
+        if self._kv_cache.data.device.type != "cuda":
+            return
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         for num_rows in reversed(self._ladder):  # the largest first: the others fit in its memory

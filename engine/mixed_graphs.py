@@ -73,6 +73,8 @@ class MixedGraphs:
 
     def capture(self) -> None:
         """All graphs, on CUDA only. The cache does not change."""
+        if self._kv_cache.data.device.type != "cuda":
+            return
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         for num_rows in reversed(self._rows):

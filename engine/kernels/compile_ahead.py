@@ -3,11 +3,11 @@
 
 Triton compiles a kernel where it is first launched, one after another: with an empty cache that is most of a
 start. So a start first rehearses its steps: a launch then only tells Triton which kernel is missing, threads
-compile, and nothing runs on the device but torch's own operators. They read what the kernels would have
-written, so none of them may take indices from that. (Compiling leaves Python's lock to other threads.)
+compile it (passes, LLVM and ptxas run without Python's lock), and nothing runs on the device but torch's own
+operators. They read memory that the kernels would have written, so none may take indices from there.
 
-Triton has both parts, compiling by an executor (AsyncCompileMode) and a launch that only compiles (`warmup`),
-but no way to say the latter around code that launches. This module makes it, for the thread that rehearses.
+Triton has both parts, compiling by an executor (AsyncCompileMode) and launches that only compile (`warmup`),
+but no way to ask for the latter around code that launches. That is made here, for the thread that rehearses.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import inspect
 import logging
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 _logger = logging.getLogger(__name__)
 MAX_THREADS = 16
@@ -39,13 +41,36 @@ def compile_ahead(rehearse: Callable[[], object]) -> None:
     try:
         with (
             ThreadPoolExecutor(num_threads, "compile") as threads,
-            AsyncCompileMode(threads, ignore_errors=True),
+            AsyncCompileMode(_Compilers(threads), ignore_errors=True),
             _launches_only_compile(),
         ):
             rehearse()
     except Exception as failure:  # noqa: BLE001 - whatever it is, without this the start is only slower
         reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
         _logger.warning("kernels are compiled when they are first launched: %s", reason)
+
+
+class _Compilers:
+    """The executor: compiles a kernel, and in C what launches it, which some releases of Triton leave to the
+    first launch."""
+
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self._threads = threads
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:
+        return self._threads.submit(self._compile, compile_kernel)
+
+    def _compile(self, compile_kernel: Callable[[], Any]) -> Any:
+        from triton.runtime import driver
+
+        kernel = compile_kernel()
+        make_launcher = getattr(driver.active, "launcher_cls", None)
+        if make_launcher is not None:
+            # Most kernels of a function have the same: it is compiled once, and then found in the cache.
+            with self._locks[kernel.src.name]:
+                make_launcher(kernel.src, kernel.metadata)
+        return kernel
 
 
 def _can_rehearse() -> bool:

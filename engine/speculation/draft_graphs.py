@@ -266,6 +266,8 @@ class DraftGraphs:
 
     def capture(self) -> None:
         """All graphs, on CUDA only. The cache does not change."""
+        if not self._is_cuda:
+            return
         self._main.fill_(-1)
         self._main[IDS] = 0
         self._draft.fill_(-1)
