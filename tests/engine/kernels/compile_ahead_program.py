@@ -139,7 +139,7 @@ def steps(config_dir: Path) -> dict[str, Any]:
     if not has_mtp:
         compile_ahead(lambda: warm_up(runner, kv_cache, TOKEN_BUDGET, MAX_MODEL_LEN))
         compile_ahead(lambda: specialised._trial_error(torch.device("cpu")))
-    return {"compiled": sorted(compiled)}
+    return {"compiled": sorted(compiled), "phases": list(runner.start_times.seconds)}
 
 
 def main(mode: str, *args: str) -> None:

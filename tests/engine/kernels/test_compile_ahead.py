@@ -71,6 +71,7 @@ def test_another_thread_launches_meanwhile() -> None:
 @pytest.mark.usefixtures("can_rehearse")
 def test_a_rehearsal_that_fails_is_left_to_the_launch(caplog: pytest.LogCaptureFixture) -> None:
     kernel = Kernel()
+    before = KernelInterface.__getitem__
 
     def rehearse() -> None:
         kernel[(1,)](1)
@@ -80,6 +81,7 @@ def test_a_rehearsal_that_fails_is_left_to_the_launch(caplog: pytest.LogCaptureF
     kernel[(1,)](2)
 
     assert [warmup for _, _, warmup in kernel.launches] == [True, False]
+    assert KernelInterface.__getitem__ is before
     assert [record.getMessage() for record in caplog.records] == [
         "kernels are compiled when they are first launched: RuntimeError: no"
     ]
@@ -170,3 +172,4 @@ def test_steps_are_rehearsed_whatever_is_in_memory(
 
     assert found["failures"] == []
     assert expected <= set(found["compiled"])
+    assert found["phases"][0] == "kernels"

@@ -67,6 +67,24 @@ def test_model_without_experts_has_no_expert_load(tmp_path: Path) -> None:
     assert load_ours(tmp_path).model.take_expert_load() is None
 
 
+def test_one_layer_of_each_kind_is_enough_for_a_rehearsal(moe_dir: Path) -> None:
+    """A dense one and, of the two with experts, one."""
+    driver = load_ours(moe_dir)
+    [prompt] = random_prompts([7])
+    driver.step([], [(DrivenSequence(prompt), 7)])
+    driver.model.take_expert_load()
+
+    with driver.model.one_layer_of_each_kind():
+        driver.step([], [(DrivenSequence(prompt), 7)])
+    short = driver.model.take_expert_load()
+    driver.step([], [(DrivenSequence(prompt), 7)])
+    whole = driver.model.take_expert_load()
+
+    assert short is not None and whole is not None
+    assert short.sum(dim=1).tolist() == [0, 7 * 4]
+    assert whole.sum(dim=1).tolist() == [7 * 4, 7 * 4]
+
+
 def test_layer_is_done_when_its_rows_are_in_the_cache(moe_dir: Path) -> None:
     driver = load_ours(moe_dir)
     [prompt] = random_prompts([7])
