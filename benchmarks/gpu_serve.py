@@ -198,7 +198,7 @@ def _tails(log_dir: Path) -> Iterator[str]:
 def _scale(args: argparse.Namespace) -> Scale:
     scale = TINY if args.tiny else Scale()
     shape = {**scale.shape, "baton_dummy_spread": args.weights}
-    changes: dict[str, Any] = {"fp8_experts": args.fp8, "shape": shape}
+    changes: dict[str, Any] = {"fp8_weights": args.fp8, "shape": shape}
     if args.token_budget:
         changes["token_budget"] = args.token_budget
     if args.shared_prefill_budget:

@@ -55,7 +55,7 @@ class EngineConfig:
     uses_graphs: bool = True  # steps as CUDA graphs, where the model can
     decodes: bool = True  # False: sequences end with their first token, so no graphs of decodes are made
     num_speculative_tokens: int | None = None  # drafted for each sequence in a step; 0: none
-    has_fp8_experts: bool = False  # experts' weights and their inputs in block-scaled FP8, on CUDA
+    has_fp8_weights: bool = False  # experts and dense layers in block-scaled FP8, their inputs too, on CUDA
 
     def resolve_dtype(self) -> torch.dtype:
         try:

@@ -79,7 +79,7 @@ def _engine_config(settings: WorkerSettings) -> EngineConfig:
         device_share=settings.device_share,
         decodes=settings.decodes,
         outbox_bytes=settings.outbox_bytes or 0,
-        has_fp8_experts=settings.fp8_experts,
+        has_fp8_weights=settings.fp8_weights,
         **optional,
     )
 
