@@ -21,7 +21,7 @@ from engine.layers.linear import Linear
 _logger = logging.getLogger(__name__)
 _BLOCK = (FP8_GROUP, FP8_GROUP)
 _MAX_KERNEL_ROWS = 256  # of steps: cuBLAS is faster beyond (docs/log.md)
-_ROW_MULTIPLE = 4  # cuBLAS wants a column of scales to be so long
+_SCALE_MULTIPLE = 4  # cuBLAS wants so many scales side by side, of rows and of inputs
 _MAX_ERROR = 0.06  # of FP8 rows, relative to float32 with the same weights
 
 MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], "Linear | Fp8Linear"]
@@ -32,7 +32,8 @@ class Fp8Linear:
 
     def __init__(self, weight_NK: torch.Tensor) -> None:
         self._value_NK, self._scale_NK = fp8.quantise(weight_NK, _BLOCK)
-        self._has_library = _library_works(weight_NK.device)
+        is_whole = self._scale_NK.shape[1] % _SCALE_MULTIPLE == 0
+        self._has_library = is_whole and _library_works(weight_NK.device)
 
     def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
         from engine.kernels.linear import multiply_fp8  # needs Triton, which a CPU has no use for
@@ -52,7 +53,7 @@ def make_fp8_linear(weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None)
 def _multiply_by_library(x_TK: torch.Tensor, value_NK: torch.Tensor, scale_NK: torch.Tensor) -> torch.Tensor:
     from engine.kernels.fp8_quantise import quantise_rows  # needs Triton
 
-    x = quantise_rows(x_TK, multiple=_ROW_MULTIPLE, is_by_group=True)
+    x = quantise_rows(x_TK, multiple=_SCALE_MULTIPLE, is_by_group=True)
     out = functional.scaled_mm(
         x.values,
         value_NK.t(),
@@ -74,8 +75,9 @@ def _library_works(device: torch.device) -> bool:
     if not _has_library(device):
         return False
     generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(_MAX_KERNEL_ROWS + 1, 2 * FP8_GROUP, generator=generator, device=device)
-    weight = torch.randn(3 * FP8_GROUP // 2, 2 * FP8_GROUP, generator=generator, device=device)
+    depth = _SCALE_MULTIPLE * FP8_GROUP
+    x = torch.randn(_MAX_KERNEL_ROWS + 1, depth, generator=generator, device=device)
+    weight = torch.randn(3 * FP8_GROUP // 2, depth, generator=generator, device=device)
     value, scale = fp8.quantise(weight, _BLOCK)
     try:
         found = _multiply_by_library(x.bfloat16(), value, scale).float()

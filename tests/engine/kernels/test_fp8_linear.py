@@ -36,7 +36,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     def scaled_mm(a: Any, b: Any, scale_a: Any, kind_a: Any, scale_b: Any, kind_b: Any, **how: Any) -> Any:
         kinds = functional.ScalingType
         assert (kind_a, kind_b) == (kinds.BlockWise1x128, kinds.BlockWise128x128)
-        assert a.shape[0] % 4 == 0 and scale_a.stride() == (1, a.shape[0]) and b.stride(0) == 1
+        assert a.shape[0] % 4 == 0 and a.shape[1] % 512 == 0
+        assert scale_a.stride() == (1, a.shape[0]) and b.stride(0) == 1
         rows = fp8.dequantise(a, scale_a, (1, 128), torch.float32)
         weight = fp8.dequantise(b.t(), scale_b.t(), (128, 128), torch.float32)
         calls.append(a.shape[0])
@@ -55,13 +56,17 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize(("num_rows", "by_library"), [(1, []), (6, []), (7, [8]), (12, [12])])
+@pytest.mark.parametrize(
+    ("num_rows", "depth", "by_library"),
+    [(1, 512, []), (6, 512, []), (7, 512, [8]), (12, 512, [12]), (12, 384, [])],
+)
 def test_many_rows_are_the_librarys(
-    num_rows: int, by_library: list[int], library: list[int], device: str
+    num_rows: int, depth: int, by_library: list[int], library: list[int], device: str
 ) -> None:
+    """If it takes so many scales of inputs."""
     torch.manual_seed(0)
-    weight = torch.randn(200, 256, device=device)
-    x = torch.randn(num_rows, 256, dtype=torch.bfloat16, device=device)
+    weight = torch.randn(200, depth, device=device)
+    x = torch.randn(num_rows, depth, dtype=torch.bfloat16, device=device)
     linear = Fp8Linear(weight)
     library.clear()  # the trial's
 
@@ -90,8 +95,8 @@ def test_a_library_that_cannot_is_left_alone_with_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(functional, "scaled_mm", product)
-    weight = torch.randn(128, 128, device=device)
-    x = torch.randn(9, 128, dtype=torch.bfloat16, device=device)
+    weight = torch.randn(128, 512, device=device)
+    x = torch.randn(9, 512, dtype=torch.bfloat16, device=device)
     with caplog.at_level(logging.WARNING, logger=fp8_linear.__name__):
         layers = [Fp8Linear(weight), Fp8Linear(weight)]
 
