@@ -59,7 +59,7 @@ def _join(membership: EpMembership) -> EpGroup:
 
 
 def _engine_config(settings: WorkerSettings) -> EngineConfig:
-    names = ("kv_cache_bytes", "num_blocks", "max_model_len", "token_budget", "max_running")
+    names = ("kv_cache_bytes", "num_blocks", "max_model_len", "token_budget", "mixed_budget", "max_running")
     optional: dict[str, Any] = {
         name: getattr(settings, name)
         for name in (*names, "num_speculative_tokens")

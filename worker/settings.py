@@ -45,6 +45,9 @@ class WorkerSettings:
     token_budget: int | None = setting(
         None, doc="most tokens computed in one step; unset: the engine's choice"
     )
+    mixed_budget: int | None = setting(
+        None, doc="of TOKEN_BUDGET, for prompts in a step that also decodes: fewer make shorter gaps"
+    )
     device_share: float = setting(
         1.0, doc="of the time, at most, for steps with prompts, where another worker has the same GPU"
     )

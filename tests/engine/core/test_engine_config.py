@@ -162,3 +162,11 @@ def test_a_gpu_takes_larger_steps_unless_told_otherwise(model_dir: Path) -> None
     ).resolve_scheduler()
     assert (config.token_budget, config.max_running) == (40, 3)
     assert EngineConfig(model_dir=model_dir).resolve_scheduler().mixed_budget is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_prompts_beside_decodes_get_the_budget_that_is_asked_for(model_dir: Path, device: str) -> None:
+    config = EngineConfig(model_dir=model_dir, device=device, mixed_budget=160)
+    assert config.resolve_scheduler().mixed_budget == 160
+    with pytest.raises(EngineConfigError, match="mixed_budget must be at least a block of 16, got 15"):
+        EngineConfig(model_dir=model_dir, device=device, mixed_budget=15).resolve_scheduler()
