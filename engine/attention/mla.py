@@ -14,6 +14,7 @@ import torch
 from engine.attention.causal import attend_causal
 from engine.attention.device_plan import DevicePlan
 from engine.attention.mla_kernels import MlaKernels
+from engine.attention.packed import PackedPlan
 from engine.attention.plan import AttentionPlan, Chunk, write_rows
 from engine.checkpoint.model_config import MlaConfig, ModelConfig
 from engine.checkpoint.weights import WeightSource
@@ -56,10 +57,11 @@ class MlaAttention:
         self,
         x_TD: torch.Tensor,
         cache: torch.Tensor,
-        plan: AttentionPlan | DevicePlan,
+        plan: AttentionPlan | DevicePlan | PackedPlan,
         rotations: torch.Tensor | None,
     ) -> torch.Tensor:
-        """A DevicePlan needs kernels; an AttentionPlan needs rotations."""
+        """A DevicePlan needs kernels; an AttentionPlan needs rotations; others are not for this attention."""
+        assert not isinstance(plan, PackedPlan)
         row_size = cache.shape[-1]
         down = self._down(x_TD)
         rows_T = down[:, :row_size]

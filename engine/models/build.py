@@ -33,7 +33,7 @@ def build_model(  # noqa: PLR0913 - three of them are rare and keyword-only
         uses_kernels = has_kernels(device)
     model: CausalLM
     if config.mla is None:
-        model = build_llama(config, placed, device)
+        model = build_llama(config, placed, dtype, device)
     else:
         local = LocalDispatcher(config.moe.num_routed_experts if config.moe else 0)
         model = build_deepseek(
