@@ -171,7 +171,7 @@ def build(
         max_model_len=4608,
         max_running=256,
         token_budget=token_budget,
-        has_fp8_experts=is_fp8,
+        has_fp8_weights=is_fp8,
     )
     began = time.perf_counter()
     engine = build_engine(config)
@@ -334,14 +334,14 @@ def main() -> None:
     profiles.add_argument("--kernels", type=int, default=16)
     for mode in (tables, profiles):
         mode.add_argument("--weights", choices=DUMMY_SPREADS, default="variance")
-        mode.add_argument("--fp8", action="store_true", help="experts in FP8")
+        mode.add_argument("--fp8", action="store_true", help="weights in FP8")
     modes.add_parser("check")
     modes.add_parser("publish").add_argument("file", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / "model"
         if args.mode == "table":
-            name = f"{args.weights}, FP8 experts" if args.fp8 else args.weights
+            name = f"{args.weights}, FP8" if args.fp8 else args.weights
             engine = build(directory, args.weights, is_fp8=args.fp8, token_budget=args.token_budget)
             table(engine, name, args.rows, args.json)
         elif args.mode == "profile":

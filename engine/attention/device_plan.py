@@ -32,11 +32,8 @@ class GatheredContext:
     @cached_property
     def slots(self) -> torch.Tensor:
         """int64 [L]. Found when somebody asks: graphs read tables instead."""
-        parts = [
-            _slots(table, end, self.block_size)[self.first_token :]
-            for table, end in zip(self.tables, self.ends, strict=True)
-        ]
-        return upload(np.concatenate(parts), self.device)
+        slots = context_slots(self.tables, self.ends, self.block_size, self.first_token)
+        return upload(slots, self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +106,14 @@ def _plan_chunks(batch: ForwardBatch, block_size: int) -> ChunkRows:
         context = GatheredContext(tables, ends, batch.first_token, block_size, device)
     query_start_here, context_start = upload(starts, device).unbind()
     return ChunkRows(query_start_here, context_start, context)
+
+
+def context_slots(
+    tables: list[list[int]], ends: list[int], block_size: int, first_token: int = 0
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Of the rows of all sequences one behind the other, each from first_token to its end."""
+    pairs = zip(tables, ends, strict=True)
+    return np.concatenate([_slots(table, end, block_size)[first_token:] for table, end in pairs])
 
 
 def _slots(table: list[int], num_tokens: int, block_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -9,6 +9,7 @@ import torch
 
 from engine.attention.causal import attend_causal
 from engine.attention.device_plan import DevicePlan
+from engine.attention.packed import PackedPlan, attend_packed
 from engine.attention.plan import AttentionPlan, Chunk, write_rows
 from engine.checkpoint.model_config import ModelConfig
 from engine.checkpoint.weights import WeightSource
@@ -29,10 +30,10 @@ class GqaAttention:
         self,
         x_TD: torch.Tensor,
         cache: torch.Tensor,
-        plan: AttentionPlan | DevicePlan,
+        plan: AttentionPlan | DevicePlan | PackedPlan,
         rotations: torch.Tensor | None,
     ) -> torch.Tensor:
-        assert isinstance(plan, AttentionPlan) and rotations is not None, "no kernels for this attention"
+        assert not isinstance(plan, DevicePlan) and rotations is not None, "no kernels for this attention"
         q_size = self._num_heads * self._head_dim
         qkv = self._qkv(x_TD)
         num_rotated = self._num_heads + self._num_kv_heads
@@ -40,6 +41,9 @@ class GqaAttention:
             qkv[:, : num_rotated * self._head_dim].unflatten(-1, (num_rotated, -1)), rotations.unsqueeze(1)
         )
         write_rows(cache, plan.slots, qkv[:, q_size:], plan.stored_rows)
+        if isinstance(plan, PackedPlan):
+            q_THQ = qkv[:, :q_size].unflatten(-1, (self._num_heads, -1))
+            return self._out(attend_packed(q_THQ, cache, plan).flatten(1))
         q_TKGQ = qkv[:, :q_size].unflatten(-1, (self._num_kv_heads, -1, self._head_dim))
         return self._out(self.attend(q_TKGQ, cache, plan).flatten(1))
 

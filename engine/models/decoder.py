@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from engine.attention.device_plan import DevicePlan
+from engine.attention.packed import PackedPlan
 from engine.attention.plan import AttentionPlan, plan_attention
 from engine.checkpoint.model_config import ModelConfig
 from engine.checkpoint.weights import WeightSource
@@ -31,7 +32,7 @@ class Attention(Protocol):
         self,
         x_TD: torch.Tensor,
         cache: torch.Tensor,
-        plan: AttentionPlan | DevicePlan,
+        plan: AttentionPlan | DevicePlan | PackedPlan,
         rotations: torch.Tensor | None,
     ) -> torch.Tensor:
         """Write the batch's rows to this layer's cache and attend. rotations: complex64 [T, R / 2]; none for
@@ -40,6 +41,7 @@ class Attention(Protocol):
 
 
 FeedForward = Callable[[torch.Tensor], torch.Tensor]
+PlanRows = Callable[[ForwardBatch, torch.Tensor], AttentionPlan | PackedPlan]  # by any layer's cache
 
 
 @runtime_checkable
@@ -80,6 +82,7 @@ class Decoder:
     ) -> None:
         self.vocab_size = embedding_VD.shape[0]
         self.uses_kernels = False
+        self.plan_rows: PlanRows = plan_attention  # where no kernels are used
         self._embedding_VD = embedding_VD
         self._rotary = rotary
         self._layers = layers
@@ -98,7 +101,7 @@ class Decoder:
         self, batch: ForwardBatch, kv_cache: KvCache, layer_done: LayerDone | None = None
     ) -> torch.Tensor:
         x_TD = functional.embedding(batch.token_ids_T, self._embedding_VD)
-        plan, rotations = plan_batch(batch, kv_cache.layer(0), self._rotary)
+        plan, rotations = plan_batch(batch, kv_cache.layer(0), self._rotary, self.plan_rows)
         normed_TD = self._layers[0].attention_norm(x_TD)
         for i, layer in enumerate(self._layers):
             attended_TD = layer.attention(normed_TD, kv_cache.layer(i), plan, rotations)
@@ -133,12 +136,12 @@ class Decoder:
 
 
 def plan_batch(
-    batch: ForwardBatch, cache: torch.Tensor, rotary: Rotary
-) -> tuple[AttentionPlan | DevicePlan, torch.Tensor | None]:
+    batch: ForwardBatch, cache: torch.Tensor, rotary: Rotary, plan_rows: PlanRows = plan_attention
+) -> tuple[AttentionPlan | DevicePlan | PackedPlan, torch.Tensor | None]:
     """What attention needs beside the rows; cache: any layer's."""
     if batch.device_plan is not None:
         return batch.device_plan, None
-    return plan_attention(batch, cache), rotary.rotations(batch.positions_T)
+    return plan_rows(batch, cache), rotary.rotations(batch.positions_T)
 
 
 LoadMtp = Callable[[torch.Tensor], "MtpLayer"]  # from the embedding

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.attention import packed
 from engine.attention.gqa import GqaAttention
 from engine.attention.mla import MlaAttention
+from engine.attention.packed import attend_packed, can_pack, plan_packed
 from engine.attention.plan import plan_attention, write_rows
 from engine.attention.reference import gqa_reference, mla_reference
 from engine.checkpoint.model_config import MlaConfig
@@ -92,6 +95,103 @@ def test_gqa_equals_the_reference(
     torch.testing.assert_close(
         found.flatten(1, 2).double(), gqa_reference(q, batch, cache), rtol=1e-4, atol=1e-5
     )
+
+
+def varlen_reference(
+    q_THQ: torch.Tensor,
+    k_LKQ: torch.Tensor,
+    v_LKQ: torch.Tensor,
+    query_start: torch.Tensor,
+    context_start: torch.Tensor,
+    max_queries: int,
+    max_context: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+) -> torch.Tensor:
+    """What the library says that it computes: queries are the last rows of their context."""
+    assert window_size == (-1, 0)
+    assert query_start.diff().max() == max_queries and context_start.diff().max() == max_context
+    group = q_THQ.shape[1] // k_LKQ.shape[1]
+    parts = []
+    for s in range(len(query_start) - 1):
+        q = q_THQ[query_start[s] : query_start[s + 1]].double()
+        context = slice(context_start[s], context_start[s + 1])
+        k, v = (rows[context].double().repeat_interleave(group, dim=1) for rows in (k_LKQ, v_LKQ))
+        scores = torch.einsum("thq,lhq->htl", q, k) * scale
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + len(k) - len(q))
+        probs = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
+        parts.append(torch.einsum("htl,lhq->thq", probs, v))
+    return torch.cat(parts).to(q_THQ.dtype)
+
+
+@settings(max_examples=25, deadline=None)
+@given(case=batches(), heads=st.sampled_from([(1, 1), (6, 2), (4, 4)]), seed=st.integers(0, 99))
+def test_packed_gqa_equals_the_reference(
+    case: tuple[ForwardBatch, int, int], heads: tuple[int, int], seed: int
+) -> None:
+    """On CUDA the library's kernels, elsewhere what they should do."""
+    batch, block_size, num_blocks = case
+    if not batch.num_seqs:
+        return
+    num_heads, num_kv_heads = heads
+    torch.manual_seed(seed)
+    is_cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if is_cuda else ("cpu", torch.float32)
+    cache = torch.randn(num_blocks, block_size, 2, num_kv_heads, 8).to(device, dtype)
+    q = (torch.randn(batch.num_tokens, num_heads, 8) / 2).to(device, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not is_cuda:
+            patch.setattr(packed, "_library", lambda: varlen_reference)
+        found = attend_packed(q, cache, plan_packed(batch, cache)).cpu().double()
+
+    expected = gqa_reference(q.cpu(), batch, cache.cpu())
+    tolerance = {"rtol": 0.05, "atol": 0.02} if is_cuda else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(found, expected, **tolerance)
+
+
+def test_a_packed_layer_stores_its_rows_and_attends_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_library", lambda: varlen_reference)
+    torch.manual_seed(0)
+    hidden, num_heads, num_kv_heads, head_dim = 24, 4, 2, 8
+    qkv = Linear(torch.randn((num_heads + 2 * num_kv_heads) * head_dim, hidden) / hidden**0.5)
+    out = Linear(torch.randn(hidden, num_heads * head_dim) / (num_heads * head_dim) ** 0.5)
+    attention = GqaAttention(qkv, out, num_heads, num_kv_heads, head_dim)
+    batch, num_blocks = decode_batch([9, 30, 1], 4)
+    batch.slot_mapping_T = torch.tensor(
+        [
+            table[(n - 1) // 4] * 4 + (n - 1) % 4
+            for table, n in zip(batch.block_tables, [9, 30, 1], strict=True)
+        ]
+    )
+    batch.slot_mapping_T[1] = -1
+    batch.has_unstored_rows = True
+    x = torch.randn(3, hidden)
+    rotations = torch.polar(torch.ones(3, head_dim // 2), torch.randn(3, head_dim // 2))
+    caches = [torch.randn(num_blocks, 4, 2, num_kv_heads, head_dim)] * 2
+    caches[1] = caches[0].clone()
+
+    expected = attention(x, caches[0], plan_attention(batch, caches[0]), rotations)
+    found = attention(x, caches[1], plan_packed(batch, caches[1]), rotations)
+
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(caches[0], caches[1])
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "expected"),
+    [
+        ("cuda", torch.bfloat16, 128, True),
+        ("cuda", torch.float16, 64, True),
+        ("cuda", torch.float32, 128, False),
+        ("cuda", torch.bfloat16, 260, False),
+        ("cuda", torch.bfloat16, 20, False),
+        ("cpu", torch.bfloat16, 128, False),
+    ],
+)
+def test_the_library_has_kernels_for(device: str, dtype: torch.dtype, head_dim: int, expected: bool) -> None:
+    assert can_pack(device, dtype, head_dim) is expected
 
 
 def decode_batch(lengths: list[int], block_size: int) -> tuple[ForwardBatch, int]:
