@@ -78,6 +78,7 @@ class Decoder:
         mtp: MtpLayer | None = None,
     ) -> None:
         self.vocab_size = embedding_VD.shape[0]
+        self.dtype = embedding_VD.dtype
         self.uses_kernels = False
         self._embedding_VD = embedding_VD
         self._rotary = rotary
