@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.attention_prefill import CachedRows
-from engine.kernels.mla_cache import latents_at, rope_size, rotated_at, row_options, scales_at
+from engine.kernels.mla_fp8_cache import gather_context, is_fp8
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,21 @@ def expand_context(
 ) -> CachedRows:
     """Rows start[s] .. start[s + 1] are the first ones of sequence s in the cache.
 
-    cache [num_blocks, block_size, ROW] as mla_cache has it; block tables int32; start int32 [S + 1], from 0,
-    the last one at most max_rows; expansion [H * (N + V), C]. The result has the dtype of the expansion; its
-    rows from start[S] on are not written.
+    cache [num_blocks, block_size, C + R], or bytes of FP8 rows; block tables int32; start int32 [S + 1], from
+    0, the last one at most max_rows; expansion [H * (N + V), C]. Rows of the result from start[S] on are not
+    written.
     """
-    if tuning is None:
-        tuning = FP32_TUNING if expansion_KC.dtype == torch.float32 else BF16_TUNING
     num_columns, rank = expansion_KC.shape
-    rope = rope_size(cache, rank)
-    key_value_LK = expansion_KC.new_empty(max_rows, num_columns)
-    rope_LR = expansion_KC.new_empty(max_rows, rope)
+    is_gathered = is_fp8(cache)
+    if is_gathered:
+        cache = gather_context(cache, block_tables_SB, start_S, rank, max_rows, expansion_KC.dtype).unsqueeze(
+            1
+        )
+    if tuning is None:
+        tuning = FP32_TUNING if cache.dtype == torch.float32 else BF16_TUNING
+    rope = cache.shape[2] - rank
+    key_value_LK = cache.new_empty(max_rows, num_columns)
+    rope_LR = cache.new_empty(max_rows, rope)
     most_tiles = -(-max_rows // tuning.num_rows) * -(-num_columns // tuning.num_columns)
     _expand_kernel[(min(most_tiles, tuning.num_programs),)](
         cache,
@@ -71,13 +76,13 @@ def expand_context(
         RANK=rank,
         ROPE=rope,
         BLOCK_SIZE=cache.shape[1],
+        IS_GATHERED=is_gathered,
         ROWS=tuning.num_rows,
         COLUMNS=tuning.num_columns,
         DEPTH=min(rank, tuning.depth),
-        PRECISION="ieee" if expansion_KC.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if cache.dtype == torch.float32 else "tf32",
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
-        **row_options(cache),
     )
     return CachedRows(key_value_LK.unflatten(-1, (num_heads, -1)), rope_LR, start_S)
 
@@ -95,9 +100,8 @@ def _expand_kernel(
     num_columns,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
-    ROW: tl.constexpr,
-    IS_FP8: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    IS_GATHERED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -111,27 +115,27 @@ def _expand_kernel(
         rows = tile // column_tiles * ROWS + tl.arange(0, ROWS)
         is_row = rows < num_rows
         columns = tile % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
-        seqs = tl.zeros([ROWS], tl.int32)
-        for i in range(1, num_seqs):
-            seqs += (rows >= tl.load(start_ptr + i)).to(tl.int32)
-        places = rows - tl.load(start_ptr + seqs)
-        table = tables_ptr + seqs.to(tl.int64) * table_stride
-        blocks = tl.load(table + places // BLOCK_SIZE, mask=is_row, other=0).to(tl.int64)
-        slots = blocks * BLOCK_SIZE + places % BLOCK_SIZE
-        latents = latents_at(cache_ptr, slots, ROW, IS_FP8)
+        if IS_GATHERED:
+            slots = tl.minimum(rows, num_rows - 1).to(tl.int64)
+        else:
+            seqs = tl.zeros([ROWS], tl.int32)
+            for i in range(1, num_seqs):
+                seqs += (rows >= tl.load(start_ptr + i)).to(tl.int32)
+            places = rows - tl.load(start_ptr + seqs)
+            table = tables_ptr + seqs.to(tl.int64) * table_stride
+            blocks = tl.load(table + places // BLOCK_SIZE, mask=is_row, other=0).to(tl.int64)
+            slots = blocks * BLOCK_SIZE + places % BLOCK_SIZE
+        cached = cache_ptr + slots * (RANK + ROPE)
         weights = expansion_ptr + (columns % num_columns).to(tl.int64) * RANK
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)
         for begin in range(0, RANK, DEPTH):
-            latent = tl.load(latents[:, None] + begin + depth_dims[None, :])
+            latent = tl.load(cached[:, None] + begin + depth_dims[None, :])
             weight = tl.load(weights[:, None] + begin + depth_dims[None, :])
-            acc = tl.dot(latent.to(weight.dtype), tl.trans(weight), acc=acc, input_precision=PRECISION)
-        if IS_FP8:
-            acc *= tl.load(scales_at(cache_ptr, slots, RANK, ROPE, ROW))[:, None]
+            acc = tl.dot(latent, tl.trans(weight), acc=acc, input_precision=PRECISION)
         out = key_value_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
         is_out = is_row[:, None] & (columns < num_columns)[None, :]
         tl.store(out, acc.to(key_value_ptr.dtype.element_ty), mask=is_out)
         if tile % column_tiles == 0:
-            rotated = rotated_at(cache_ptr, slots, RANK, ROW, IS_FP8)
-            rope = tl.load(rotated[:, None] + rope_dims[None, :]).to(rope_ptr.dtype.element_ty)
+            rope = tl.load(cached[:, None] + RANK + rope_dims[None, :])
             rope_out = rope_ptr + rows.to(tl.int64)[:, None] * ROPE + rope_dims[None, :]
             tl.store(rope_out, rope, mask=is_row[:, None])

@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.attention_decode_fp8 import decode_fp8_kernel
 from engine.kernels.dependent_launch import launch_options, signal, wait
-from engine.kernels.mla_cache import latents_at, rotated_at, row_options, scales_at
+from engine.kernels.mla_fp8_cache import is_fp8
 
 _PROGRAMS = 264  # wanted at least: two for each multiprocessor of an H100
 _MAX_SHARES = 32
@@ -70,8 +71,8 @@ def mla_decode(
 ) -> torch.Tensor:
     """Latents [S, H, C] of queries [S, H, C + R] that carry the softmax scale.
 
-    cache [num_blocks, block_size, ROW] as mla_cache has it; block_tables and context_len int32; a context of 0
-    gives zeros. Tokens before first_token are not seen.
+    cache [num_blocks, block_size, C + R], or bytes of FP8 rows; block_tables and context_len int32; a context
+    of 0 gives zeros. Tokens before first_token are not seen.
     """
     num_seqs, num_heads, _ = q_SHC.shape
     shares = shares or num_shares(num_seqs, num_heads, tuning)
@@ -131,7 +132,8 @@ def _launch(
     num_seqs, num_heads, row_size = q_SHC.shape
     rank = out[0].shape[-1]
     heads = _heads_of(num_heads, tuning)
-    _decode_kernel[(num_seqs, -(-num_heads // heads), shares)](
+    kernel = decode_fp8_kernel if is_fp8(cache) else _decode_kernel
+    kernel[(num_seqs, -(-num_heads // heads), shares)](
         q_SHC,
         cache,
         block_tables_SB,
@@ -152,7 +154,6 @@ def _launch(
         PRECISION="ieee" if q_SHC.dtype == torch.float32 else "tf32",
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
-        **row_options(cache),
         **launch_options(num_seqs),
     )
 
@@ -178,8 +179,6 @@ def _decode_kernel(
     IS_SHARED: tl.constexpr,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
-    ROW: tl.constexpr,
-    IS_FP8: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     FIRST: tl.constexpr,
@@ -211,25 +210,16 @@ def _decode_kernel(
         places = start + tl.arange(0, ROWS)
         is_row = (places >= FIRST) & (places < end)
         blocks = tl.load(table + places // BLOCK_SIZE, mask=is_row, other=0).to(tl.int64)
-        slots = blocks * BLOCK_SIZE + places % BLOCK_SIZE
-        latents = latents_at(cache_ptr, slots, ROW, IS_FP8)
-        rotated = rotated_at(cache_ptr, slots, RANK, ROW, IS_FP8)
-        latent = tl.load(latents[:, None] + latent_dims[None, :], mask=is_row[:, None], other=0.0)
-        rope = tl.load(rotated[:, None] + rope_dims[None, :], mask=is_row[:, None], other=0.0)
-        latent = latent.to(q_latent.dtype)
-        rope = rope.to(q_rope.dtype)
+        rows = cache_ptr + (blocks * BLOCK_SIZE + places % BLOCK_SIZE) * (RANK + ROPE)
+        latent = tl.load(rows[:, None] + latent_dims[None, :], mask=is_row[:, None], other=0.0)
+        rope = tl.load(rows[:, None] + RANK + rope_dims[None, :], mask=is_row[:, None], other=0.0)
         scores = tl.dot(q_latent, tl.trans(latent), input_precision=PRECISION)
-        if IS_FP8:
-            scales = tl.load(scales_at(cache_ptr, slots, RANK, ROPE, ROW), mask=is_row, other=0.0)
-            scores *= scales[None, :]
         scores = tl.dot(q_rope, tl.trans(rope), acc=scores, input_precision=PRECISION)
         scores = tl.where(is_row[None, :], scores * 1.4426950408889634, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         shrink = tl.exp2(largest - new_largest)
         probs = tl.exp2(scores - new_largest[:, None])
         total = total * shrink + tl.sum(probs, 1)
-        if IS_FP8:
-            probs *= scales[None, :]
         acc = tl.dot(probs.to(latent.dtype), latent, acc=acc * shrink[:, None], input_precision=PRECISION)
         largest = new_largest
 

@@ -16,7 +16,6 @@ import triton.language as tl
 
 from engine.kernels.attention_decode import Shares
 from engine.kernels.dependent_launch import launch_options, signal, wait
-from engine.kernels.mla_cache import row_options
 from engine.kernels.mla_rows import rotate_queries, store_row
 from engine.kernels.row_task import RowTask
 from engine.kernels.support import is_power_of_two
@@ -67,7 +66,6 @@ def prepare_few_rows(
         HEADS=triton.next_power_of_2(num_heads),
         COLUMNS=columns,
         num_warps=4,
-        **row_options(cache),
         **launch_options(num_tokens),
     )
     return q_out_THC
@@ -119,8 +117,6 @@ def _prepare_kernel(
     NOPE: tl.constexpr,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
-    ROW: tl.constexpr,
-    IS_FP8: tl.constexpr,
     HEADS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -132,19 +128,7 @@ def _prepare_kernel(
         q_out = q_out_ptr + pid * num_heads * (RANK + ROPE) + RANK
         row = rows_ptr + pid * rows_stride
         cos, sin = store_row(
-            row,
-            weight_ptr,
-            freq_ptr,
-            positions_ptr,
-            slots_ptr,
-            cache_ptr,
-            pid,
-            eps,
-            magnitude,
-            RANK,
-            ROPE,
-            ROW,
-            IS_FP8,
+            row, weight_ptr, freq_ptr, positions_ptr, slots_ptr, cache_ptr, pid, eps, magnitude, RANK, ROPE
         )
         q = q_ptr + pid * q_stride_t + NOPE
         rotate_queries(q, q_out, q_stride_h, RANK + ROPE, num_heads, cos, sin, HEADS, ROPE)

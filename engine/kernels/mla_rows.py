@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dependent_launch import launch_options, signal, wait
-from engine.kernels.mla_cache import latents_at, rotated_at, row_options, scales_at
+from engine.kernels.mla_fp8_cache import store_fp8_row
 from engine.kernels.row_task import RowTask
 from engine.kernels.support import is_power_of_two
 
@@ -58,7 +58,6 @@ def prepare_mla_rows(
         ROPE=rope,
         HEADS=triton.next_power_of_2(num_heads),
         num_warps=4,
-        **row_options(cache),
         **launch_options(num_tokens),
     )
 
@@ -84,8 +83,6 @@ def _rows_kernel(
     magnitude,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
-    ROW: tl.constexpr,
-    IS_FP8: tl.constexpr,
     HEADS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -94,20 +91,7 @@ def _rows_kernel(
     t = tl.program_id(0).to(tl.int64)
     row = rows_ptr + t * rows_stride
     cos, sin = store_row(
-        row,
-        weight_ptr,
-        freq_ptr,
-        positions_ptr,
-        slots_ptr,
-        cache_ptr,
-        t,
-        eps,
-        magnitude,
-        RANK,
-        ROPE,
-        ROW,
-        IS_FP8,
-        IN_PLACE=True,
+        row, weight_ptr, freq_ptr, positions_ptr, slots_ptr, cache_ptr, t, eps, magnitude, RANK, ROPE, True
     )
     q = q_ptr + t * q_stride_t + nope
     q_out = q_out_ptr + t * out_stride_t
@@ -127,13 +111,11 @@ def store_row(
     magnitude,
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
-    ROW: tl.constexpr,
-    IS_FP8: tl.constexpr,
     IN_PLACE: tl.constexpr = False,
 ):
     """The latent normed and the key rotated, into the slot of row t, and in place if wanted; cosine and sine
-    of its position. With a cache in FP8 a chunk's own rows are exact in place, so what follows depends a
-    little on how a prompt was cut."""
+    of its position. In place they are exact whatever the cache holds: a chunk sees itself so, and with a
+    cache in FP8 what follows depends a little on how a prompt was cut."""
     slot = tl.load(slots_ptr + t)
     dims = tl.arange(0, RANK)
     pairs = tl.arange(0, ROPE // 2)
@@ -148,15 +130,13 @@ def store_row(
     cos = tl.cos(angles) * magnitude
     sin = tl.sin(angles) * magnitude
     rotated = tl.interleave(key_even * cos - key_odd * sin, key_even * sin + key_odd * cos)
-    stored = latent
-    if IS_FP8:
-        scale = tl.maximum(tl.max(tl.abs(latent), 0), 1e-12) / 448.0
-        stored = latent / scale
-        tl.store(scales_at(cache_ptr, slot, RANK, ROPE, ROW), scale, mask=slot >= 0)
-    stored_at = latents_at(cache_ptr, slot, ROW, IS_FP8)
-    rotated_to = rotated_at(cache_ptr, slot, RANK, ROW, IS_FP8)
-    tl.store(stored_at + dims, stored.to(stored_at.dtype.element_ty), mask=dims * 0 + slot >= 0)
-    tl.store(rotated_to + rope_dims, rotated.to(rotated_to.dtype.element_ty), mask=rope_dims * 0 + slot >= 0)
+    if cache_ptr.dtype.element_ty == tl.uint8:
+        store_fp8_row(cache_ptr, slot, latent, rotated, RANK, ROPE)
+    else:
+        slot_row = cache_ptr + slot * (RANK + ROPE)
+        tl.store(slot_row + dims, latent.to(row.dtype.element_ty), mask=dims * 0 + slot >= 0)
+        rotated_to = slot_row + RANK + rope_dims
+        tl.store(rotated_to, rotated.to(row.dtype.element_ty), mask=rope_dims * 0 + slot >= 0)
     if IN_PLACE:
         tl.debug_barrier()  # all threads have read before one writes
         tl.store(row + dims, latent.to(row.dtype.element_ty))
