@@ -5,7 +5,8 @@
 The first mode is what the others are compared with. Every place of the text is scored given what stands
 before it in its piece of at most --prompt-len tokens. Without MODEL_DIR the built-in small model; without
 --text the conversations of held_out.jsonl beside the model, each a piece, or the pages of this repository.
-"fp8" holds the experts in block-scaled FP8 and the rest in bfloat16: for models with experts, on CUDA.
+"fp8" holds experts and dense layers in block-scaled FP8 and the rest in bfloat16: for models with experts, on
+CUDA.
 "fp8kv" holds latent attention's KV in FP8 and the rest in bfloat16, on CUDA. Only what came before a chunk of
 a prompt is read from the cache, so it needs a --token-budget that cuts the pieces, for all modes alike.
 """
@@ -149,7 +150,7 @@ def build(model_dir: Path, mode: str, args: argparse.Namespace) -> Engine:
             num_blocks=16 * -(-length // 16) + 8,
             uses_graphs=False,
             num_speculative_tokens=0,
-            has_fp8_experts=mode == "fp8",
+            has_fp8_weights=mode == "fp8",
         )
     )
 

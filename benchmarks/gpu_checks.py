@@ -18,6 +18,7 @@ from engine.kernels.moe_gate import choose_experts_fused, new_gate_state, split_
 from engine.kernels.moe_tiles import moe_tiles
 from engine.kernels.rms_norm import add_rms_norm_, rms_norm_reference
 from engine.kernels.sampling import RowSampling, draw_tokens, greedy_tokens
+from engine.layers.fp8_linear import Fp8Linear
 from engine.moe.expert_products import run_experts, run_experts_reference
 from engine.moe.specialised import can_specialise
 from engine.philox import uniform
@@ -63,10 +64,12 @@ def _norms() -> Iterator[Check]:
 def _linear() -> Iterator[Check]:
     weight = torch.randn(3648, HIDDEN, device="cuda") * HIDDEN**-0.5
     value, scale = fp8.quantise(weight, (128, 128))
-    for num_rows in (1, 2, 5, 100, 700):
+    layer = Fp8Linear(weight)  # 703 rows are a library's, where there is one
+    for num_rows in (1, 2, 5, 100, 703):
         x = torch.randn(num_rows, HIDDEN, device="cuda", dtype=torch.bfloat16)
         exact = x.double() @ fp8.dequantise(value, scale, (128, 128), torch.float32).double().t()
         yield f"fp8 product of {num_rows} rows", relative_error(multiply_fp8(x, value, scale), exact), 0.04
+        yield f"fp8 layer of {num_rows} rows", relative_error(layer(x), exact), 0.06
         if num_rows <= MAX_ROWS:
             half = weight.bfloat16()
             error = relative_error(multiply_few_rows(x, half), x.double() @ half.double().t())

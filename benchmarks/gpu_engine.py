@@ -176,7 +176,7 @@ def build(
         max_model_len=4608,
         max_running=256,
         token_budget=token_budget,
-        has_fp8_experts=is_fp8,
+        has_fp8_weights=is_fp8,
         kv_cache_dtype=kv_cache_dtype,
     )
     began = time.perf_counter()
@@ -340,7 +340,7 @@ def main() -> None:
     profiles.add_argument("--kernels", type=int, default=16)
     for mode in (tables, profiles):
         mode.add_argument("--weights", choices=DUMMY_SPREADS, default="variance")
-        mode.add_argument("--fp8", action="store_true", help="experts in FP8")
+        mode.add_argument("--fp8", action="store_true", help="weights in FP8")
         mode.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     modes.add_parser("check")
     modes.add_parser("publish").add_argument("file", type=Path)
@@ -348,7 +348,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / "model"
         if args.mode == "table":
-            name = f"{args.weights}, FP8 experts" if args.fp8 else args.weights
+            name = f"{args.weights}, FP8" if args.fp8 else args.weights
             name += ", FP8 KV" * (args.kv_cache_dtype == "fp8")
             engine = build(
                 directory,

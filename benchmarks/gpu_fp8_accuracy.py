@@ -1,4 +1,4 @@
-"""What FP8 experts change: DeepSeek-V2-Lite's shape with made-up weights, against bf16 on one GPU.
+"""What FP8 weights change: DeepSeek-V2-Lite's shape with made-up weights, against bf16 on one GPU.
 
     python -m benchmarks.gpu_fp8_accuracy
 
@@ -30,8 +30,8 @@ def main() -> None:
     prompts = [rng.integers(3, VOCAB_SIZE, PROMPT_LEN).tolist() for _ in range(NUM_PROMPTS)]
     with tempfile.TemporaryDirectory() as directory:
         path = write_shape(Path(directory))
-        bf16_ids, bf16_logprobs = _prompt_logprobs(path, prompts, has_fp8_experts=False)
-        fp8_ids, fp8_logprobs = _prompt_logprobs(path, prompts, has_fp8_experts=True)
+        bf16_ids, bf16_logprobs = _prompt_logprobs(path, prompts, has_fp8_weights=False)
+        fp8_ids, fp8_logprobs = _prompt_logprobs(path, prompts, has_fp8_weights=True)
     difference = np.abs(bf16_logprobs - fp8_logprobs)
     print(f"{len(bf16_ids)} places, {np.mean(bf16_ids == fp8_ids):.3f} of them with the same likeliest token")
     print(
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _prompt_logprobs(
-    path: Path, prompts: list[list[int]], *, has_fp8_experts: bool
+    path: Path, prompts: list[list[int]], *, has_fp8_weights: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """The likeliest token of every place, and the logprob of the token that stands there."""
     began = time.perf_counter()
@@ -56,11 +56,11 @@ def _prompt_logprobs(
             max_model_len=1024,
             token_budget=2048,
             uses_graphs=False,
-            has_fp8_experts=has_fp8_experts,
+            has_fp8_weights=has_fp8_weights,
         )
     )
     print(
-        f"FP8 experts {has_fp8_experts}: built in {time.perf_counter() - began:.1f} s, "
+        f"FP8 weights {has_fp8_weights}: built in {time.perf_counter() - began:.1f} s, "
         f"{torch.cuda.memory_allocated() / 2**30:.1f} GiB",
         flush=True,
     )

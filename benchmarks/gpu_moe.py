@@ -14,7 +14,8 @@ import torch
 
 from benchmarks.gpu_timing import BF16_FLOPS_PER_S, BYTES_PER_S, FP8_FLOPS_PER_S, graph_time
 from engine.checkpoint import fp8
-from engine.kernels.fp8_quantise import FP8_GROUP, Fp8Rows, quantise_rows
+from engine.checkpoint.fp8 import FP8_GROUP
+from engine.kernels.fp8_quantise import Fp8Rows, quantise_rows
 from engine.kernels.moe_choice import Choice, Route
 from engine.kernels.moe_gate import GateSpec, choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_gemm import ExpertWeights, Tile, multiply_down, multiply_up_gate

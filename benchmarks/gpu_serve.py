@@ -198,9 +198,11 @@ def _tails(log_dir: Path) -> Iterator[str]:
 def _scale(args: argparse.Namespace) -> Scale:
     scale = TINY if args.tiny else Scale()
     shape = {**scale.shape, "baton_dummy_spread": args.weights}
-    changes: dict[str, Any] = {"fp8_experts": args.fp8, "shape": shape}
+    changes: dict[str, Any] = {"fp8_weights": args.fp8, "shape": shape}
     if args.token_budget:
         changes["token_budget"] = args.token_budget
+    if args.mixed_budget:
+        changes["mixed_budget"] = args.mixed_budget
     if args.shared_prefill_budget:
         changes["shared_prefill_budget"] = args.shared_prefill_budget
     if args.shared_prefill_share:
@@ -250,6 +252,7 @@ def _arguments() -> argparse.ArgumentParser:
         "--weights", choices=DUMMY_SPREADS, default="variance", help="engine/checkpoint/dummy_weights.py"
     )
     run.add_argument("--token-budget", type=int, help="of a step (default: 8192)")
+    run.add_argument("--mixed-budget", type=int, help="of it, for prompts beside decodes (default: 2048)")
     run.add_argument("--shared-prefill-budget", type=int, help="the same on a shared GPU (default: 1024)")
     run.add_argument("--shared-prefill-share", type=float, help="of the time on a shared GPU (default: 0.4)")
     run.add_argument("--json", type=Path)

@@ -25,11 +25,12 @@ class Scale:
     max_model_len: int = 4608
     max_running: int = 256
     token_budget: int = 8192
+    mixed_budget: int = 2048
     prefill_max_running: int = 32
     shared_prefill_share: float = 0.4  # of the time
     shared_prefill_budget: int = 1024  # tokens of a step beside a decode worker on the same GPU
     shared_kv_bytes: tuple[int, int] = (4 * _GIB, 6 * _GIB)  # of prefill and decode there
-    fp8_experts: bool = False
+    fp8_weights: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -103,10 +104,11 @@ def topology(
         "BATON_ROUTER_LOG_LEVEL": "WARNING",
         "BATON_DECODE_MAX_RUNNING": str(scale.max_running),
         "BATON_DECODE_TOKEN_BUDGET": str(scale.token_budget),
+        "BATON_DECODE_MIXED_BUDGET": str(scale.mixed_budget),
         "BATON_PREFILL_MAX_RUNNING": str(scale.prefill_max_running),
         "BATON_PREFILL_TOKEN_BUDGET": str(scale.token_budget),
-        "BATON_PREFILL_FP8_EXPERTS": str(scale.fp8_experts),
-        "BATON_DECODE_FP8_EXPERTS": str(scale.fp8_experts),
+        "BATON_PREFILL_FP8_WEIGHTS": str(scale.fp8_weights),
+        "BATON_DECODE_FP8_WEIGHTS": str(scale.fp8_weights),
         # All are on this machine, whether or not its system tells.
         "BATON_PREFILL_HOST_ID": SERVED_NAME,
         "BATON_DECODE_HOST_ID": SERVED_NAME,

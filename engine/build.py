@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from hashlib import blake2b
 
 import torch
 
 from engine.attention.mla_kernels import kernels_fit
+from engine.checkpoint.fp8 import FP8_GROUP
 from engine.checkpoint.hub_tensors import hub_tensors
 from engine.checkpoint.model_config import MlaConfig, ModelConfig, load_model_config
 from engine.checkpoint.mtp_weights import has_mtp_layer
@@ -33,7 +35,7 @@ from engine.warm_up import warm_up
 
 Progress = Callable[[int, int], None]
 
-FP8_BLOCK = 128  # rows and columns of a weight that share a scale
+_FP8_TENSOR = re.compile(r"\.(mlp\..*|self_attn\.(q|o|q_a|q_b|kv_a))_proj(_with_mqa)?\.weight$")
 _FP8_CAPABILITY = (8, 9)  # of the first devices that multiply FP8
 
 
@@ -51,8 +53,8 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
     dtype = config.resolve_dtype()
     layout = kv_layout(config, model_config, dtype, has_mtp=has_mtp)
     ep_size = 1 if ep is None else ep.size
-    if config.has_fp8_experts:
-        _check_fp8_experts(config.device, model_config, ep_size)
+    if config.has_fp8_weights:
+        _check_fp8_weights(config.device, model_config, ep_size)
     check_weights_fit(_weight_bytes(config, model_config, dtype, ep_size, has_mtp=has_mtp), config.device)
     times = PhaseTimes()
     with times.phase("weights"):
@@ -126,10 +128,10 @@ def kv_layout(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, *, h
 
 
 def kv_fingerprint(config: EngineConfig, dtype: torch.dtype, *, has_mtp: bool = False) -> str:
-    """16 hex digits. Workers whose experts or caches differ in their bits do not share KV. Nor do those of
+    """16 hex digits. Workers whose weights or caches differ in their bits do not share KV. Nor do those of
     which only one has the layer of multi-token prediction: its KV is in the blocks."""
     fingerprint = model_fingerprint(config.model_dir, config.load_format, dtype)
-    differences = ["FP8 experts"] * config.has_fp8_experts + ["MTP layer"] * has_mtp
+    differences = ["FP8 weights"] * config.has_fp8_weights + ["MTP layer"] * has_mtp
     differences += ["FP8 KV"] * (config.kv_cache_dtype == "fp8")
     for difference in differences:
         fingerprint = blake2b(f"{fingerprint}|{difference}".encode(), digest_size=8).hexdigest()
@@ -140,22 +142,21 @@ def _weight_bytes(
     config: EngineConfig, model: ModelConfig, dtype: torch.dtype, ep_size: int, *, has_mtp: bool
 ) -> int:
     num_bytes = num_parameters(model, ep_size, has_mtp=has_mtp) * dtype.itemsize
-    if not config.has_fp8_experts:
+    if not config.has_fp8_weights:
         return num_bytes
-    is_expert = (".mlp.experts.", ".mlp.shared_experts.")
     tensors = hub_tensors(model, has_mtp=has_mtp)
-    shapes = [s for name, s in tensors.items() if any(part in name for part in is_expert)]
+    shapes = [shape for name, shape in tensors.items() if _FP8_TENSOR.search(name)]
     return num_bytes - sum(map(math.prod, shapes)) * (dtype.itemsize - 1)
 
 
-def _check_fp8_experts(device: str, model: ModelConfig, ep_size: int) -> None:
+def _check_fp8_weights(device: str, model: ModelConfig, ep_size: int) -> None:
     if not _has_fp8(device):
-        raise EngineConfigError(f"FP8 experts need a CUDA device of capability 8.9 and Triton, not {device}")
+        raise EngineConfigError(f"FP8 weights need a CUDA device of capability 8.9 and Triton, not {device}")
     if model.moe is None or ep_size > 1 or model.mlp_bias:
-        raise EngineConfigError("FP8 experts need a model whose experts have no bias and are all on one rank")
+        raise EngineConfigError("FP8 weights need a model whose experts have no bias and are all on one rank")
     sizes = (model.hidden_size, model.moe.moe_intermediate_size)
-    if any(size % FP8_BLOCK for size in sizes):
-        raise EngineConfigError(f"FP8 experts need sizes that {FP8_BLOCK} divides, this model has {sizes}")
+    if any(size % FP8_GROUP for size in sizes):
+        raise EngineConfigError(f"FP8 weights need sizes that {FP8_GROUP} divides, this model has {sizes}")
 
 
 def _mla_of_fp8_kv(device: str, model: ModelConfig) -> MlaConfig:
@@ -196,6 +197,6 @@ def _load_model(
             dispatcher_for,
             dtype,
             torch.device(config.device),
-            has_fp8_experts=config.has_fp8_experts,
+            has_fp8_weights=config.has_fp8_weights,
             has_mtp=has_mtp,
         )

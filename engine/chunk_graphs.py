@@ -1,5 +1,5 @@
-"""Prompt chunks as CUDA graphs over a ladder of token counts: for chunks so short that launching their
-kernels takes the host longer than computing them takes the device.
+"""Prompt chunks as CUDA graphs over a ladder of token counts: launching the kernels of a chunk takes the host
+longer than computing up to 4096 tokens takes the device, and leaves it no time for anything else.
 
 A graph has room for a few chunks and for any division of its tokens among them. Padding rows belong to no
 chunk, store nothing, and their attention is 0. What the cache holds of the chunks' sequences before them has
@@ -19,7 +19,10 @@ from engine.kv_cache import KvCache
 from engine.models.causal_lm import CausalLM, LayerDone
 from engine.uploads import upload
 
-LADDER = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
+LADDER = (
+    *(64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048),
+    *(2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192),
+)
 MAX_CHUNKS = 16
 MAX_CACHED_ROWS = 16384  # of all chunks: 8 KB each for expanded keys and values in DeepSeek-V2-Lite's shape
 _LAYERS_PER_EVENT = 4  # KV of so many layers can leave while the next ones are computed
@@ -83,6 +86,7 @@ class ChunkGraphs:
         self._wanted_S = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=device)
         self._logits_SV = torch.zeros(MAX_CHUNKS, model.vocab_size, dtype=model.dtype, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._layer_events: LayerEvents | None = None
         if device.type == "cuda" and has_graph_events():
             self._layer_events = LayerEvents(kv_cache.layout.num_layers)
@@ -152,7 +156,6 @@ class ChunkGraphs:
         return None if self._layer_events is None else self._layer_events.of(layer)
 
     def _capture(self) -> None:
-        pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         for size in reversed(self._ladder):
             stream.wait_stream(torch.cuda.current_stream())
@@ -160,7 +163,7 @@ class ChunkGraphs:
                 self._step(size)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream):
                 self._step(size, self._layer_events)
             self._graphs[size] = graph
         torch.cuda.synchronize()

@@ -11,7 +11,8 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -103,6 +104,7 @@ class DeviceSteps:
         self._chunk_draws = DeviceDraws(num_chunk_places, device)
         self._last: DeviceLaunch | None = None
         self._num_launches = 0
+        self._has_chunk_graphs = True
         with self.start_times.phase("chunk graphs"):
             self._chunks = ChunkGraphs(model, kv_cache, token_budget, self._found_P[self._max_decodes :])
         self._decodes: DecodeGraphs | None = None
@@ -134,6 +136,15 @@ class DeviceSteps:
         self._last = launch
         return launch
 
+    @contextmanager
+    def without_chunk_graphs(self) -> Iterator[None]:
+        """Inside, chunks are launched kernel by kernel, as those are that no graph fits."""
+        self._has_chunk_graphs = False
+        try:
+            yield
+        finally:
+            self._has_chunk_graphs = True
+
     def _merge(self, seqs: list[Sequence], prepared: PreparedBatch, launch: DeviceLaunch) -> bool:
         """Whether they went through the layers together."""
         mixed = self._mixed
@@ -153,7 +164,8 @@ class DeviceSteps:
         self, prepared: PreparedBatch, layer_done: LayerDone | None, launch: DeviceLaunch
     ) -> None:
         num_sampled = len(prepared.sampled)
-        if not prepared.prompt_rows and self._chunks.fits(prepared.batch):
+        has_graph = self._has_chunk_graphs and not prepared.prompt_rows
+        if has_graph and self._chunks.fits(prepared.batch):
             logits_NV = self._chunks.run(prepared.batch, num_sampled)
             self._announce(layer_done, self._chunks.computed)
             self._take_chunks(prepared, logits_NV, launch)

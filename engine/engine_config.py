@@ -48,6 +48,7 @@ class EngineConfig:
     disk_kv_bytes: int = DEFAULT_DISK_KV_BYTES  # of files there
     max_model_len: int | None = None  # tokens of prompt and output
     token_budget: int | None = None  # tokens of one step
+    mixed_budget: int | None = None  # of them for prompts, in a step that also decodes
     max_running: int | None = None  # sequences of one step
     shares_kv_cache: bool = False  # with other processes of this host
     outbox_bytes: int = (
@@ -57,7 +58,7 @@ class EngineConfig:
     uses_graphs: bool = True  # steps as CUDA graphs, where the model can
     decodes: bool = True  # False: sequences end with their first token, so no graphs of decodes are made
     num_speculative_tokens: int | None = None  # drafted for each sequence in a step; 0: none
-    has_fp8_experts: bool = False  # experts' weights and their inputs in block-scaled FP8, on CUDA
+    has_fp8_weights: bool = False  # experts and dense layers in block-scaled FP8, their inputs too, on CUDA
     kv_cache_dtype: KvCacheDtype = "auto"  # the model's; fp8: latents of MLA in FP8, on CUDA
 
     def resolve_dtype(self) -> torch.dtype:
@@ -94,10 +95,13 @@ class EngineConfig:
         if token_budget is None:
             most_decodes = max_running * (1 + num_speculative_tokens)
             token_budget = max(DEFAULT_TOKEN_BUDGET.get(kind, 512), most_decodes + self.block_size)
+        mixed_budget = self.mixed_budget
+        if mixed_budget is None and is_cuda:
+            mixed_budget = max(CHUNK_LADDER[-1], self.block_size)
         config = SchedulerConfig(
             token_budget=token_budget,
             max_running=max_running,
-            mixed_budget=max(CHUNK_LADDER[-1], self.block_size) if is_cuda else None,
+            mixed_budget=mixed_budget,
             lookahead_tokens=int(is_cuda and num_speculative_tokens > 0),
             num_speculative_tokens=num_speculative_tokens,
         )

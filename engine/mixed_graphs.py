@@ -26,7 +26,8 @@ CHUNK_LADDER = (128, 256, 512, 1024, 2048)
 
 
 class MixedGraphs:
-    """Runs between the steps of the two others, on the same stream."""
+    """Runs between the steps of the two others, on the same stream: so its graphs share the memory of the
+    chunks'."""
 
     def __init__(
         self, model: CausalLM, kv_cache: KvCache, decodes: DecodeGraphs, chunks: ChunkGraphs
@@ -68,7 +69,6 @@ class MixedGraphs:
         return placed
 
     def _capture(self) -> None:
-        pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         for num_rows in reversed(self._rows):
             for size in reversed(self._sizes):
@@ -77,7 +77,7 @@ class MixedGraphs:
                     self._step(num_rows, size)
                 torch.cuda.current_stream().wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                with torch.cuda.graph(graph, pool=self._chunks.pool, stream=stream):
                     self._step(num_rows, size)
                 self._graphs[num_rows, size] = graph
         torch.cuda.synchronize()

@@ -1,18 +1,21 @@
 """Steps on made-up sequences before the first real ones, so that no request waits for a compiler.
 
-Graphs compile what they hold when they are captured. Prompts that no graph fits are launched kernel by
-kernel, and kernels are compiled for a kind of shape when they first meet it.
+Graphs compile what they hold when they are captured. Prompts that no graph fits (too many at once, too much
+in the cache before them, wanted logprobs) are launched kernel by kernel, and kernels are compiled for a kind
+of shape when they first meet it.
 """
 
 from __future__ import annotations
 
-from engine.chunk_graphs import LADDER
+from contextlib import nullcontext
+
 from engine.kv_cache import KvCache
 from engine.runner import Runner
 from engine.sampling_params import SamplingParams
 from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
 
+_MANY = 2048  # tokens: what is compiled for more of them is the same
 _NUM_PROMPTS = (2, 3, 4, 5, 9)  # of a step: kernels for few rows differ by their number
 _ROUND = 16  # kernels for sizes that this divides differ from the others
 _GREEDY = SamplingParams(temperature=0.0)
@@ -23,18 +26,20 @@ def warm_up(runner: Runner, kv_cache: KvCache, token_budget: int, max_model_len:
     """Writes to blocks of the cache, which nobody uses yet."""
     block_size = kv_cache.layout.block_size
     num_places = kv_cache.num_blocks * block_size
-    beyond_graphs = min(LADDER[-1] + 1, token_budget)
     longest = min(token_budget, max_model_len - 1 - block_size, num_places - block_size)
-    sizes = {beyond_graphs, beyond_graphs + _ROUND - 1, longest, longest - 1, longest // _ROUND * _ROUND}
+    many = min(longest, _MANY)
+    sizes = {many, many - 1, longest, longest - 1, longest // _ROUND * _ROUND}
     steps = [(1, size, _GREEDY) for size in sorted(sizes)]
-    steps += [(num_prompts, beyond_graphs, _GREEDY) for num_prompts in _NUM_PROMPTS]
-    steps += [(num_prompts, beyond_graphs, drawn) for num_prompts in (1, 9) for drawn in _DRAWN]
-    for num_prompts, num_tokens, sampling in steps:
-        for context in (0, block_size):
-            most = min(max_model_len - 1, num_places // num_prompts // block_size * block_size) - context
-            size = min(num_tokens // num_prompts, most)
-            if size > 0:
-                runner.launch(_batch(num_prompts, size, context, sampling, block_size)).collect()
+    steps += [(num_prompts, many, _GREEDY) for num_prompts in _NUM_PROMPTS]
+    steps += [(num_prompts, many, drawn) for num_prompts in (1, 9) for drawn in _DRAWN]
+    device_steps = runner.device_steps
+    with nullcontext() if device_steps is None else device_steps.without_chunk_graphs():
+        for num_prompts, num_tokens, sampling in steps:
+            for context in (0, block_size):
+                most = min(max_model_len - 1, num_places // num_prompts // block_size * block_size) - context
+                size = min(num_tokens // num_prompts, most)
+                if size > 0:
+                    runner.launch(_batch(num_prompts, size, context, sampling, block_size)).collect()
     runner.forget_expert_load()
 
 

@@ -59,7 +59,7 @@ def _join(membership: EpMembership) -> EpGroup:
 
 
 def _engine_config(settings: WorkerSettings) -> EngineConfig:
-    names = ("kv_cache_bytes", "num_blocks", "max_model_len", "token_budget", "max_running")
+    names = ("kv_cache_bytes", "num_blocks", "max_model_len", "token_budget", "mixed_budget", "max_running")
     optional: dict[str, Any] = {
         name: getattr(settings, name)
         for name in (*names, "num_speculative_tokens")
@@ -79,7 +79,7 @@ def _engine_config(settings: WorkerSettings) -> EngineConfig:
         device_share=settings.device_share,
         decodes=settings.decodes,
         outbox_bytes=settings.outbox_bytes or 0,
-        has_fp8_experts=settings.fp8_experts,
+        has_fp8_weights=settings.fp8_weights,
         kv_cache_dtype=settings.kv_cache_dtype,
         **optional,
     )

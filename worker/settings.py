@@ -29,7 +29,7 @@ class WorkerSettings:
     load_format: Literal["safetensors", "dummy"] = setting("safetensors", doc="dummy: made-up weights")
     dtype: str = setting("auto", doc="auto, float32, bfloat16 or float16")
     device: str = setting("cpu", doc="cpu or cuda")
-    fp8_experts: bool = setting(False, doc="experts' weights in block-scaled FP8; needs cuda")
+    fp8_weights: bool = setting(False, doc="experts and dense layers in block-scaled FP8; needs cuda")
     kv_cache_dtype: Literal["auto", "fp8"] = setting(
         "auto", doc="fp8: MLA's KV in FP8, on cuda; auto: as DTYPE"
     )
@@ -47,6 +47,9 @@ class WorkerSettings:
     max_model_len: int | None = setting(None, doc="longest sequence, tokens; unset: the model's")
     token_budget: int | None = setting(
         None, doc="most tokens computed in one step; unset: the engine's choice"
+    )
+    mixed_budget: int | None = setting(
+        None, doc="of TOKEN_BUDGET, for prompts in a step that also decodes: fewer make shorter gaps"
     )
     device_share: float = setting(
         1.0, doc="of the time, at most, for steps with prompts, where another worker has the same GPU"

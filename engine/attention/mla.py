@@ -18,6 +18,7 @@ from engine.attention.plan import AttentionPlan, Chunk, write_rows
 from engine.checkpoint.model_config import MlaConfig, ModelConfig
 from engine.checkpoint.weights import WeightSource
 from engine.kernels.row_task import RowTask
+from engine.layers.fp8_linear import Fp8Linear, MakeLinear
 from engine.layers.linear import Linear
 from engine.layers.rms_norm import RmsNorm
 from engine.layers.rotary import (
@@ -35,11 +36,11 @@ class MlaAttention:
     def __init__(
         self,
         config: MlaConfig,
-        down: Linear,
-        query: tuple[RmsNorm, Linear] | None,
+        down: Linear | Fp8Linear,
+        query: tuple[RmsNorm, Linear | Fp8Linear] | None,
         latent_norm: RmsNorm,
         expansion: tuple[torch.Tensor, torch.Tensor],
-        out: Linear,
+        out: Linear | Fp8Linear,
     ) -> None:
         """down: hidden -> latent | shared key | query latent (or the query itself if query is None).
         expansion: key [H, N, C] and value [H, C, V]. The query weights carry the softmax scale."""
@@ -150,7 +151,13 @@ class MlaAttention:
 
 
 def load_mla_attention(
-    config: ModelConfig, mla: MlaConfig, weights: WeightSource, prefix: str, *, has_kernels: bool = False
+    config: ModelConfig,
+    mla: MlaConfig,
+    weights: WeightSource,
+    prefix: str,
+    *,
+    has_kernels: bool = False,
+    make_linear: MakeLinear = Linear,
 ) -> MlaAttention:
     hidden, heads, rank = config.hidden_size, config.num_heads, mla.kv_lora_rank
     row_size, q_size = rank + mla.qk_rope_head_dim, heads * config.head_dim
@@ -170,7 +177,7 @@ def load_mla_attention(
         q_weight = weights.get(f"{prefix}.q_b_proj.weight", (q_size, mla.q_lora_rank))
         query = (
             RmsNorm(weights.get(f"{prefix}.q_a_layernorm.weight", (mla.q_lora_rank,)), _LATENT_NORM_EPS),
-            Linear(_prepare_query(config, mla, q_weight)),
+            make_linear(_prepare_query(config, mla, q_weight), None),
         )
     out_weight = weights.get(f"{prefix}.o_proj.weight", (hidden, heads * mla.v_head_dim))
     out_bias = weights.get(f"{prefix}.o_proj.bias", (hidden,)) if config.attention_bias else None
@@ -180,11 +187,11 @@ def load_mla_attention(
     norm_weight = weights.get(f"{prefix}.kv_a_layernorm.weight", (rank,))
     attention = MlaAttention(
         mla,
-        Linear(torch.cat(down_weights), torch.cat(biases) if biases else None),
+        make_linear(torch.cat(down_weights), torch.cat(biases) if biases else None),
         query,
         RmsNorm(norm_weight, _LATENT_NORM_EPS),
         expansion,
-        Linear(out_weight, out_bias),
+        make_linear(out_weight, out_bias),
     )
     if has_kernels:
         inverse_freq_R = inverse_frequencies(config.rope, mla.qk_rope_head_dim).to(norm_weight.device)

@@ -52,7 +52,7 @@ class MlaKernels:
             self._decode(q_THQ[:num_decodes], q_SHC, cache, plan, out_THV[:num_decodes])
         if plan.chunks is not None:
             chunk_rows = rows_TC[num_decodes:]
-            out_THV[num_decodes:] = self._prefill(q_THQ[num_decodes:], chunk_rows, cache, plan.chunks)
+            self._prefill(q_THQ[num_decodes:], chunk_rows, cache, plan.chunks, out_THV[num_decodes:])
         return out_THV
 
     def _decode_few(
@@ -102,8 +102,13 @@ class MlaKernels:
         torch.bmm(latent_SHC.transpose(0, 1), self._value_HCV, out=out_SHV.transpose(0, 1))
 
     def _prefill(
-        self, q_THQ: torch.Tensor, rows_TC: torch.Tensor, cache: torch.Tensor, chunks: ChunkRows
-    ) -> torch.Tensor:
+        self,
+        q_THQ: torch.Tensor,
+        rows_TC: torch.Tensor,
+        cache: torch.Tensor,
+        chunks: ChunkRows,
+        out_THV: torch.Tensor,
+    ) -> None:
         from engine.kernels.attention_context import expand_context
         from engine.kernels.attention_prefill import Segments, mla_prefill
         from engine.kernels.mla_fp8_cache import gather_rows, is_fp8
@@ -118,13 +123,15 @@ class MlaKernels:
                 rows_LC = cache.flatten(0, 1).index_select(0, context.slots)
         cached = None
         if isinstance(context, PagedContext):
+            out_THV.zero_()  # a graph's padding rows belong to nobody
             cached = expand_context(
                 cache, context.block_tables, context.start, self._expansion_KC, num_heads, context.max_rows
             )
         expanded = functional.linear(rows_LC[:, : self._rank], self._expansion_KC)
         segments = Segments(chunks.query_start, chunks.context_start)
         key_value_LHK = expanded.unflatten(-1, (num_heads, -1))
-        return mla_prefill(q_THQ, key_value_LHK, rows_LC[:, self._rank :], segments, cached=cached)
+        rope_LR = rows_LC[:, self._rank :]
+        mla_prefill(q_THQ, key_value_LHK, rope_LR, segments, cached=cached, out_THV=out_THV)
 
 
 def kernels_fit(config: MlaConfig) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 E4M3_MAX = 448.0
+FP8_GROUP = 128  # columns of a row, and both sides of a weight's block, that share a scale
 
 
 def num_blocks(shape: tuple[int, int], block_shape: tuple[int, int]) -> tuple[int, int]:

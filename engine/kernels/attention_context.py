@@ -87,7 +87,7 @@ def expand_context(
     return CachedRows(key_value_LK.unflatten(-1, (num_heads, -1)), rope_LR, start_S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _expand_kernel(
     cache_ptr,
     tables_ptr,

@@ -70,17 +70,21 @@ def mla_prefill(
     *,
     cached: CachedRows | None = None,
     shares: int | None = None,
+    out_THV: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[T, H, V] of queries [T, H, N + R] that carry the softmax scale; key_value [L, H, N + V]. Last
-    dimensions must be contiguous. Rows that belong to no sequence are 0. The launch depends on the shapes
-    alone, so it can be part of a CUDA graph. shares: of the cached rows, at most."""
+    dimensions must be contiguous. The launch depends on the shapes alone, so it can be part of a CUDA graph.
+    shares: of the cached rows, at most. out: contiguous; its rows that belong to no sequence are left as they
+    are, without it they are 0."""
     if tuning is None:
         tuning = FP32_TUNING if q_THQ.dtype == torch.float32 else BF16_TUNING
     rope = rope_LR.shape[1]
     num_rows, num_heads, q_size = q_THQ.shape
     nope = q_size - rope
     value = key_value_LHK.shape[2] - nope
-    out_THV = q_THQ.new_zeros(num_rows, num_heads, value)
+    if out_THV is None:
+        out_THV = q_THQ.new_zeros(num_rows, num_heads, value)
+    assert out_THV.is_contiguous()
     num_seqs = segments.query_start.shape[0] - 1
     most_tiles = num_rows // tuning.num_queries + num_seqs  # each sequence may end in a part of a tile
     shares = 1 if cached is None else shares or max_shares(num_rows)
@@ -214,7 +218,7 @@ def _count_shares(most_shares, query_start_ptr, num_seqs, QUERIES: tl.constexpr)
     return tl.minimum(most_shares, tl.num_programs(1) // tl.maximum(num_tiles, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_seqs", "most_shares"])
 def _prefill_kernel(
     q_ptr,
     kv_ptr,

@@ -38,6 +38,10 @@ _TILES = {1: FewRowsTile(2, 2), 2: FewRowsTile(2, 4)}  # best of a whole step on
 MAX_ROWS = max(_TILES)  # cuBLAS is faster from 3 on
 
 
+def few_rows_tile(num_rows: int) -> FewRowsTile:
+    return _TILES[num_rows]
+
+
 def multiply_few_rows(
     x_TK: torch.Tensor,
     weight_NK: torch.Tensor,
@@ -51,7 +55,7 @@ def multiply_few_rows(
     if out_TN is None:
         out_TN = x_TK.new_empty(num_rows, num_out)
     if num_rows:
-        tile = tile or _TILES[num_rows]
+        tile = tile or few_rows_tile(num_rows)
         _few_rows_kernel[(triton.cdiv(num_out, tile.outputs),)](
             x_TK,
             weight_NK,

@@ -11,9 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.checkpoint.fp8 import E4M3_MAX
-
-FP8_GROUP = 128  # columns of one scale; also both sides of a weight's block
+from engine.checkpoint.fp8 import E4M3_MAX, FP8_GROUP
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +22,28 @@ class Fp8Rows:
     scales: torch.Tensor  # float32 [T, K / 128]
 
 
-def quantise_rows(x_TK: torch.Tensor) -> Fp8Rows:
-    """K is a multiple of 128; x may be a slice of columns."""
+def quantise_rows(x_TK: torch.Tensor, *, multiple: int = 1, is_by_group: bool = False) -> Fp8Rows:
+    """K is a multiple of 128; x may be a slice of columns. Rows that nobody wrote follow, up to a multiple of
+    `multiple`. is_by_group: the scales of a group of columns lie together, not those of a row."""
     num_rows, depth = x_TK.shape
     assert depth % FP8_GROUP == 0 and x_TK.stride(1) == 1
-    values = torch.empty(num_rows, depth, dtype=torch.float8_e4m3fn, device=x_TK.device)
-    scales = torch.empty(num_rows, depth // FP8_GROUP, dtype=torch.float32, device=x_TK.device)
-    groups = min(16, triton.next_power_of_2(depth // FP8_GROUP))
+    num_groups, most_rows = depth // FP8_GROUP, -(-num_rows // multiple) * multiple
+    values = torch.empty(most_rows, depth, dtype=torch.float8_e4m3fn, device=x_TK.device)
+    shape = (num_groups, most_rows) if is_by_group else (most_rows, num_groups)
+    scales = torch.empty(shape, dtype=torch.float32, device=x_TK.device)
+    scales = scales.t() if is_by_group else scales
+    groups = min(16, triton.next_power_of_2(num_groups))
     if num_rows:
-        _quantise_kernel[(num_rows, triton.cdiv(depth // FP8_GROUP, groups))](
-            x_TK, values, scales, depth, x_TK.stride(0), GROUPS=groups, SIZE=FP8_GROUP, num_warps=4
+        _quantise_kernel[(num_rows, triton.cdiv(num_groups, groups))](
+            x_TK,
+            values,
+            scales,
+            depth,
+            x_TK.stride(0),
+            *scales.stride(),
+            GROUPS=groups,
+            SIZE=FP8_GROUP,
+            num_warps=4,
         )
     return Fp8Rows(values, scales)
 
@@ -49,8 +59,18 @@ def dequantise_rows(rows: Fp8Rows) -> torch.Tensor:
     return (rows.values.float().unflatten(1, (-1, FP8_GROUP)) * rows.scales.unsqueeze(2)).flatten(1)
 
 
-@triton.jit
-def _quantise_kernel(x_ptr, values_ptr, scales_ptr, depth, stride, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+@triton.jit(do_not_specialize=["scale_stride_t", "scale_stride_g"])
+def _quantise_kernel(
+    x_ptr,
+    values_ptr,
+    scales_ptr,
+    depth,
+    stride,
+    scale_stride_t,
+    scale_stride_g,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)
     groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     is_group = groups < depth // SIZE
@@ -59,4 +79,4 @@ def _quantise_kernel(x_ptr, values_ptr, scales_ptr, depth, stride, GROUPS: tl.co
     scale = tl.maximum(tl.max(tl.abs(x), 1), 1e-12) / 448.0
     q = (x / scale[:, None]).to(tl.float8e4nv)
     tl.store(values_ptr + t * depth + columns, q, mask=is_group[:, None])
-    tl.store(scales_ptr + t * (depth // SIZE) + groups, scale, mask=is_group)
+    tl.store(scales_ptr + t * scale_stride_t + groups * scale_stride_g, scale, mask=is_group)

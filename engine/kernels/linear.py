@@ -1,6 +1,7 @@
 # ruff: noqa: PLR0913 - a kernel takes its pointers, strides and sizes one by one
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
-"""x @ weight.T of a dense layer whose FP8 weights have a scale for each 128 x 128 block.
+"""x @ weight.T of a dense layer whose FP8 weights have a scale for each 128 x 128 block. One or two rows do
+without matrix units and are not quantised themselves, as in few_rows.py; the rows of more are FP8 too.
 
 T rows of x, K inputs, N outputs.
 """
@@ -11,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.checkpoint.fp8 import FP8_GROUP
 from engine.kernels.dependent_launch import launch_options, signal, wait
-from engine.kernels.fp8_quantise import FP8_GROUP, Fp8Rows, quantise_rows
+from engine.kernels.few_rows import MAX_DEPTH, MAX_ROWS, few_rows_tile
+from engine.kernels.fp8_quantise import Fp8Rows, quantise_rows
 from engine.kernels.linear_tiles import LinearTile, linear_tile
 from engine.kernels.moe_gemm import quantise_tile
 
@@ -21,11 +24,40 @@ def multiply_fp8(
     x_TK: torch.Tensor, weight_NK: torch.Tensor, scale_NK: torch.Tensor, tile: LinearTile | None = None
 ) -> torch.Tensor:
     """[T, N] in x's dtype; K is a multiple of 128."""
-    tile = tile or linear_tile(x_TK.shape[0])
+    num_rows = x_TK.shape[0]
+    out = x_TK.new_empty(num_rows, weight_NK.shape[0])
+    if tile is None and 0 < num_rows <= MAX_ROWS:
+        _launch_few(out, x_TK, weight_NK, scale_NK)
+        return out
+    tile = tile or linear_tile(num_rows)
     x = x_TK if tile.quantises_inside else quantise_rows(x_TK)
-    out = x_TK.new_empty(x_TK.shape[0], weight_NK.shape[0])
     _launch(out, x, weight_NK, scale_NK, tile)
     return out
+
+
+def _launch_few(
+    out_TN: torch.Tensor, x_TK: torch.Tensor, weight_NK: torch.Tensor, scale_NK: torch.Tensor
+) -> None:
+    num_rows, depth = x_TK.shape
+    assert depth % FP8_GROUP == 0 and x_TK.stride(1) == 1 and weight_NK.is_contiguous()
+    tile = few_rows_tile(num_rows)
+    num_groups = depth // FP8_GROUP
+    _few_rows_kernel[(triton.cdiv(out_TN.shape[1], tile.outputs),)](
+        x_TK,
+        weight_NK,
+        scale_NK,
+        out_TN,
+        out_TN.shape[1],
+        num_groups,
+        x_TK.stride(0),
+        out_TN.stride(0),
+        ROWS=num_rows,
+        OUTPUTS=tile.outputs,
+        GROUPS=min(MAX_DEPTH // FP8_GROUP, triton.next_power_of_2(num_groups)),
+        SIZE=FP8_GROUP,
+        num_warps=tile.num_warps,
+        **launch_options(num_rows),
+    )
 
 
 def _launch(
@@ -62,6 +94,47 @@ def _launch(
         num_stages=tile.num_stages,
         **launch_options(num_rows),
     )
+
+
+@triton.jit
+def _few_rows_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    out_ptr,
+    num_out,
+    num_groups,
+    x_stride,
+    out_stride,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    signal(DEPENDENT)
+    outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    is_output = outputs < num_out
+    rows = tl.arange(0, ROWS)
+    total = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    for first in range(0, num_groups, GROUPS):
+        groups = first + tl.arange(0, GROUPS)
+        is_group = groups < num_groups
+        columns = groups[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+        w = w_ptr + outputs.to(tl.int64)[:, None, None] * (num_groups * SIZE) + columns[None, :, :]
+        is_weight = is_output[:, None] & is_group[None, :]
+        values = tl.load(w, mask=is_weight[:, :, None], other=0.0)
+        scales = tl.load(
+            scale_ptr + (outputs // SIZE)[:, None] * num_groups + groups[None, :], mask=is_weight, other=0.0
+        )
+        wait(DEPENDENT)
+        values = values.to(tl.float32)
+        for t in tl.static_range(ROWS):
+            x = tl.load(x_ptr + t * x_stride + columns, mask=is_group[:, None], other=0.0).to(tl.float32)
+            part = tl.sum(tl.sum(values * x[None, :, :], 2) * scales, 1)
+            total += tl.where(rows[None, :] == t, part[:, None], 0.0)
+    place = rows[None, :] * out_stride + outputs[:, None]
+    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=is_output[:, None])
 
 
 @triton.jit(do_not_specialize=["num_rows"])

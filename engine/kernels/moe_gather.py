@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.kernels.fp8_quantise import FP8_GROUP, Fp8Rows
+from engine.checkpoint.fp8 import FP8_GROUP
+from engine.kernels.fp8_quantise import Fp8Rows
 from engine.kernels.moe_choice import Route
 
 _ROWS = 4  # of one program

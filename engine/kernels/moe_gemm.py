@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from engine.checkpoint.fp8 import FP8_GROUP
 from engine.kernels.dependent_launch import launch_options, signal, wait
-from engine.kernels.fp8_quantise import FP8_GROUP, Fp8Rows
+from engine.kernels.fp8_quantise import Fp8Rows
 from engine.kernels.moe_choice import Route
 
 _PAIRS_OF_ROW = 8  # more or less; for launch_options

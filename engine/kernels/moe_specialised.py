@@ -40,7 +40,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from engine.kernels.fp8_quantise import FP8_GROUP, Fp8Rows, quantise_rows
+from engine.checkpoint.fp8 import FP8_GROUP
+from engine.kernels.fp8_quantise import Fp8Rows, quantise_rows
 from engine.kernels.moe_choice import Route
 from engine.kernels.moe_gate import GateSpec
 from engine.kernels.moe_gather import gather_rows

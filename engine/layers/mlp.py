@@ -5,13 +5,14 @@ from torch.nn import functional
 
 from engine.checkpoint.weights import WeightSource
 from engine.kernels.support import has_kernels
+from engine.layers.fp8_linear import Fp8Linear, MakeLinear
 from engine.layers.linear import Linear
 
 
 class GatedMlp:
     """down(silu(gate(x)) * up(x)); up and gate are one product."""
 
-    def __init__(self, up_gate: Linear, down: Linear) -> None:
+    def __init__(self, up_gate: Linear | Fp8Linear, down: Linear | Fp8Linear) -> None:
         self._up_gate = up_gate
         self._down = down
 
@@ -38,7 +39,12 @@ def load_up_gate(
 
 
 def load_gated_mlp(
-    weights: WeightSource, prefix: str, hidden_size: int, intermediate_size: int, has_bias: bool
+    weights: WeightSource,
+    prefix: str,
+    hidden_size: int,
+    intermediate_size: int,
+    has_bias: bool,
+    make_linear: MakeLinear = Linear,
 ) -> GatedMlp:
     up_gate_bias = down_bias = None
     if has_bias:
@@ -47,4 +53,4 @@ def load_gated_mlp(
         down_bias = weights.get(f"{prefix}.down_proj.bias", (hidden_size,))
     down = weights.get(f"{prefix}.down_proj.weight", (hidden_size, intermediate_size))
     up_gate = load_up_gate(weights, prefix, hidden_size, intermediate_size)
-    return GatedMlp(Linear(up_gate, up_gate_bias), Linear(down, down_bias))
+    return GatedMlp(make_linear(up_gate, up_gate_bias), make_linear(down, down_bias))

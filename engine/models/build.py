@@ -22,11 +22,11 @@ def build_model(  # noqa: PLR0913 - three of them are rare and keyword-only
     device: torch.device | str,
     *,
     uses_kernels: bool | None = None,
-    has_fp8_experts: bool = False,
+    has_fp8_weights: bool = False,
     has_mtp: bool = False,
 ) -> CausalLM:
     """dispatcher_for(layer) gives the dispatcher of each MoE layer; None keeps all experts on this rank.
-    uses_kernels None: where the device has them. FP8 experts need them. has_mtp: with the layer of
+    uses_kernels None: where the device has them. FP8 weights need them. has_mtp: with the layer of
     multi-token prediction."""
     placed = PlacedWeights(weights, dtype, device)
     if uses_kernels is None:
@@ -43,7 +43,7 @@ def build_model(  # noqa: PLR0913 - three of them are rare and keyword-only
             dispatcher_for or (lambda _: local),
             device,
             uses_kernels,
-            has_fp8_experts=has_fp8_experts,
+            has_fp8_weights=has_fp8_weights,
             has_mtp=has_mtp,
         )
     if torch.device(device).type == "cuda":

@@ -10,6 +10,7 @@ from engine.attention.mla import load_mla_attention
 from engine.attention.mla_kernels import kernels_fit
 from engine.checkpoint.model_config import MlaConfig, ModelConfig, MoeConfig
 from engine.checkpoint.weights import WeightSource
+from engine.layers.fp8_linear import make_fp8_linear
 from engine.layers.linear import Linear
 from engine.layers.mlp import load_gated_mlp
 from engine.layers.rotary import Rotary
@@ -29,10 +30,11 @@ def build_deepseek(  # noqa: PLR0913 - two of them are rare and keyword-only
     device: torch.device | str,
     has_kernels: bool,
     *,
-    has_fp8_experts: bool = False,
+    has_fp8_weights: bool = False,
     has_mtp: bool = False,
 ) -> Decoder:
     uses_kernels = has_kernels and kernels_fit(mla)
+    make_linear = make_fp8_linear if has_fp8_weights else Linear
 
     def load_layer(i: int) -> DecoderLayer:
         prefix = f"model.layers.{i}"
@@ -42,17 +44,19 @@ def build_deepseek(  # noqa: PLR0913 - two of them are rare and keyword-only
             dispatcher = dispatcher_for(i)
             if has_kernels and isinstance(dispatcher, LocalDispatcher) and not config.mlp_bias:
                 feed_forward = _load_fused_moe(
-                    config, config.moe, weights, f"{prefix}.mlp", is_fp8=has_fp8_experts
+                    config, config.moe, weights, f"{prefix}.mlp", is_fp8=has_fp8_weights
                 )
             else:
                 feed_forward = _load_moe_layer(config, config.moe, weights, f"{prefix}.mlp", dispatcher)
         else:
-            feed_forward = load_gated_mlp(
-                weights, f"{prefix}.mlp", config.hidden_size, config.intermediate_size, config.mlp_bias
-            )
+            sizes = (config.hidden_size, config.intermediate_size)
+            feed_forward = load_gated_mlp(weights, f"{prefix}.mlp", *sizes, config.mlp_bias, make_linear)
+        attention = load_mla_attention(
+            config, mla, weights, f"{prefix}.self_attn", has_kernels=uses_kernels, make_linear=make_linear
+        )
         return DecoderLayer(
             load_norm(config, weights, f"{prefix}.input_layernorm"),
-            load_mla_attention(config, mla, weights, f"{prefix}.self_attn", has_kernels=uses_kernels),
+            attention,
             load_norm(config, weights, f"{prefix}.post_attention_layernorm"),
             feed_forward,
         )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from engine.checkpoint import fp8
-from engine.kernels.fp8_quantise import FP8_GROUP, quantise_rows
+from engine.checkpoint.fp8 import FP8_GROUP
+from engine.kernels.fp8_quantise import quantise_rows
 from engine.kernels.moe_choice import Choice, Route
 from engine.kernels.moe_combine import combine_pairs
 from engine.kernels.moe_gate import GateSpec

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from engine.checkpoint import fp8
+from engine.checkpoint.fp8 import FP8_GROUP
 from engine.checkpoint.model_config import MoeConfig
 from engine.checkpoint.weights import WeightSource
-from engine.kernels.fp8_quantise import FP8_GROUP
 from engine.kernels.moe_combine import combine_into_norm_
 from engine.kernels.moe_gate import GateSpec, choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_gemm import ExpertWeights

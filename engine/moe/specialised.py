@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 from engine.checkpoint import fp8
-from engine.kernels.fp8_quantise import FP8_GROUP
+from engine.checkpoint.fp8 import FP8_GROUP
 from engine.kernels.moe_choice import Choice
 from engine.kernels.moe_gate import GateSpec
 from engine.kernels.moe_gemm import ExpertWeights

@@ -136,13 +136,13 @@ def test_auto_dtype_is_one_that_the_processor_multiplies(model_dir: Path) -> Non
     assert EngineConfig(model_dir=model_dir).resolve_dtype() in (torch.float32, torch.bfloat16)
 
 
-def test_fp8_experts_off_cuda_are_refused_in_one_line(model_dir: Path) -> None:
-    with pytest.raises(EngineConfigError, match="FP8 experts need a CUDA device"):
-        build_engine(EngineConfig(model_dir=model_dir, has_fp8_experts=True))
+def test_fp8_weights_off_cuda_are_refused_in_one_line(model_dir: Path) -> None:
+    with pytest.raises(EngineConfigError, match="FP8 weights need a CUDA device"):
+        build_engine(EngineConfig(model_dir=model_dir, has_fp8_weights=True))
 
 
 @pytest.mark.parametrize("load_format", ["safetensors", "dummy"])
-def test_fp8_experts_have_a_fingerprint_of_their_own(
+def test_fp8_weights_have_a_fingerprint_of_their_own(
     model_dir: Path, tmp_path: Path, load_format: LoadFormat
 ) -> None:
     if load_format == "dummy":  # needs no weights
@@ -150,7 +150,7 @@ def test_fp8_experts_have_a_fingerprint_of_their_own(
         model_dir = tmp_path
     found = {
         kv_fingerprint(
-            EngineConfig(model_dir=model_dir, load_format=load_format, has_fp8_experts=has_fp8),
+            EngineConfig(model_dir=model_dir, load_format=load_format, has_fp8_weights=has_fp8),
             torch.bfloat16,
         )
         for has_fp8 in (False, True)
@@ -221,3 +221,11 @@ def test_a_gpu_takes_larger_steps_unless_told_otherwise(model_dir: Path) -> None
     ).resolve_scheduler()
     assert (config.token_budget, config.max_running) == (40, 3)
     assert EngineConfig(model_dir=model_dir).resolve_scheduler().mixed_budget is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_prompts_beside_decodes_get_the_budget_that_is_asked_for(model_dir: Path, device: str) -> None:
+    config = EngineConfig(model_dir=model_dir, device=device, mixed_budget=160)
+    assert config.resolve_scheduler().mixed_budget == 160
+    with pytest.raises(EngineConfigError, match="mixed_budget must be at least a block of 16, got 15"):
+        EngineConfig(model_dir=model_dir, device=device, mixed_budget=15).resolve_scheduler()

@@ -11,6 +11,7 @@ from engine.layers.mlp import gated_silu
 pytest.importorskip("triton", reason="the kernels need triton")
 
 from engine.kernels.few_rows import MAX_ROWS, FewRowsTile, multiply_few_rows
+from engine.kernels.fp8_quantise import quantise_rows
 from engine.kernels.gated_silu import gated_silu_rows
 from engine.kernels.linear import multiply_fp8
 from engine.kernels.linear_tiles import LinearTile
@@ -58,6 +59,32 @@ def test_fp8_product_is_near_the_dequantised_one(quantises_inside: bool, num_out
 
     expected = x.float() @ fp8.dequantise(value, scale, (128, 128), torch.float32).t()
     assert (found.float() - expected).norm() / expected.norm() < FP8_ERROR
+
+
+@pytest.mark.parametrize("num_rows", range(MAX_ROWS + 1))
+@pytest.mark.parametrize("depth", [384, 4480])
+def test_few_rows_times_fp8_weights_are_not_quantised(num_rows: int, depth: int, device: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(num_rows, depth + 8, dtype=torch.bfloat16, device=device)[:, :depth]
+    value, scale = fp8.quantise(torch.randn(261, depth, device=device), (128, 128))
+
+    found = multiply_fp8(x, value, scale)
+
+    expected = x.float() @ fp8.dequantise(value, scale, (128, 128), torch.float32).t()
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=0.05)
+
+
+@pytest.mark.parametrize(("num_rows", "multiple"), [(5, 4), (8, 4), (3, 1)])
+def test_scales_by_group_are_those_by_row(num_rows: int, multiple: int, device: str) -> None:
+    x = torch.randn(num_rows, 3 * 128 + 8, dtype=torch.bfloat16, device=device)[:, : 3 * 128]
+    plain = quantise_rows(x)
+
+    by_group = quantise_rows(x, multiple=multiple, is_by_group=True)
+
+    assert by_group.values.shape[0] == by_group.scales.shape[0] == -(-num_rows // multiple) * multiple
+    assert by_group.scales.stride() == (1, by_group.scales.shape[0])
+    assert torch.equal(by_group.values[:num_rows].float(), plain.values.float())
+    assert torch.equal(by_group.scales[:num_rows], plain.scales)
 
 
 @pytest.mark.parametrize("num_rows", range(MAX_ROWS + 1))
