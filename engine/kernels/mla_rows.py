@@ -126,21 +126,22 @@ def store_row(
     key_odd = tl.load(key + 2 * pairs + 1).to(tl.float32)
     latent = latent * tl.rsqrt(tl.sum(latent * latent, 0) / RANK + eps)
     latent = latent * tl.load(weight_ptr + dims).to(tl.float32)
+    rounded = latent.to(row.dtype.element_ty)
     angles = tl.load(positions_ptr + t).to(tl.float32) * tl.load(freq_ptr + pairs)
     cos = tl.cos(angles) * magnitude
     sin = tl.sin(angles) * magnitude
     rotated = tl.interleave(key_even * cos - key_odd * sin, key_even * sin + key_odd * cos)
+    rotated = rotated.to(row.dtype.element_ty)
     if cache_ptr.dtype.element_ty == tl.uint8:
         store_fp8_row(cache_ptr, slot, latent, rotated, RANK, ROPE)
     else:
         slot_row = cache_ptr + slot * (RANK + ROPE)
-        tl.store(slot_row + dims, latent.to(row.dtype.element_ty), mask=dims * 0 + slot >= 0)
-        rotated_to = slot_row + RANK + rope_dims
-        tl.store(rotated_to, rotated.to(row.dtype.element_ty), mask=rope_dims * 0 + slot >= 0)
+        tl.store(slot_row + dims, rounded, mask=dims * 0 + slot >= 0)
+        tl.store(slot_row + RANK + rope_dims, rotated, mask=rope_dims * 0 + slot >= 0)
     if IN_PLACE:
         tl.debug_barrier()  # all threads have read before one writes
-        tl.store(row + dims, latent.to(row.dtype.element_ty))
-        tl.store(key + rope_dims, rotated.to(row.dtype.element_ty))
+        tl.store(row + dims, rounded)
+        tl.store(key + rope_dims, rotated)
     return cos, sin
 
 
