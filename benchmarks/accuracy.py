@@ -7,6 +7,8 @@ before it in its piece of at most --prompt-len tokens. Without MODEL_DIR the bui
 --text the conversations of held_out.jsonl beside the model, each a piece, or the pages of this repository.
 "fp8" holds experts and dense layers in block-scaled FP8 and the rest in bfloat16: for models with experts, on
 CUDA.
+"fp8kv" holds latent attention's KV in FP8 and the rest in bfloat16, on CUDA. Only what came before a chunk of
+a prompt is read from the cache, so it needs a --token-budget that cuts the pieces, for all modes alike.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ COLUMNS = (
     "places",
 )
 HELD_OUT = "held_out.jsonl"
-MODES = ("float32", "bfloat16", "fp8")
+MODES = ("float32", "bfloat16", "fp8", "fp8kv")
 _Floats = np.ndarray[Any, np.dtype[np.float64]]
 _Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -65,7 +67,10 @@ class Scores:
 
 
 def main(argv: ManyOf[str] | None = None) -> int:
-    args = _arguments().parse_args(argv)
+    parser = _arguments()
+    args = parser.parse_args(argv)
+    if "fp8kv" in args.modes and not 0 < (args.token_budget or 0) < args.prompt_len:
+        parser.error("fp8kv needs a --token-budget below --prompt-len: nothing else is read from the cache")
     model_dir = resolve_model(str(args.model), load_command_settings().cache_dir)
     if args.text is None and (model_dir / HELD_OUT).exists():
         pieces = read_conversations(model_dir, args.prompt_len, args.pieces)
@@ -87,6 +92,8 @@ def main(argv: ManyOf[str] | None = None) -> int:
         notes = [
             f"model {model_dir.name}, {len(pieces)} pieces of at most {args.prompt_len} tokens, {device}"
         ]
+        if args.token_budget is not None:
+            notes.append(f"steps of {args.token_budget} tokens: what came before is read from the cache")
         notes.append(f"times, differences and sameness are against {args.modes[0]}")
         print(
             write_result(f"accuracy-{model_dir.name.lower()}", "Accuracy by precision", COLUMNS, rows, notes)
@@ -134,11 +141,12 @@ def build(model_dir: Path, mode: str, args: argparse.Namespace) -> Engine:
         EngineConfig(
             model_dir=model_dir,
             load_format=args.load_format,
-            dtype="bfloat16" if mode == "fp8" else mode,
+            dtype="bfloat16" if mode.startswith("fp8") else mode,
+            kv_cache_dtype="fp8" if mode == "fp8kv" else "auto",
             device=args.device,
             max_model_len=length,
             max_running=16,  # steps as full as those of a prefill worker: the same kernels
-            token_budget=max(1024, length + 16),
+            token_budget=args.token_budget or max(1024, length + 16),
             num_blocks=16 * -(-length // 16) + 8,
             uses_graphs=False,
             num_speculative_tokens=0,
@@ -189,6 +197,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["float32", "bfloat16"])
     parser.add_argument("--pieces", type=int, default=64, help="at most (default %(default)s)")
     parser.add_argument("--prompt-len", type=int, default=512, help="tokens of a piece (default %(default)s)")
+    parser.add_argument("--token-budget", type=int, help="tokens of a step (default: pieces stay whole)")
     parser.add_argument("--load-format", choices=("safetensors", "dummy"), default="safetensors")
     parser.add_argument("--write", action="store_true", help="a page in benchmarks/results")
     return parser

@@ -30,6 +30,7 @@ from engine.kernels.attention_prefill import (
     max_shares,
     mla_prefill,
 )
+from engine.kernels.mla_fp8_rows import quantise_mla_rows
 
 HEADS, RANK, ROPE, NOPE, VALUE, BLOCK_SIZE = 16, 512, 64, 128, 128, 16
 NUM_LAYERS = 4  # in turn, so that a layer's rows and weights are not in L2 by its own last turn
@@ -63,7 +64,8 @@ def _random(*shape: int) -> torch.Tensor:
 class Case:
     """Chunks of (cached, new) rows in a graph of num_rows, with the weights of a few layers."""
 
-    def __init__(self, chunks: list[tuple[int, int]], num_rows: int) -> None:
+    def __init__(self, chunks: list[tuple[int, int]], num_rows: int, *, is_fp8: bool = False) -> None:
+        """is_fp8: for expand() alone."""
         self.chunks = chunks
         self.num_rows = num_rows
         needed = [-(-(cached + new) // BLOCK_SIZE) for cached, new in chunks]
@@ -87,6 +89,9 @@ class Case:
         self.rows_LTC = _random(NUM_LAYERS, num_rows, RANK + ROPE)
         for cache, rows in zip(self.caches, self.rows_LTC, strict=True):
             rows[: len(self.own_slots)] = cache.flatten(0, 1)[self.own_slots]
+        if is_fp8:
+            stored = [quantise_mla_rows(cache.flatten(0, 1), RANK) for cache in self.caches]
+            self.caches = torch.stack(stored).unflatten(1, self.caches.shape[1:3])
         self.expansion_LKC = _random(NUM_LAYERS, HEADS * (NOPE + VALUE), RANK) / RANK**0.5
 
     @staticmethod
@@ -240,7 +245,10 @@ def _time_expansion() -> None:
     for length in LENGTHS:
         case = Case([(length, 64)], 64)
         flops = 2 * length * RANK * HEADS * (NOPE + VALUE)
-        found = _time_all({_expand_name(t): partial(case.expand, t) for t in EXPAND_TILINGS})
+        calls = {_expand_name(t): partial(case.expand, t) for t in EXPAND_TILINGS}
+        fp8 = Case([(length, 64)], 64, is_fp8=True)
+        calls["the default, of a cache in FP8"] = partial(fp8.expand, None)
+        found = _time_all(calls)
         print(f"expansion of {length}")
         for timed in found:
             print(f"  {timed.us:8.1f} us {flops / timed.us / 1e6:4.0f} TFLOP/s {timed.name}", flush=True)

@@ -35,7 +35,7 @@ from benchmarks.gpu_table import ROWS
 from engine.build import build_engine
 from engine.checkpoint.model_config import DUMMY_SPREADS
 from engine.engine import Engine
-from engine.engine_config import EngineConfig
+from engine.engine_config import EngineConfig, KvCacheDtype
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
@@ -161,7 +161,12 @@ def _take_expert_load(engine: Engine) -> list[list[int]]:
 
 
 def build(
-    directory: Path, weights: str = "variance", *, is_fp8: bool = False, token_budget: int = 8192
+    directory: Path,
+    weights: str = "variance",
+    *,
+    is_fp8: bool = False,
+    token_budget: int = 8192,
+    kv_cache_dtype: KvCacheDtype = "auto",
 ) -> Engine:
     config = EngineConfig(
         model_dir=write_shape(directory, baton_dummy_spread=weights),
@@ -172,6 +177,7 @@ def build(
         max_running=256,
         token_budget=token_budget,
         has_fp8_weights=is_fp8,
+        kv_cache_dtype=kv_cache_dtype,
     )
     began = time.perf_counter()
     engine = build_engine(config)
@@ -335,6 +341,7 @@ def main() -> None:
     for mode in (tables, profiles):
         mode.add_argument("--weights", choices=DUMMY_SPREADS, default="variance")
         mode.add_argument("--fp8", action="store_true", help="weights in FP8")
+        mode.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     modes.add_parser("check")
     modes.add_parser("publish").add_argument("file", type=Path)
     args = parser.parse_args()
@@ -342,10 +349,17 @@ def main() -> None:
         directory = Path(name) / "model"
         if args.mode == "table":
             name = f"{args.weights}, FP8" if args.fp8 else args.weights
-            engine = build(directory, args.weights, is_fp8=args.fp8, token_budget=args.token_budget)
+            name += ", FP8 KV" * (args.kv_cache_dtype == "fp8")
+            engine = build(
+                directory,
+                args.weights,
+                is_fp8=args.fp8,
+                token_budget=args.token_budget,
+                kv_cache_dtype=args.kv_cache_dtype,
+            )
             table(engine, name, args.rows, args.json)
         elif args.mode == "profile":
-            engine = build(directory, args.weights, is_fp8=args.fp8)
+            engine = build(directory, args.weights, is_fp8=args.fp8, kv_cache_dtype=args.kv_cache_dtype)
             profile(engine, args.streams, args.kernels)
         elif args.mode == "check":
             check(directory)

@@ -10,9 +10,10 @@ from hashlib import blake2b
 
 import torch
 
+from engine.attention.mla_kernels import kernels_fit
 from engine.checkpoint.fp8 import FP8_GROUP
 from engine.checkpoint.hub_tensors import hub_tensors
-from engine.checkpoint.model_config import ModelConfig, load_model_config
+from engine.checkpoint.model_config import MlaConfig, ModelConfig, load_model_config
 from engine.checkpoint.mtp_weights import has_mtp_layer
 from engine.checkpoint.weights import model_fingerprint, open_weights
 from engine.decode_graphs import GraphLimits
@@ -21,6 +22,7 @@ from engine.engine import Engine, EngineLimits
 from engine.engine_config import EngineConfig, EngineConfigError, check_weights_fit, resolve_cache_size
 from engine.ep.ep_group import EpGroup
 from engine.kernels.compile_ahead import compile_ahead
+from engine.kernels.mla_fp8_rows import row_bytes
 from engine.kernels.support import has_kernels
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
@@ -51,13 +53,7 @@ def build_engine(config: EngineConfig, ep: EpGroup | None = None, progress: Prog
     has_mtp = num_speculative_tokens > 0
     scheduler_config = config.resolve_scheduler(num_speculative_tokens)
     dtype = config.resolve_dtype()
-    layout = KvLayout(
-        model_fingerprint=kv_fingerprint(config, dtype, has_mtp=has_mtp),
-        num_layers=model_config.num_layers + has_mtp,
-        token_shape=model_config.kv_token_shape,
-        dtype=str(dtype).removeprefix("torch."),
-        block_size=config.block_size,
-    )
+    layout = kv_layout(config, model_config, dtype, has_mtp=has_mtp)
     ep_size = 1 if ep is None else ep.size
     if config.has_fp8_weights:
         _check_fp8_weights(config.device, model_config, ep_size)
@@ -118,11 +114,27 @@ def num_parameters(config: ModelConfig, ep_size: int = 1, *, has_mtp: bool = Fal
     return others + -(-routed // ep_size)
 
 
+def kv_layout(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, *, has_mtp: bool) -> KvLayout:
+    """dtype: the model's."""
+    token_shape, kv_dtype = model.kv_token_shape, str(dtype).removeprefix("torch.")
+    if config.kv_cache_dtype == "fp8":
+        mla = _mla_of_fp8_kv(config.device, model)
+        token_shape, kv_dtype = (row_bytes(mla.kv_lora_rank, mla.qk_rope_head_dim),), "fp8"
+    return KvLayout(
+        model_fingerprint=kv_fingerprint(config, dtype, has_mtp=has_mtp),
+        num_layers=model.num_layers + has_mtp,
+        token_shape=token_shape,
+        dtype=kv_dtype,
+        block_size=config.block_size,
+    )
+
+
 def kv_fingerprint(config: EngineConfig, dtype: torch.dtype, *, has_mtp: bool = False) -> str:
-    """16 hex digits. Workers whose experts differ in their bits do not share KV. Nor do those of which only
-    one has the layer of multi-token prediction: its KV is in the blocks."""
+    """16 hex digits. Workers whose weights or caches differ in their bits do not share KV. Nor do those of
+    which only one has the layer of multi-token prediction: its KV is in the blocks."""
     fingerprint = model_fingerprint(config.model_dir, config.load_format, dtype)
     differences = ["FP8 weights"] * config.has_fp8_weights + ["MTP layer"] * has_mtp
+    differences += ["FP8 KV"] * (config.kv_cache_dtype == "fp8")
     for difference in differences:
         fingerprint = blake2b(f"{fingerprint}|{difference}".encode(), digest_size=8).hexdigest()
     return fingerprint
@@ -140,7 +152,7 @@ def _weight_bytes(
 
 
 def _check_fp8_weights(device: str, model: ModelConfig, ep_size: int) -> None:
-    if not has_kernels(device) or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+    if not _has_fp8(device):
         raise EngineConfigError(f"FP8 weights need a CUDA device of capability 8.9 and Triton, not {device}")
     if model.moe is None or ep_size > 1 or model.mlp_bias:
         raise EngineConfigError("FP8 weights need a model whose experts have no bias and are all on one rank")
@@ -155,6 +167,20 @@ def _warm_up(steps: Callable[[], None], model: CausalLM, runner: Runner, times: 
             compile_ahead(steps)
     with times.phase("warm-up"):
         steps()
+
+
+def _mla_of_fp8_kv(device: str, model: ModelConfig) -> MlaConfig:
+    if not _has_fp8(device):
+        raise EngineConfigError(f"KV in FP8 needs a CUDA device of capability 8.9 and Triton, not {device}")
+    if model.mla is None:
+        raise EngineConfigError(f"KV in FP8 needs a model with latent attention, not {model.model_type}")
+    if not kernels_fit(model.mla):
+        raise EngineConfigError("KV in FP8 needs attention by kernels, whose sizes are powers of two from 16")
+    return model.mla
+
+
+def _has_fp8(device: str) -> bool:
+    return has_kernels(device) and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
 
 
 def _load_model(

@@ -84,7 +84,7 @@ class ChunkGraphs:
         max_blocks = -(-MAX_CACHED_ROWS // self._block_size)
         self._tables_SB = torch.zeros(MAX_CHUNKS, max_blocks, dtype=torch.int32, device=device)
         self._wanted_S = torch.zeros(MAX_CHUNKS, dtype=torch.int64, device=device)
-        self._logits_SV = torch.zeros(MAX_CHUNKS, model.vocab_size, dtype=kv_cache.data.dtype, device=device)
+        self._logits_SV = torch.zeros(MAX_CHUNKS, model.vocab_size, dtype=model.dtype, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._layer_events: LayerEvents | None = None

@@ -61,9 +61,7 @@ class DecodeGraphs:
         self._rows_3N[0] = 0
         self._tables_NB = torch.zeros(limits.max_seqs, max_blocks, dtype=torch.int32, device=device)
         # of the last launch, in the dtype of the model
-        self.logits_NV = torch.empty(
-            limits.max_seqs, model.vocab_size, dtype=kv_cache.data.dtype, device=device
-        )
+        self.logits_NV = torch.empty(limits.max_seqs, model.vocab_size, dtype=model.dtype, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     @torch.inference_mode()

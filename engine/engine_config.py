@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -22,6 +23,7 @@ DEFAULT_TOKEN_BUDGET = {"cpu": 512, "cuda": 8192}
 MAX_SPECULATIVE_TOKENS = 8
 MAX_DEFAULT_KV_BYTES = 4 << 30
 DEFAULT_DISK_KV_BYTES = 8 << 30
+KvCacheDtype = Literal["auto", "fp8"]
 DEFAULT_KV_SHARE = {"cpu": 0.25, "cuda": 0.9}  # of the memory that is free once the weights are loaded
 
 
@@ -57,6 +59,7 @@ class EngineConfig:
     decodes: bool = True  # False: sequences end with their first token, so no graphs of decodes are made
     num_speculative_tokens: int | None = None  # drafted for each sequence in a step; 0: none
     has_fp8_weights: bool = False  # experts and dense layers in block-scaled FP8, their inputs too, on CUDA
+    kv_cache_dtype: KvCacheDtype = "auto"  # the model's; fp8: latents of MLA in FP8, on CUDA
 
     def resolve_dtype(self) -> torch.dtype:
         try:

@@ -27,7 +27,12 @@ from engine.device_writes import DeviceWrites
 from engine.kv_export import STAMP_BYTES, KvExport
 from engine.kv_layout import KvLayout
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.uint8,
+}
 
 
 class KvCache:

@@ -6,7 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 
-_DTYPE_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# "fp8": rows of bytes, as engine/kernels/mla_fp8_rows.py has them.
+_DTYPE_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,6 +80,7 @@ def _engine_config(settings: WorkerSettings) -> EngineConfig:
         decodes=settings.decodes,
         outbox_bytes=settings.outbox_bytes or 0,
         has_fp8_weights=settings.fp8_weights,
+        kv_cache_dtype=settings.kv_cache_dtype,
         **optional,
     )
 

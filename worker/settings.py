@@ -30,6 +30,9 @@ class WorkerSettings:
     dtype: str = setting("auto", doc="auto, float32, bfloat16 or float16")
     device: str = setting("cpu", doc="cpu or cuda")
     fp8_weights: bool = setting(False, doc="experts and dense layers in block-scaled FP8; needs cuda")
+    kv_cache_dtype: Literal["auto", "fp8"] = setting(
+        "auto", doc="fp8: MLA's KV in FP8, on cuda; auto: as DTYPE"
+    )
     block_size: int = setting(16, doc="tokens of one KV block")
     kv_cache_bytes: int | None = setting(None, doc="of KV cache; unset: NUM_BLOCKS or from free memory")
     num_blocks: int | None = setting(None, doc="of KV cache; wins over KV_CACHE_BYTES")

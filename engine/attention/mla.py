@@ -62,7 +62,7 @@ class MlaAttention:
     ) -> torch.Tensor:
         """A DevicePlan needs kernels; an AttentionPlan needs rotations; others are not for this attention."""
         assert not isinstance(plan, PackedPlan)
-        row_size = cache.shape[-1]
+        row_size = self._config.kv_lora_rank + self._config.qk_rope_head_dim
         down = self._down(x_TD)
         rows_T = down[:, :row_size]
         if isinstance(plan, DevicePlan):

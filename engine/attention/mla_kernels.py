@@ -111,12 +111,16 @@ class MlaKernels:
     ) -> None:
         from engine.kernels.attention_context import expand_context
         from engine.kernels.attention_prefill import Segments, mla_prefill
+        from engine.kernels.mla_fp8_cache import gather_rows, is_fp8
 
         num_heads = q_THQ.shape[1]
         context = chunks.context
         rows_LC = rows_TC
         if isinstance(context, GatheredContext):
-            rows_LC = cache.flatten(0, 1).index_select(0, context.slots)
+            if is_fp8(cache):
+                rows_LC = gather_rows(cache, context.slots, self._rank, rows_TC.dtype)
+            else:
+                rows_LC = cache.flatten(0, 1).index_select(0, context.slots)
         cached = None
         if isinstance(context, PagedContext):
             out_THV.zero_()  # a graph's padding rows belong to nobody

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.attention_prefill import CachedRows
+from engine.kernels.mla_fp8_cache import gather_context, is_fp8
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,18 @@ def expand_context(
 ) -> CachedRows:
     """Rows start[s] .. start[s + 1] are the first ones of sequence s in the cache.
 
-    cache [num_blocks, block_size, C + R]; block tables int32; start int32 [S + 1], from 0, the last one at
-    most max_rows; expansion [H * (N + V), C]. Rows of the result from start[S] on are not written.
+    cache [num_blocks, block_size, C + R], or bytes of FP8 rows; block tables int32; start int32 [S + 1], from
+    0, the last one at most max_rows; expansion [H * (N + V), C]. Rows of the result from start[S] on are not
+    written.
     """
+    num_columns, rank = expansion_KC.shape
+    is_gathered = is_fp8(cache)
+    if is_gathered:
+        cache = gather_context(cache, block_tables_SB, start_S, rank, max_rows, expansion_KC.dtype).unsqueeze(
+            1
+        )
     if tuning is None:
         tuning = FP32_TUNING if cache.dtype == torch.float32 else BF16_TUNING
-    num_columns, rank = expansion_KC.shape
     rope = cache.shape[2] - rank
     key_value_LK = cache.new_empty(max_rows, num_columns)
     rope_LR = cache.new_empty(max_rows, rope)
@@ -69,6 +76,7 @@ def expand_context(
         RANK=rank,
         ROPE=rope,
         BLOCK_SIZE=cache.shape[1],
+        IS_GATHERED=is_gathered,
         ROWS=tuning.num_rows,
         COLUMNS=tuning.num_columns,
         DEPTH=min(rank, tuning.depth),
@@ -93,6 +101,7 @@ def _expand_kernel(
     RANK: tl.constexpr,
     ROPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    IS_GATHERED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -106,13 +115,17 @@ def _expand_kernel(
         rows = tile // column_tiles * ROWS + tl.arange(0, ROWS)
         is_row = rows < num_rows
         columns = tile % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
-        seqs = tl.zeros([ROWS], tl.int32)
-        for i in range(1, num_seqs):
-            seqs += (rows >= tl.load(start_ptr + i)).to(tl.int32)
-        places = rows - tl.load(start_ptr + seqs)
-        table = tables_ptr + seqs.to(tl.int64) * table_stride
-        blocks = tl.load(table + places // BLOCK_SIZE, mask=is_row, other=0).to(tl.int64)
-        cached = cache_ptr + (blocks * BLOCK_SIZE + places % BLOCK_SIZE) * (RANK + ROPE)
+        if IS_GATHERED:
+            slots = tl.minimum(rows, num_rows - 1).to(tl.int64)
+        else:
+            seqs = tl.zeros([ROWS], tl.int32)
+            for i in range(1, num_seqs):
+                seqs += (rows >= tl.load(start_ptr + i)).to(tl.int32)
+            places = rows - tl.load(start_ptr + seqs)
+            table = tables_ptr + seqs.to(tl.int64) * table_stride
+            blocks = tl.load(table + places // BLOCK_SIZE, mask=is_row, other=0).to(tl.int64)
+            slots = blocks * BLOCK_SIZE + places % BLOCK_SIZE
+        cached = cache_ptr + slots * (RANK + ROPE)
         weights = expansion_ptr + (columns % num_columns).to(tl.int64) * RANK
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)
         for begin in range(0, RANK, DEPTH):

@@ -17,7 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.kernels.attention_decode_fp8 import decode_fp8_kernel
 from engine.kernels.dependent_launch import launch_options, signal, wait
+from engine.kernels.mla_fp8_cache import is_fp8
 
 _PROGRAMS = 264  # wanted at least: two for each multiprocessor of an H100
 _MAX_SHARES = 32
@@ -69,8 +71,8 @@ def mla_decode(
 ) -> torch.Tensor:
     """Latents [S, H, C] of queries [S, H, C + R] that carry the softmax scale.
 
-    cache [num_blocks, block_size, C + R]; block_tables and context_len int32; a context of 0 gives zeros.
-    Tokens before first_token are not seen.
+    cache [num_blocks, block_size, C + R], or bytes of FP8 rows; block_tables and context_len int32; a context
+    of 0 gives zeros. Tokens before first_token are not seen.
     """
     num_seqs, num_heads, _ = q_SHC.shape
     shares = shares or num_shares(num_seqs, num_heads, tuning)
@@ -130,7 +132,8 @@ def _launch(
     num_seqs, num_heads, row_size = q_SHC.shape
     rank = out[0].shape[-1]
     heads = _heads_of(num_heads, tuning)
-    _decode_kernel[(num_seqs, -(-num_heads // heads), shares)](
+    kernel = decode_fp8_kernel if is_fp8(cache) else _decode_kernel
+    kernel[(num_seqs, -(-num_heads // heads), shares)](
         q_SHC,
         cache,
         block_tables_SB,

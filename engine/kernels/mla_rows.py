@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.dependent_launch import launch_options, signal, wait
+from engine.kernels.mla_fp8_cache import store_fp8_row
 from engine.kernels.row_task import RowTask
 from engine.kernels.support import is_power_of_two
 
@@ -113,7 +114,8 @@ def store_row(
     IN_PLACE: tl.constexpr = False,
 ):
     """The latent normed and the key rotated, into the slot of row t, and in place if wanted; cosine and sine
-    of its position."""
+    of its position. In place they are exact whatever the cache holds: a chunk sees itself so, and with a
+    cache in FP8 what follows depends a little on how a prompt was cut."""
     slot = tl.load(slots_ptr + t)
     dims = tl.arange(0, RANK)
     pairs = tl.arange(0, ROPE // 2)
@@ -123,18 +125,22 @@ def store_row(
     key_even = tl.load(key + 2 * pairs).to(tl.float32)
     key_odd = tl.load(key + 2 * pairs + 1).to(tl.float32)
     latent = latent * tl.rsqrt(tl.sum(latent * latent, 0) / RANK + eps)
-    latent = (latent * tl.load(weight_ptr + dims).to(tl.float32)).to(cache_ptr.dtype.element_ty)
+    latent = latent * tl.load(weight_ptr + dims).to(tl.float32)
+    rounded = latent.to(row.dtype.element_ty)
     angles = tl.load(positions_ptr + t).to(tl.float32) * tl.load(freq_ptr + pairs)
     cos = tl.cos(angles) * magnitude
     sin = tl.sin(angles) * magnitude
     rotated = tl.interleave(key_even * cos - key_odd * sin, key_even * sin + key_odd * cos)
-    rotated = rotated.to(cache_ptr.dtype.element_ty)
-    slot_row = cache_ptr + slot * (RANK + ROPE)
-    tl.store(slot_row + dims, latent, mask=dims * 0 + slot >= 0)
-    tl.store(slot_row + RANK + rope_dims, rotated, mask=rope_dims * 0 + slot >= 0)
+    rotated = rotated.to(row.dtype.element_ty)
+    if cache_ptr.dtype.element_ty == tl.uint8:
+        store_fp8_row(cache_ptr, slot, latent, rotated, RANK, ROPE)
+    else:
+        slot_row = cache_ptr + slot * (RANK + ROPE)
+        tl.store(slot_row + dims, rounded, mask=dims * 0 + slot >= 0)
+        tl.store(slot_row + RANK + rope_dims, rotated, mask=rope_dims * 0 + slot >= 0)
     if IN_PLACE:
         tl.debug_barrier()  # all threads have read before one writes
-        tl.store(row + dims, latent)
+        tl.store(row + dims, rounded)
         tl.store(key + rope_dims, rotated)
     return cos, sin
 

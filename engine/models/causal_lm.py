@@ -23,6 +23,7 @@ class LayerDone(Protocol):
 
 class CausalLM(Protocol):
     vocab_size: int
+    dtype: torch.dtype
     mtp: MtpLayer | None  # drafts tokens; one more layer of the cache
     uses_kernels: bool  # a batch must come with a DevicePlan, and a step of decodes can be a CUDA graph
 

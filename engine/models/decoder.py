@@ -81,6 +81,7 @@ class Decoder:
         mtp: MtpLayer | None = None,
     ) -> None:
         self.vocab_size = embedding_VD.shape[0]
+        self.dtype = embedding_VD.dtype
         self.uses_kernels = False
         self.plan_rows: PlanRows = plan_attention  # where no kernels are used
         self._embedding_VD = embedding_VD

@@ -42,7 +42,7 @@ class DraftGraphs:
         self._block_size = kv_cache.layout.block_size
         self._num_drafts = num_drafts
         self.width = width = 1 + num_drafts
-        device, dtype = kv_cache.data.device, kv_cache.data.dtype
+        device, dtype = kv_cache.data.device, model.dtype
         self._is_cuda = is_cuda = device.type == "cuda"
         most = limits.max_seqs
         self._ladder = batch_ladder(most)

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 
 from benchmarks.accuracy import HELD_OUT, Scores, compare, main, read_conversations, read_pieces
 from engine.checkpoint.random_checkpoint import make_random_checkpoint
+from engine.engine import Engine
+from engine.outputs import StepOutput
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,37 @@ def test_conversations_beside_a_model_are_read_through_its_template(checkpoint: 
     text = tokenizer.decode(pieces[0], skip_special_tokens=False)
     assert text.endswith("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n")
     assert {len(piece) for piece in read_conversations(tmp_path, 4, 3)} == {4}
+
+
+def test_a_token_budget_cuts_the_pieces_and_changes_no_score(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_steps = 0
+    step = Engine.step
+
+    def counted(engine: Engine) -> StepOutput:
+        nonlocal num_steps
+        num_steps += 1
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    found = []
+    for options in ([], ["--token-budget", "33"]):
+        num_steps = 0
+        args = [str(checkpoint), "--pieces", "2", "--prompt-len", "80", "--modes", "float32", *options]
+        assert main(args) == 0
+        found.append((num_steps, float(capsys.readouterr().out.splitlines()[2].split("|")[2])))
+    (whole_steps, whole), (cut_steps, cut) = found
+    assert whole == pytest.approx(cut, rel=1e-4)
+    assert whole_steps <= 2 < 5 <= cut_steps
+
+
+def test_kv_in_fp8_is_not_scored_where_nothing_is_read_from_the_cache(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([str(checkpoint), "--modes", "bfloat16", "fp8kv"])
+    assert "needs a --token-budget below --prompt-len" in capsys.readouterr().err
 
 
 def test_bfloat16_is_close_to_float32_and_not_the_same(

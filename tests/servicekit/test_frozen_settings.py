@@ -13,8 +13,9 @@ from router.settings import RouterSettings
 WORKER = """
 model served_model_name worker_id host advertised_host port metrics_port redis_url load_format dtype device
 block_size kv_cache_bytes num_blocks host_kv_bytes disk_kv_dir disk_kv_bytes max_model_len token_budget
-mixed_budget max_running max_requests num_threads num_speculative_tokens fp8_weights device_share outbox_bytes
-host_id shared_memory device_memory tls_cert tls_key tls_ca drain_s otlp_endpoint log_format log_level
+mixed_budget max_running max_requests num_threads num_speculative_tokens fp8_weights kv_cache_dtype
+device_share outbox_bytes host_id shared_memory device_memory tls_cert tls_key tls_ca drain_s otlp_endpoint
+log_format log_level
 """
 EXPECTED = {
     PrefillSettings: WORKER,

@@ -29,7 +29,7 @@ def _launch(monkeypatch: pytest.MonkeyPatch, role: str, settings: dict[str, Any]
     return launch(settings_type, prefix, _must_not_run, argv)
 
 
-@pytest.mark.parametrize(("role", "num_settings"), [("prefill", 37), ("decode", 41)])
+@pytest.mark.parametrize(("role", "num_settings"), [("prefill", 38), ("decode", 42)])
 def test_all_settings_can_be_shown(
     role: str, num_settings: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,12 +20,13 @@ LAYERS, BLOCKS = 10, 64
 LAYOUT = KvLayout(
     model_fingerprint="m", num_layers=LAYERS, token_shape=(576,), dtype="bfloat16", block_size=16
 )
+FP8_LAYOUT = replace(LAYOUT, token_shape=(656,), dtype="fp8")
 WAIT_S = 20.0
 
 
-@pytest.fixture
-def cache() -> Iterator[KvCache]:
-    made = KvCache(LAYOUT, BLOCKS, device="cuda")
+@pytest.fixture(params=[LAYOUT, FP8_LAYOUT], ids=["bfloat16", "fp8"])
+def cache(request: pytest.FixtureRequest) -> Iterator[KvCache]:
+    made = KvCache(request.param, BLOCKS, device="cuda")
     yield made
     made.close()
 
@@ -103,7 +105,7 @@ def test_layers_leave_at_the_events_of_a_graph(cache: KvCache, outbox: KvOutbox)
 def test_blocks_written_from_outside_are_there_for_the_next_launch(
     cache: KvCache, block_ids: list[int]
 ) -> None:
-    source = torch.randn(LAYERS, len(block_ids), 16, 576).bfloat16()
+    source = torch.randint(100, (LAYERS, len(block_ids), *cache.data.shape[2:])).to(cache.data.dtype)
     payload = source.view(torch.uint8).numpy().data
     slow = SlowWork()
     slow.launch()
@@ -124,7 +126,8 @@ def test_blocks_written_from_outside_are_there_for_the_next_launch(
 def test_a_write_goes_behind_its_fence(cache: KvCache) -> None:
     """A step that was launched before the blocks were given may still write into them."""
     slow = SlowWork()
-    ones = torch.ones(LAYERS, 4, 16, 576).bfloat16().view(torch.uint8).numpy().reshape(-1).data
+    blocks = torch.ones(LAYERS, 4, *cache.data.shape[2:], dtype=cache.data.dtype)
+    ones = blocks.view(torch.uint8).numpy().reshape(-1).data
     for _ in range(5):
         slow.launch()
         cache.data[:, :4] = 5.0
@@ -138,5 +141,5 @@ def test_blocks_read_off_the_device_are_those_launched_before(cache: KvCache, bl
     for number in range(1, 6):
         slow.launch()
         cache.data.fill_(number)
-        found = torch.frombuffer(cache.read_blocks(2, 3, block_ids), dtype=torch.bfloat16)
-        assert torch.equal(found, torch.full((3 * len(block_ids) * 16 * 576,), number, dtype=torch.bfloat16))
+        found = torch.frombuffer(cache.read_blocks(2, 3, block_ids), dtype=cache.data.dtype)
+        assert torch.equal(found, torch.full_like(cache.data[2:5, block_ids].cpu().flatten(), number))

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,20 @@ LAYERS, BLOCKS = 27, 640
 LAYOUT = KvLayout(
     model_fingerprint="m", num_layers=LAYERS, token_shape=(576,), dtype="bfloat16", block_size=16
 )
+FP8_LAYOUT = replace(LAYOUT, token_shape=(656,), dtype="fp8")
 NUM_BYTES = BLOCKS * LAYOUT.block_bytes  # 318 MB
 RUN = (list(range(100, 356)), list(range(7, 263)))  # 4,096 tokens
 SCATTERED = ([(37 * i) % BLOCKS for i in range(256)], [(101 * i + 5) % BLOCKS for i in range(256)])
 
 # Block b of layer l holds l + b % 97 + <the number it was told>, which bfloat16 can tell apart.
-OWNER = f"""
+OWNER = """
 import dataclasses, json, sys
 import torch
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
 
-device, num_blocks, layout = sys.argv[1], int(sys.argv[2]), {LAYOUT!r}
+device, num_blocks = sys.argv[1], int(sys.argv[2])
+layout = KvLayout(**json.loads(sys.argv[3]))
 before = torch.zeros(3 << 20, dtype=torch.uint8, device=device)  # so a small cache starts in an allocation
 cache = KvCache(layout, num_blocks, device=device)
 
@@ -57,7 +59,7 @@ if cache.exported is not None:
     memory = dataclasses.asdict(cache.exported.memory)
     memory["handle"] = memory["handle"].hex()
     told = dict(dataclasses.asdict(cache.exported), memory=memory)
-print(json.dumps({{"exported": told, "refusal": cache.export_refusal}}), flush=True)
+print(json.dumps({"exported": told, "refusal": cache.export_refusal}), flush=True)
 for line in sys.stdin:
     fill(int(line))
     print("filled", flush=True)
@@ -65,9 +67,9 @@ for line in sys.stdin:
 
 
 class Owner:
-    def __init__(self, device: str, num_blocks: int, environment: dict[str, str]) -> None:
+    def __init__(self, device: str, num_blocks: int, environment: dict[str, str], layout: KvLayout) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", OWNER, device, str(num_blocks)],
+            [sys.executable, "-c", OWNER, device, str(num_blocks), json.dumps(asdict(layout))],
             cwd=Path(__file__).parents[3],
             env=os.environ | environment,
             stdin=subprocess.PIPE,
@@ -98,9 +100,12 @@ class Owner:
 
 @contextmanager
 def an_owner(
-    device: str = "cuda:0", num_blocks: int = BLOCKS, environment: dict[str, str] | None = None
+    device: str = "cuda:0",
+    num_blocks: int = BLOCKS,
+    environment: dict[str, str] | None = None,
+    layout: KvLayout = LAYOUT,
 ) -> Iterator[Owner]:
-    owner = Owner(device, num_blocks, environment or {})
+    owner = Owner(device, num_blocks, environment or {}, layout)
     try:
         yield owner
     finally:
@@ -153,7 +158,8 @@ def expected(layers: range, source_ids: list[int], number: int) -> torch.Tensor:
 
 def assert_copied(cache: KvCache, ids: tuple[list[int], list[int]], number: int) -> None:
     found = cache.data[:, ids[1]].cpu()
-    assert torch.equal(found, expected(range(LAYERS), ids[0], number)[:, :, None, None].expand(found.shape))
+    values = expected(range(LAYERS), ids[0], number).to(found.dtype)
+    assert torch.equal(found, values[:, :, None, None].expand(found.shape))
 
 
 @pytest.mark.parametrize("ids", [RUN, SCATTERED], ids=["run", "scattered"])
@@ -250,6 +256,15 @@ def test_a_cache_may_lie_anywhere_in_its_allocation(cache: KvCache) -> None:
         with opened(cache, owner) as peer:
             cache.copy_blocks(peer, 0, LAYERS, [3, 7, 0], [1, 2, 3])
             assert_copied(cache, ([3, 7, 0], [1, 2, 3]), 0)
+
+
+def test_blocks_in_fp8_are_copied_as_bytes() -> None:
+    cache = KvCache(FP8_LAYOUT, BLOCKS, device="cuda:0")
+    with an_owner(layout=FP8_LAYOUT) as owner, opened(cache, owner) as peer:
+        for ids in (RUN, SCATTERED):
+            cache.copy_blocks(peer, 0, LAYERS, *ids, cache.fence())
+            assert_copied(cache, ids, 0)
+    cache.close()
 
 
 def test_what_is_not_that_cache_is_refused(cache: KvCache) -> None:

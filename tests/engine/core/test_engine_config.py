@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine import engine_config, memory
-from engine.build import build_engine, kv_fingerprint, num_parameters
+from engine import build, engine_config, memory
+from engine.build import build_engine, kv_fingerprint, kv_layout, num_parameters
 from engine.checkpoint.model_config import load_model_config
 from engine.checkpoint.random_checkpoint import make_random_checkpoint
+from engine.checkpoint.random_presets import hub_config
 from engine.checkpoint.weights import LoadFormat
 from engine.engine_config import EngineConfig, EngineConfigError, check_weights_fit
+from engine.kv_layout import KvLayout
 from tests.engine.core.engine_driver import generate
 
 MIB = 1 << 20
@@ -152,6 +156,61 @@ def test_fp8_weights_have_a_fingerprint_of_their_own(
         for has_fp8 in (False, True)
     }
     assert sorted(map(len, found)) == [16, 16]
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "has_kernels", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+def layouts(directory: Path, model_type: str = "deepseek_v3", **changes: Any) -> tuple[KvLayout, KvLayout]:
+    """In the dtype of the model, and in FP8."""
+    preset = "small576" if model_type == "deepseek_v3" else "tiny"
+    (directory / "config.json").write_text(json.dumps(hub_config(model_type, preset, "bfloat16") | changes))
+    model = load_model_config(directory)
+    auto = EngineConfig(model_dir=directory, load_format="dummy", device="cuda")
+    auto_layout, fp8_layout = (
+        kv_layout(config, model, torch.bfloat16, has_mtp=False)
+        for config in (auto, replace(auto, kv_cache_dtype="fp8"))
+    )
+    return auto_layout, fp8_layout
+
+
+def test_a_cache_in_fp8_has_room_for_more_and_is_no_cache_for_others(on_hopper: None, tmp_path: Path) -> None:
+    auto, fp8 = layouts(tmp_path)
+    assert (auto.token_bytes, fp8.token_bytes) == (1152, 656)
+    difference = auto.difference(fp8)
+    assert difference is not None and "dtype: 'bfloat16' != 'fp8'" in difference
+    assert auto.model_fingerprint != fp8.model_fingerprint  # so no router takes its blocks for the others'
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"model_type": "llama"}, "latent attention, not llama"),
+        ({"v_head_dim": 96}, "powers of two from 16"),
+    ],
+)
+def test_kv_in_fp8_needs_latent_attention_by_kernels(
+    on_hopper: None, tmp_path: Path, options: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(EngineConfigError, match=complaint) as caught:
+        layouts(tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_kv_in_fp8_needs_a_device_that_has_it(
+    on_hopper: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(EngineConfigError, match=r"a CUDA device of capability 8\.9 and Triton, not cuda"):
+        layouts(tmp_path)
+
+
+def test_kv_in_fp8_off_cuda_is_refused_in_one_line(model_dir: Path) -> None:
+    with pytest.raises(EngineConfigError, match=r"^KV in FP8 needs a CUDA device .*, not cpu$"):
+        build_engine(EngineConfig(model_dir=model_dir, kv_cache_dtype="fp8"))
 
 
 def test_a_gpu_takes_larger_steps_unless_told_otherwise(model_dir: Path) -> None:

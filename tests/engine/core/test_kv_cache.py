@@ -165,6 +165,23 @@ def test_float32_and_latent_shapes_are_bytes_like_any_other() -> None:
     assert values.tolist() == [*range(40, 60), *range(20)]
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_blocks_in_fp8_cross_as_the_bytes_that_they_are(is_shared: bool) -> None:
+    layout = KvLayout(model_fingerprint="m", num_layers=2, token_shape=(80,), dtype="fp8", block_size=3)
+    source = KvCache(layout, 5, is_shared=is_shared)
+    generator = torch.Generator().manual_seed(1)
+    source.data.copy_(torch.randint(256, source.data.shape, generator=generator, dtype=torch.uint8))
+    target = KvCache(layout, 4)
+    source.export()
+    peer = source if source.exported is None else target.open_peer(source.exported)
+
+    target.copy_blocks(peer, 0, 2, [4, 0], [1, 3])
+
+    assert torch.equal(target.data[:, [1, 3]], source.data[:, [4, 0]])
+    assert not target.data[:, [0, 2]].any()
+    assert source.size_bytes == 5 * 2 * 3 * 80
+
+
 def test_blocks_of_an_opened_cache_are_copied_into_others(shared: KvCache) -> None:
     shared.export()
     assert shared.exported is not None

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton", reason="kernel tests need the package triton (pip install triton)")
 
 from engine import chunk_graphs, mixed_graphs, warm_up
+from engine.attention import mla, plan
 from engine.checkpoint.model_config import load_model_config
 from engine.checkpoint.random_presets import hub_config
 from engine.checkpoint.weights import open_weights
@@ -24,6 +25,7 @@ from engine.forward_batch import ForwardBatch
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.grammar import Grammar, GrammarKind
 from engine.kernels import attention_decode
+from engine.kernels.mla_fp8_rows import dequantise_mla_rows, row_bytes
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
 from engine.mixed_graphs import MixedGraphs
@@ -33,11 +35,14 @@ from engine.sampler import Sampler
 from engine.sampling_params import SamplingParams
 from engine.scheduler import SchedulerConfig
 from engine.sequence import Sequence
+from tests.engine.core.engine_driver import hand_off, run
+from tests.engine.kernels.fp8_rows import quantised_as_here
 from tests.fakes.tiny_tokenizer import build_tokenizer
 
 pytestmark = pytest.mark.timeout(240)  # the interpreter is slow
 
 BLOCK_SIZE, MAX_RUNNING, MAX_MODEL_LEN = 4, 3, 64
+RANK, ROPE = 32, 16
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = hub_config("deepseek_v2", "tiny", "float32")
     config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     config |= {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "vocab_size": 512}
-    config |= {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    config |= {"kv_lora_rank": RANK, "qk_nope_head_dim": 16, "v_head_dim": 16}
     (path / "config.json").write_text(json.dumps(config))
     return path
 
@@ -60,6 +65,7 @@ def build(
     uses_graphs: bool,
     decodes: bool = True,
     token_budget: int = 24,
+    kv_dtype: str = "float32",
 ) -> Engine:
     config = load_model_config(checkpoint)
     with open_weights(checkpoint, "dummy", torch.float32, config) as weights:
@@ -67,8 +73,8 @@ def build(
     layout = KvLayout(
         model_fingerprint="test",
         num_layers=config.num_layers,
-        token_shape=config.kv_token_shape,
-        dtype="float32",
+        token_shape=(row_bytes(RANK, ROPE),) if kv_dtype == "fp8" else config.kv_token_shape,
+        dtype=kv_dtype,
         block_size=BLOCK_SIZE,
     )
     cache = KvCache(layout, 64, device=device)
@@ -100,13 +106,18 @@ def answers(engine: Engine, prompts: list[list[int]], *, temperature: float) -> 
     return found
 
 
+def few_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes one program after another."""
+    monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
+    monkeypatch.setattr(attention_decode, "_ONE_TUNING", attention_decode.DecodeTuning(max_shares=2))
+    monkeypatch.setattr(attention_decode, "_FEW_TUNING", attention_decode.DecodeTuning(max_shares=2))
+
+
 @pytest.mark.parametrize(("uses_graphs", "temperature"), [(False, 0.0), (True, 0.0), (True, 1.0)])
 def test_kernels_give_the_tokens_of_the_plain_model(
     checkpoint: Path, device: str, uses_graphs: bool, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
-    monkeypatch.setattr(attention_decode, "_ONE_TUNING", attention_decode.DecodeTuning(max_shares=2))
-    monkeypatch.setattr(attention_decode, "_FEW_TUNING", attention_decode.DecodeTuning(max_shares=2))
+    few_shares(monkeypatch)
     rng = random.Random(0)
     shared = [rng.randrange(512) for _ in range(9)]  # two blocks of prefix that later prompts hit
     prompts = [shared + [rng.randrange(512) for _ in range(n)] for n in (5, 9, 3, 12)]
@@ -122,9 +133,7 @@ def test_kernels_give_the_tokens_of_the_plain_model(
 def test_chunks_that_share_a_pass_with_decodes_change_no_token(
     checkpoint: Path, device: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
-    monkeypatch.setattr(attention_decode, "_ONE_TUNING", attention_decode.DecodeTuning(max_shares=2))
-    monkeypatch.setattr(attention_decode, "_FEW_TUNING", attention_decode.DecodeTuning(max_shares=2))
+    few_shares(monkeypatch)
     monkeypatch.setattr(chunk_graphs, "LADDER", (8, 12))
     monkeypatch.setattr(mixed_graphs, "CHUNK_LADDER", (8, 12))  # a chunk of 13 or more goes apart
     monkeypatch.setattr(mixed_graphs, "DECODE_LADDER", (2,))
@@ -233,6 +242,91 @@ def test_a_warm_up_leaves_nothing_behind(
     assert engine.kv_cache.data[:, :4].count_nonzero()  # it computed something
     assert not engine.cached_hashes() and not engine.has_work
     assert answers(engine, [[7, 8, 9]], temperature=0.0) == answers(plain, [[7, 8, 9]], temperature=0.0)
+
+
+@pytest.fixture
+def rounded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain model's cache holds what one in FP8 would."""
+
+    def write_rounded(
+        cache: torch.Tensor, slots: torch.Tensor, rows_T: torch.Tensor, stored_rows: torch.Tensor | None
+    ) -> None:
+        rounded = dequantise_mla_rows(quantised_as_here(rows_T, RANK), RANK)
+        plan.write_rows(cache, slots, rounded, stored_rows)
+
+    monkeypatch.setattr(mla, "write_rows", write_rounded)
+
+
+def logprobs(engine: Engine, prompts: list[list[int]]) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens, and their logprobs."""
+    for seq_id, prompt in enumerate(prompts):
+        sampling = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, num_logprobs=0)
+        engine.add(Sequence(seq_id, prompt, sampling))
+    found: dict[int, list[tuple[int, float]]] = {}
+    while engine.has_work:
+        for output in engine.step().outputs:
+            entries = [entry.logprob for entry in output.logprobs]
+            found.setdefault(output.seq_id, []).extend(zip(output.token_ids, entries, strict=True))
+    tokens = [token for seq_id in range(len(prompts)) for token in found[seq_id]]
+    return [token_id for token_id, _ in tokens], torch.tensor([logprob for _, logprob in tokens])
+
+
+def test_decodes_over_a_cache_in_fp8_are_those_over_rounded_rows(
+    checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """A prompt of one row is a decode: nothing is attended to but what the cache holds."""
+    few_shares(monkeypatch)
+    prompts = [[5], [300]]
+    exact = logprobs(build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False), prompts)
+    request.getfixturevalue("rounded_rows")
+    rounded = logprobs(build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False), prompts)
+
+    found = logprobs(build(checkpoint, device, uses_kernels=True, uses_graphs=False, kv_dtype="fp8"), prompts)
+
+    assert found[0] == rounded[0]
+    torch.testing.assert_close(found[1], rounded[1], rtol=0, atol=1e-4)
+    assert (rounded[1] - exact[1]).abs().max() > 1e-2
+
+
+def test_chunks_behind_a_cache_in_fp8_go_through_graphs(
+    checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch, rounded_rows: None
+) -> None:
+    few_shares(monkeypatch)
+    monkeypatch.setattr(chunk_graphs, "LADDER", (12,))
+    monkeypatch.setattr(chunk_graphs, "MAX_CHUNKS", 3)
+    monkeypatch.setattr(mixed_graphs, "CHUNK_LADDER", (8,))
+    rng = random.Random(0)
+    prompts = [[rng.randrange(512) for _ in range(21)]]  # two chunks, of which the second one meets a cache
+    plain = build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False, token_budget=12)
+    options: dict[str, Any] = {"uses_kernels": True, "token_budget": 12, "kv_dtype": "fp8"}
+
+    rounded = logprobs(plain, prompts)
+    gathered = logprobs(build(checkpoint, device, uses_graphs=False, **options), prompts)
+    by_graphs = logprobs(build(checkpoint, device, uses_graphs=True, **options), prompts)
+
+    # A chunk's own rows are exact where they are not gathered, those of the plain model are rounded.
+    for found in (gathered, by_graphs):
+        assert found[0] == rounded[0]
+        torch.testing.assert_close(found[1], rounded[1], rtol=0, atol=0.3)
+
+
+def test_a_sequence_is_handed_over_in_fp8(
+    checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_shares(monkeypatch)
+    alone, sender, receiver = (
+        build(checkpoint, device, uses_kernels=True, uses_graphs=False, kv_dtype="fp8") for _ in range(3)
+    )
+    prompt = [7, 8, 9, 300, 2, 5]
+    alone.add(Sequence(0, prompt, SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)))
+    expected = run(alone)[0][0]
+
+    listener, first = hand_off(sender, receiver, 0, prompt, 4)
+
+    assert [*first.token_ids, *run(receiver)[0][0][-3:]] == expected
+    assert listener.announced
+    num_bytes = sender.kv_cache.layout.block_bytes
+    assert num_bytes == 2 * BLOCK_SIZE * row_bytes(RANK, ROPE)
 
 
 def test_the_ladder_ends_at_the_largest_batch() -> None:
