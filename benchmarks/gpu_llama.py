@@ -101,7 +101,7 @@ def likeliest(model_dir: Path, prompts: list[list[int]], dtype: str) -> list[int
         dtype=dtype,
         num_blocks=400,
         max_model_len=1024,
-        token_budget=256,
+        token_budget=512,
     )
     engine = build_engine(config)
     for seq_id, prompt in enumerate(prompts):

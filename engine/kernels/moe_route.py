@@ -10,13 +10,15 @@ P pairs (token * K + k), E experts (shared ones included), M tiles.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from engine.kernels.moe_choice import Choice, Route
 
-_MAX_ONE_HOT = 16384  # elements of the matrix that ranks pairs
+_MAX_ONE_HOT = 16384  # elements of a matrix that ranks pairs: sixteen times more take minutes to compile
 _TILES_AT_ONCE = 64
 
 
@@ -26,6 +28,12 @@ def max_tiles(num_tokens: int, top_k: int, num_shared: int, num_experts: int, ti
     num_pairs = num_tokens * top_k
     routed = min(num_pairs, num_pairs // tile_rows + min(num_experts, num_pairs))
     return 4 * triton.cdiv(routed + num_shared * triton.cdiv(num_tokens, tile_rows), 4)
+
+
+def pairs_at_once(num_pairs: int, num_experts: int) -> int:
+    """So many are compared with each other and with all experts, both powers of two."""
+    most = min(math.isqrt(_MAX_ONE_HOT), max(1, _MAX_ONE_HOT // num_experts))
+    return min(triton.next_power_of_2(num_pairs), most)
 
 
 def route_pairs(choice: Choice, num_tiles: int, tile_rows: int) -> Route:
@@ -46,7 +54,7 @@ def route_pairs(choice: Choice, num_tiles: int, tile_rows: int) -> Route:
         E=num_experts,
         E_PAD=padded,
         TILE_ROWS=tile_rows,
-        BLOCK=min(triton.next_power_of_2(choice.group_size * k), max(1, _MAX_ONE_HOT // padded)),
+        BLOCK=pairs_at_once(choice.group_size * k, padded),
         BLOCK_G=1 if num_groups == 1 else min(16, max(1, 4096 // padded)),
         BLOCK_M=_TILES_AT_ONCE,
         num_warps=8,

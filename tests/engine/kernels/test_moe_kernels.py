@@ -24,7 +24,7 @@ from engine.kernels.moe_combine import combine_pairs, combine_pairs_reference
 from engine.kernels.moe_gate import choose_experts_fused, new_gate_state, split_weight
 from engine.kernels.moe_gather import gather_rows
 from engine.kernels.moe_gemm import ExpertWeights, Tile
-from engine.kernels.moe_route import max_tiles, route_pairs, route_pairs_reference
+from engine.kernels.moe_route import max_tiles, pairs_at_once, route_pairs, route_pairs_reference
 from engine.kernels.moe_tiles import MoeTiles, OneTokenTiles, SpecialisedTiles, moe_tiles
 from engine.moe import specialised
 from engine.moe.expert_products import run_experts, run_experts_reference
@@ -170,6 +170,14 @@ def test_route_is_a_stable_sort_cut_into_tiles(
     assert torch.equal(found.tile_end_M.cpu(), expected.tile_end_M)
     used = expected.tile_end_M > expected.tile_start_M
     assert torch.equal(found.tile_expert_M.cpu()[used], expected.tile_expert_M[used])
+
+
+@pytest.mark.parametrize("num_experts", [2, 8, 64, 256, 1024])
+def test_few_experts_make_no_larger_matrices(num_experts: int) -> None:
+    """The compiler unrolls them: 512 pairs at once took it four minutes."""
+    at_once = pairs_at_once(4000, num_experts)
+    assert 1 <= at_once and at_once * max(at_once, num_experts) <= 128 * 128
+    assert pairs_at_once(5, num_experts) == 8
 
 
 def random_experts(
