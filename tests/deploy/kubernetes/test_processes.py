@@ -22,11 +22,12 @@ import pytest
 from redis import Redis
 from redis.exceptions import AuthenticationError, RedisError
 
+from baton.ports import free_port
 from kvstore.embedded import server_binary
 from tests.deploy.kubernetes.rendering import Manifests, Object
 from tests.deploy.kubernetes.start import container_environment, with_local_files
 from tests.deploy.tools import ROOT
-from tests.e2e.stack import free_port, wait_until
+from tests.e2e.stack import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(240)]
 
