@@ -9,7 +9,7 @@ import random
 import socket
 
 # Below those that Linux gives to connections and to sockets that name none: none of ours is taken before it
-# is used, or while its service starts again. Each process begins somewhere else, as others look for ports too.
+# is used, or while its service starts again. Each process begins somewhere else, as others look too.
 _PORTS = range(10_000, 32_768)
 _places = itertools.count(random.randrange(len(_PORTS)))
 
