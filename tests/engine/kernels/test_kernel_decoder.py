@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from engine.engine import Engine, EngineLimits
 from engine.forward_batch import ForwardBatch
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.grammar import Grammar, GrammarKind
-from engine.kernels import attention_decode
+from engine.kernels import attention_context, attention_decode
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
 from engine.mixed_graphs import MixedGraphs
@@ -46,10 +47,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     config = hub_config("deepseek_v2", "tiny", "float32")
     config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config |= {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "vocab_size": 512}
+    config |= {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 48, "vocab_size": 512}
+    config |= {"n_routed_experts": 5, "num_experts_per_tok": 2, "n_shared_experts": 1}
     config |= {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 16}
     (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than it takes to have several: the interpreter runs them one after another."""
+    few_shares = attention_decode.DecodeTuning(max_shares=2)
+    monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
+    monkeypatch.setattr(attention_decode, "_ONE_TUNING", few_shares)
+    monkeypatch.setattr(attention_decode, "_FEW_TUNING", few_shares)
+    few_expanding = replace(attention_context.FP32_TUNING, num_programs=2)
+    monkeypatch.setattr(attention_context, "FP32_TUNING", few_expanding)
 
 
 def build(
@@ -85,11 +98,14 @@ def build(
     )
 
 
-def answers(engine: Engine, prompts: list[list[int]], *, temperature: float) -> dict[int, list[int]]:
-    """Four answers of different lengths for three places: rows are left and taken over."""
+def answers(
+    engine: Engine, prompts: list[list[int]], *, temperature: float, longer_by: int = 1
+) -> dict[int, list[int]]:
+    """Answers of different lengths, each longer than the one before; more than places: rows are left and
+    taken over."""
     for seq_id, prompt in enumerate(prompts):
         sampling = SamplingParams(
-            temperature=temperature, seed=seq_id, max_tokens=3 + 2 * seq_id, ignore_eos=True
+            temperature=temperature, seed=seq_id, max_tokens=3 + longer_by * seq_id, ignore_eos=True
         )
         engine.add(Sequence(seq_id, prompt, sampling))
     found: dict[int, list[int]] = {seq_id: [] for seq_id in range(len(prompts))}
@@ -102,11 +118,8 @@ def answers(engine: Engine, prompts: list[list[int]], *, temperature: float) -> 
 
 @pytest.mark.parametrize(("uses_graphs", "temperature"), [(False, 0.0), (True, 0.0), (True, 1.0)])
 def test_kernels_give_the_tokens_of_the_plain_model(
-    checkpoint: Path, device: str, uses_graphs: bool, temperature: float, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, device: str, uses_graphs: bool, temperature: float
 ) -> None:
-    monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
-    monkeypatch.setattr(attention_decode, "_ONE_TUNING", attention_decode.DecodeTuning(max_shares=2))
-    monkeypatch.setattr(attention_decode, "_FEW_TUNING", attention_decode.DecodeTuning(max_shares=2))
     rng = random.Random(0)
     shared = [rng.randrange(512) for _ in range(9)]  # two blocks of prefix that later prompts hit
     prompts = [shared + [rng.randrange(512) for _ in range(n)] for n in (5, 9, 3, 12)]
@@ -122,9 +135,6 @@ def test_kernels_give_the_tokens_of_the_plain_model(
 def test_chunks_that_share_a_pass_with_decodes_change_no_token(
     checkpoint: Path, device: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
-    monkeypatch.setattr(attention_decode, "_ONE_TUNING", attention_decode.DecodeTuning(max_shares=2))
-    monkeypatch.setattr(attention_decode, "_FEW_TUNING", attention_decode.DecodeTuning(max_shares=2))
     monkeypatch.setattr(chunk_graphs, "LADDER", (8, 12))
     monkeypatch.setattr(mixed_graphs, "CHUNK_LADDER", (8, 12))  # a chunk of 13 or more goes apart
     monkeypatch.setattr(mixed_graphs, "DECODE_LADDER", (2,))
@@ -143,16 +153,15 @@ def test_chunks_that_share_a_pass_with_decodes_change_no_token(
     plain = build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False)
     merged = build(checkpoint, device, uses_kernels=True, uses_graphs=True)
 
-    expected = answers(plain, prompts, temperature=temperature)
+    expected = answers(plain, prompts, temperature=temperature, longer_by=2)
 
-    assert answers(merged, prompts, temperature=temperature) == expected
+    assert answers(merged, prompts, temperature=temperature, longer_by=2) == expected
     assert steps == [(2, 10)]  # of the two prompts that met decodes the other one is too long
 
 
 def test_chunks_behind_cached_rows_go_through_graphs(
     checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
     monkeypatch.setattr(chunk_graphs, "LADDER", (12,))
     monkeypatch.setattr(chunk_graphs, "MAX_CHUNKS", 3)
     monkeypatch.setattr(mixed_graphs, "CHUNK_LADDER", (8,))
