@@ -43,7 +43,7 @@ dashboards: $(DEV_STAMP) ## Grafana's dashboards and the PrometheusRule from wha
 serve: $(SERVE_STAMP) ## start Baton with its demo model, ask it one question, keep serving (SERVE_ARGS="--port 9000")
 	@env -u OMP_NUM_THREADS $(BIN)/baton up --ask "Write a short story about a lighthouse." $(SERVE_ARGS)
 
-test: lint types arch proto-check ## lint, types, package directions, stubs up to date, all tests (TEST_PROCESSES=1: one by one)
+test: lint types arch proto-check ## lint, types, package directions, stubs up to date, all tests (TEST_PROCESSES=0: in one process)
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: $(DEV_STAMP) ## the tests that start no processes
