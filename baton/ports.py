@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import random
 import socket
+
+# Below those that Linux gives to connections and to sockets that name none: none of ours is taken before it
+# is used, or while its service starts again. Each process begins somewhere else, as others look too.
+_PORTS = range(10_000, 32_768)
+_places = itertools.count(random.randrange(len(_PORTS)))
 
 
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that nothing listens on now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    ports = (_PORTS[place % len(_PORTS)] for place in _places)
+    return next(port for port in ports if bind_error("127.0.0.1", port) is None)
 
 
 def bind_error(host: str, port: int) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import httpx
 import yaml
 
+from baton.ports import free_port
 from tests.deploy.tools import DEPLOY, program
 from tests.e2e.stack import Stack, wait_until
 
@@ -51,9 +51,7 @@ def running_prometheus(stack: Stack, work_dir: Path) -> Iterator[LivePrometheus]
     work_dir.mkdir(parents=True, exist_ok=True)
     config = work_dir / "prometheus.yml"
     config.write_text(yaml.safe_dump(_config(stack)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     command = [binary, f"--config.file={config}", f"--storage.tsdb.path={work_dir / 'data'}"]
     with (work_dir / "prometheus.log").open("wb") as log:
         process = subprocess.Popen(

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from baton.ports import free_port
 from kvstore.embedded import server_binary
 from tests.deploy.tools import ROOT
-from tests.e2e.stack import free_port, wait_until
+from tests.e2e.stack import wait_until
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md"))]

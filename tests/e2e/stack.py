@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from baton.ports import free_port
 
 _START_S = 90.0
 _ROOT = Path(__file__).resolve().parents[2]
@@ -142,9 +143,3 @@ def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float) ->
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {what}"
         time.sleep(0.05)  # other processes change what is waited for: there is no event to wait on
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

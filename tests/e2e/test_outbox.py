@@ -28,6 +28,7 @@ def stack(carrier: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFacto
     environment = {
         "BATON_PREFILL_OUTBOX_BYTES": str(8 << 20),
         "BATON_DECODE_DEVICE_MEMORY": str(carrier == "device_memory"),
+        "BATON_ROUTER_WORKER_TIMEOUT_S": "60",  # a busy machine takes long to start a worker
     }
     work_dir = tmp_path_factory.mktemp("outbox")
     with running_stack(tiny_model, work_dir, *options, environment=environment) as running:

@@ -13,9 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
+from baton.ports import free_port
 from tests.deploy.tools import program
 from tests.e2e.conftest import HANDS_OFF, SMALL, random_prompt
-from tests.e2e.stack import Stack, free_port, running_stack
+from tests.e2e.stack import Stack, running_stack
 from tests.e2e.test_two_models import two_models
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

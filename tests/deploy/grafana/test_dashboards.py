@@ -125,7 +125,7 @@ class _Load:
     def _ask(self, client: int) -> None:
         shared = random_prompt(client, 64)
         number = 0
-        while not self._stop.is_set():
+        while not self._stop.wait(0.2):  # others need the processor too
             number += 1
             self._stack.output_ids(shared + random_prompt(1000 * client + number, 64), 48)
 

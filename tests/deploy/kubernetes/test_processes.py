@@ -22,11 +22,12 @@ import pytest
 from redis import Redis
 from redis.exceptions import AuthenticationError, RedisError
 
+from baton.ports import free_port
 from kvstore.embedded import server_binary
 from tests.deploy.kubernetes.rendering import Manifests, Object
 from tests.deploy.kubernetes.start import container_environment, with_local_files
 from tests.deploy.tools import ROOT
-from tests.e2e.stack import free_port, wait_until
+from tests.e2e.stack import wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -194,7 +195,7 @@ def test_the_router_is_ready_when_a_decode_worker_is(cluster: LocalCluster) -> N
 def test_a_pod_that_is_told_to_end_drains_and_exits_with_0(cluster: LocalCluster) -> None:
     router = cluster.pods["baton-router"]
     url = f"http://127.0.0.1:{router.ports['http']}/v1/completions"
-    body = {"model": "baton", "prompt": "Once upon a time", "max_tokens": 800, "ignore_eos": True}
+    body = {"model": "baton", "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True}
     answers: list[httpx.Response] = []
     asking = threading.Thread(target=lambda: answers.append(httpx.post(url, json=body, timeout=100)))
     asking.start()
@@ -209,7 +210,7 @@ def test_a_pod_that_is_told_to_end_drains_and_exits_with_0(cluster: LocalCluster
     assert router.probe("liveness") == 200
     assert router.process.wait(router.grace_s) == 0
     asking.join()
-    assert answers[0].json()["usage"]["completion_tokens"] == 800
+    assert answers[0].json()["usage"]["completion_tokens"] == 400
     for name in ("baton-prefill", "baton-decode"):
         pod = cluster.pods[name]
         pod.process.send_signal(signal.SIGTERM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from engine.engine import Engine, EngineLimits
 from engine.forward_batch import ForwardBatch
 from engine.grammar.compiler import GrammarCompiler
 from engine.grammar.grammar import Grammar, GrammarKind
-from engine.kernels import attention_decode
+from engine.kernels import attention_context, attention_decode
 from engine.kernels.mla_fp8_rows import dequantise_mla_rows, row_bytes
 from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
@@ -51,10 +52,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     config = hub_config("deepseek_v2", "tiny", "float32")
     config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config |= {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "vocab_size": 512}
+    config |= {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 48, "vocab_size": 512}
+    config |= {"n_routed_experts": 5, "num_experts_per_tok": 2, "n_shared_experts": 1}
     config |= {"kv_lora_rank": RANK, "qk_nope_head_dim": 16, "v_head_dim": 16}
     (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than it takes to have several: the interpreter runs them one after another."""
+    few_shares = attention_decode.DecodeTuning(max_shares=2)
+    monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
+    monkeypatch.setattr(attention_decode, "_ONE_TUNING", few_shares)
+    monkeypatch.setattr(attention_decode, "_FEW_TUNING", few_shares)
+    few_expanding = replace(attention_context.FP32_TUNING, num_programs=2)
+    monkeypatch.setattr(attention_context, "FP32_TUNING", few_expanding)
 
 
 def build(
@@ -91,11 +104,14 @@ def build(
     )
 
 
-def answers(engine: Engine, prompts: list[list[int]], *, temperature: float) -> dict[int, list[int]]:
-    """Four answers of different lengths for three places: rows are left and taken over."""
+def answers(
+    engine: Engine, prompts: list[list[int]], *, temperature: float, longer_by: int = 1
+) -> dict[int, list[int]]:
+    """Answers of different lengths, each longer than the one before; more than places: rows are left and
+    taken over."""
     for seq_id, prompt in enumerate(prompts):
         sampling = SamplingParams(
-            temperature=temperature, seed=seq_id, max_tokens=3 + 2 * seq_id, ignore_eos=True
+            temperature=temperature, seed=seq_id, max_tokens=3 + longer_by * seq_id, ignore_eos=True
         )
         engine.add(Sequence(seq_id, prompt, sampling))
     found: dict[int, list[int]] = {seq_id: [] for seq_id in range(len(prompts))}
@@ -106,18 +122,10 @@ def answers(engine: Engine, prompts: list[list[int]], *, temperature: float) -> 
     return found
 
 
-def few_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes one program after another."""
-    monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
-    monkeypatch.setattr(attention_decode, "_ONE_TUNING", attention_decode.DecodeTuning(max_shares=2))
-    monkeypatch.setattr(attention_decode, "_FEW_TUNING", attention_decode.DecodeTuning(max_shares=2))
-
-
 @pytest.mark.parametrize(("uses_graphs", "temperature"), [(False, 0.0), (True, 0.0), (True, 1.0)])
 def test_kernels_give_the_tokens_of_the_plain_model(
-    checkpoint: Path, device: str, uses_graphs: bool, temperature: float, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, device: str, uses_graphs: bool, temperature: float
 ) -> None:
-    few_shares(monkeypatch)
     rng = random.Random(0)
     shared = [rng.randrange(512) for _ in range(9)]  # two blocks of prefix that later prompts hit
     prompts = [shared + [rng.randrange(512) for _ in range(n)] for n in (5, 9, 3, 12)]
@@ -133,7 +141,6 @@ def test_kernels_give_the_tokens_of_the_plain_model(
 def test_chunks_that_share_a_pass_with_decodes_change_no_token(
     checkpoint: Path, device: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few_shares(monkeypatch)
     monkeypatch.setattr(chunk_graphs, "LADDER", (8, 12))
     monkeypatch.setattr(mixed_graphs, "CHUNK_LADDER", (8, 12))  # a chunk of 13 or more goes apart
     monkeypatch.setattr(mixed_graphs, "DECODE_LADDER", (2,))
@@ -152,16 +159,15 @@ def test_chunks_that_share_a_pass_with_decodes_change_no_token(
     plain = build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False)
     merged = build(checkpoint, device, uses_kernels=True, uses_graphs=True)
 
-    expected = answers(plain, prompts, temperature=temperature)
+    expected = answers(plain, prompts, temperature=temperature, longer_by=2)
 
-    assert answers(merged, prompts, temperature=temperature) == expected
+    assert answers(merged, prompts, temperature=temperature, longer_by=2) == expected
     assert steps == [(2, 10)]  # of the two prompts that met decodes the other one is too long
 
 
 def test_chunks_behind_cached_rows_go_through_graphs(
     checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_decode, "_MAX_SHARES", 2)
     monkeypatch.setattr(chunk_graphs, "LADDER", (12,))
     monkeypatch.setattr(chunk_graphs, "MAX_CHUNKS", 3)
     monkeypatch.setattr(mixed_graphs, "CHUNK_LADDER", (8,))
@@ -272,10 +278,9 @@ def logprobs(engine: Engine, prompts: list[list[int]]) -> tuple[list[int], torch
 
 
 def test_decodes_over_a_cache_in_fp8_are_those_over_rounded_rows(
-    checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    checkpoint: Path, device: str, request: pytest.FixtureRequest
 ) -> None:
     """A prompt of one row is a decode: nothing is attended to but what the cache holds."""
-    few_shares(monkeypatch)
     prompts = [[5], [300]]
     exact = logprobs(build(checkpoint, "cpu", uses_kernels=False, uses_graphs=False), prompts)
     request.getfixturevalue("rounded_rows")
@@ -291,7 +296,6 @@ def test_decodes_over_a_cache_in_fp8_are_those_over_rounded_rows(
 def test_chunks_behind_a_cache_in_fp8_go_through_graphs(
     checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch, rounded_rows: None
 ) -> None:
-    few_shares(monkeypatch)
     monkeypatch.setattr(chunk_graphs, "LADDER", (12,))
     monkeypatch.setattr(chunk_graphs, "MAX_CHUNKS", 3)
     monkeypatch.setattr(mixed_graphs, "CHUNK_LADDER", (8,))
@@ -310,10 +314,7 @@ def test_chunks_behind_a_cache_in_fp8_go_through_graphs(
         torch.testing.assert_close(found[1], rounded[1], rtol=0, atol=0.3)
 
 
-def test_a_sequence_is_handed_over_in_fp8(
-    checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    few_shares(monkeypatch)
+def test_a_sequence_is_handed_over_in_fp8(checkpoint: Path, device: str) -> None:
     alone, sender, receiver = (
         build(checkpoint, device, uses_kernels=True, uses_graphs=False, kv_dtype="fp8") for _ in range(3)
     )

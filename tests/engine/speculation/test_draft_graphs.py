@@ -57,7 +57,7 @@ def config_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     config = hub_config("deepseek_v3", "tiny_mtp", "float32")
     config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config |= {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "vocab_size": 512}
+    config |= {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 48, "vocab_size": 512}
     config |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
     config |= {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 16, "q_lora_rank": 32}
     (path / "config.json").write_text(json.dumps(config))
@@ -115,7 +115,7 @@ def run(engine: Engine, kinds: list[dict[str, Any]]) -> Recorder:
     recorder = Recorder(engine)
     for seq_id, kind in enumerate(kinds):
         prompt_ids = shared + [chance.randrange(512) for _ in range((5, 9, 3, 12)[seq_id])]
-        sampling = {"temperature": 0.0, "seed": seq_id, "max_tokens": 4 + 2 * seq_id, "ignore_eos": True}
+        sampling = {"temperature": 0.0, "seed": seq_id, "max_tokens": 4 + seq_id, "ignore_eos": True}
         recorder.add(Sequence(seq_id, prompt_ids, SamplingParams(**sampling | kind)))
     return recorder.run()
 
