@@ -107,12 +107,12 @@ def likeliest(model_dir: Path, prompts: list[list[int]], dtype: str) -> list[int
     for seq_id, prompt in enumerate(prompts):
         sampling = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, num_prompt_logprobs=1)
         engine.add(Sequence(seq_id, prompt, sampling))
-    found: dict[int, list[int]] = {}
+    found: dict[int, list[int]] = {}  # a prompt of one token has no such place
     while engine.has_work:
         for output in engine.step().outputs:
             if output.prompt_logprobs:
                 found[output.seq_id] = [place.top_token_ids[0] for place in output.prompt_logprobs]
-    return [token_id for seq_id in range(len(prompts)) for token_id in found[seq_id]]
+    return [token_id for seq_id in range(len(prompts)) for token_id in found.get(seq_id, ())]
 
 
 if __name__ == "__main__":

@@ -428,8 +428,9 @@ class RandomWeights:
         return not name.endswith("bias")
 
 
-@pytest.mark.parametrize(("is_fp8", "tolerance"), [(False, 1e-5), (True, FP8_ERROR)])
+@pytest.mark.parametrize(("is_fp8", "tolerance"), [(False, 1e-5), (True, 1.6 * FP8_ERROR)])
 def test_a_loaded_layer_equals_the_layer_without_kernels(is_fp8: bool, tolerance: float, device: str) -> None:
+    """In FP8 the weights are rounded beside the rows."""
     config = moe_config(moe_intermediate_size=128)
     weights = RandomWeights(device)
     shared = load_gated_mlp(weights, "mlp.shared_experts", 128, 2 * 128, False)
