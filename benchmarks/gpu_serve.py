@@ -198,7 +198,7 @@ def _tails(log_dir: Path) -> Iterator[str]:
 def _scale(args: argparse.Namespace) -> Scale:
     scale = TINY if args.tiny else Scale()
     shape = {**scale.shape, "baton_dummy_spread": args.weights}
-    changes: dict[str, Any] = {"fp8_weights": args.fp8, "shape": shape}
+    changes: dict[str, Any] = {"shape": shape, "fp8_weights": args.fp8, "kv_cache_dtype": args.kv_cache_dtype}
     if args.token_budget:
         changes["token_budget"] = args.token_budget
     if args.mixed_budget:
@@ -216,7 +216,8 @@ def _facts(args: argparse.Namespace) -> dict[str, str]:
     code += "print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     version, device = run.stdout.strip().splitlines()
-    dtype = "FP8 experts" if args.fp8 else _scale(args).dtype
+    dtype = "FP8" if args.fp8 else _scale(args).dtype
+    dtype += ", FP8 KV" * (args.kv_cache_dtype == "fp8")
     weights = f"{dtype}, {args.weights}"
     return {"device": device, "torch and number of devices": version, "weights": weights}
 
@@ -247,7 +248,8 @@ def _arguments() -> argparse.ArgumentParser:
     run.add_argument("--rates", type=float, nargs="+", default=[8.0, 16.0, 24.0, 32.0, 48.0])
     run.add_argument("--seconds", type=float, default=12.0, help="of each rate (default %(default)s)")
     run.add_argument("--policy", help="of the router (default: the topology's)")
-    run.add_argument("--fp8", action="store_true", help="experts in FP8")
+    run.add_argument("--fp8", action="store_true", help="weights in FP8")
+    run.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     run.add_argument(
         "--weights", choices=DUMMY_SPREADS, default="variance", help="engine/checkpoint/dummy_weights.py"
     )

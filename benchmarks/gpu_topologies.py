@@ -31,6 +31,7 @@ class Scale:
     shared_prefill_budget: int = 1024  # tokens of a step beside a decode worker on the same GPU
     shared_kv_bytes: tuple[int, int] = (4 * _GIB, 6 * _GIB)  # of prefill and decode there
     fp8_weights: bool = False
+    kv_cache_dtype: str = "auto"
 
     @property
     def vocab_size(self) -> int:
@@ -109,6 +110,8 @@ def topology(
         "BATON_PREFILL_TOKEN_BUDGET": str(scale.token_budget),
         "BATON_PREFILL_FP8_WEIGHTS": str(scale.fp8_weights),
         "BATON_DECODE_FP8_WEIGHTS": str(scale.fp8_weights),
+        "BATON_PREFILL_KV_CACHE_DTYPE": scale.kv_cache_dtype,
+        "BATON_DECODE_KV_CACHE_DTYPE": scale.kv_cache_dtype,
         # All are on this machine, whether or not its system tells.
         "BATON_PREFILL_HOST_ID": SERVED_NAME,
         "BATON_DECODE_HOST_ID": SERVED_NAME,
