@@ -122,6 +122,9 @@ def topology(
         environment |= _HANDS_EVERYTHING_OFF | _shares_of_one_gpu(scale)
     elif scale.device != "cpu":
         options += ["--gpus", "0,1"]
+        # A sequence that is handed over may have to wait for a step of prompts alone.
+        budget = min(scale.token_budget, scale.mixed_budget + scale.max_running)
+        environment["BATON_DECODE_TOKEN_BUDGET"] = str(budget)
     if name == "two-handoff":
         environment |= _HANDS_EVERYTHING_OFF
     environment |= CARRIERS[carrier]

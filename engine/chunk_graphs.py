@@ -28,6 +28,14 @@ MAX_CACHED_ROWS = 16384  # of all chunks: 8 KB each for expanded keys and values
 _LAYERS_PER_EVENT = 4  # KV of so many layers can leave while the next ones are computed
 
 
+def chunk_ladder(token_budget: int) -> list[int]:
+    """Sizes of graphs; the last one is the budget, unless that is very large or very small."""
+    sizes = [size for size in LADDER if size <= token_budget]
+    if sizes and sizes[-1] < token_budget < LADDER[-1]:
+        sizes.append(token_budget)
+    return sizes
+
+
 def has_graph_events() -> bool:
     """Whether an event recorded inside a graph can be waited for outside of it."""
     event, graph, stream = torch.cuda.Event(external=True), torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -75,7 +83,7 @@ class ChunkGraphs:
         device = kv_cache.data.device
         self._model = model
         self._kv_cache = kv_cache
-        self._ladder = [size for size in LADDER if size <= token_budget]
+        self._ladder = chunk_ladder(token_budget)
         most = self._ladder[-1] if self._ladder else 0
         self._rows_3T = torch.zeros(3, most, dtype=torch.int64, device=device)  # ids, positions, slots
         self._rows_3T[2] = -1

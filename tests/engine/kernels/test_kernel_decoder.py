@@ -330,6 +330,11 @@ def test_a_sequence_is_handed_over_in_fp8(checkpoint: Path, device: str) -> None
     assert num_bytes == 2 * BLOCK_SIZE * row_bytes(RANK, ROPE)
 
 
+@pytest.mark.parametrize(("budget", "last"), [(40, []), (64, [64]), (300, [256, 300]), (9000, [7168, 8192])])
+def test_the_ladder_of_chunks_ends_at_the_budget(budget: int, last: list[int]) -> None:
+    assert chunk_graphs.chunk_ladder(budget)[-2:] == last
+
+
 def test_the_ladder_ends_at_the_largest_batch() -> None:
     assert batch_ladder(3) == [1, 2, 3]
     assert batch_ladder(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
