@@ -323,7 +323,7 @@ def publish(path: Path) -> None:
     name = document["device"].lower().replace(" ", "-")
     notes = [f"device: {document['device']}, torch {document['torch']}", *document.get("notes", [])]
     notes.append("the processor named above wrote this file; the rates are the device's")
-    title = f"Engine in process on one {document['device']}, DeepSeek-V2-Lite's shape, bfloat16"
+    title = f"Engine in process on one {document['device']}, DeepSeek-V2-Lite's shape"
     print(write_result(f"gpu-engine-{name}", title, COLUMNS, document["rows"], notes))
 
 

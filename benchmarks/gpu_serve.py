@@ -227,6 +227,8 @@ def publish(path: Path) -> None:
     document: Mapping[str, Any] = json.loads(path.read_text())
     facts = document["facts"]
     device = facts["device"].lower().replace(" ", "-")
+    if facts["weights"].startswith("FP8"):
+        device += "-fp8"
     notes = [*(f"{name}: {value}" for name, value in facts.items())]
     notes.append("the processor named above wrote this file; the figures are the device's")
     for name, found in document["topologies"].items():
