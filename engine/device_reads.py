@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from engine.block_runs import runs
-from engine.device_writes import PinnedBuffers
+from engine.device_writes import PinnedBuffers, words
 from engine.side_stream import SideStream
 
 _MAX_DIRECT_COPIES = 96  # of one rectangle; in more pieces it is gathered on the device first
@@ -38,7 +38,8 @@ def copy_out(source: torch.Tensor, block_ids: list[int], target: torch.Tensor, f
     """source and target [layers, blocks, ...]; the slots are a run. Starts the copies."""
     pieces = list(runs(block_ids))
     if len(pieces) * source.shape[0] > _MAX_DIRECT_COPIES:
-        source = source.index_select(1, torch.tensor(block_ids, device=source.device))
+        source = words(source).index_select(1, torch.tensor(block_ids, device=source.device))
+        target = words(target)
         pieces = [(0, 0, len(block_ids))]
     for blocks, slots in zip(source, target, strict=True):
         for start, first_id, length in pieces:

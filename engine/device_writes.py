@@ -109,7 +109,7 @@ def copy_in(source: torch.Tensor, target: torch.Tensor, block_ids: list[int]) ->
     pieces = list(runs(block_ids))
     if len(pieces) * target.shape[0] > _MAX_DIRECT_COPIES:
         index = torch.tensor(block_ids, device=target.device)
-        target.index_copy_(1, index, source.to(target.device, non_blocking=True))
+        words(target).index_copy_(1, index, words(source.to(target.device, non_blocking=True)))
         return
     for blocks, new in zip(target, source, strict=True):
         for start, first_id, length in pieces:
@@ -122,8 +122,8 @@ def copy_across(
     """Both [layers, all blocks, ...] and contiguous. Starts the copies."""
     pieces = list(common_runs(source_ids, target_ids))
     if len(pieces) * target.shape[0] > _MAX_DIRECT_COPIES:
-        picked = _words(source).index_select(1, torch.tensor(source_ids, device=source.device))
-        _words(target).index_copy_(1, torch.tensor(target_ids, device=target.device), picked)
+        picked = words(source).index_select(1, torch.tensor(source_ids, device=source.device))
+        words(target).index_copy_(1, torch.tensor(target_ids, device=target.device), picked)
         return
     for new, blocks in zip(source, target, strict=True):
         for source_id, target_id, length in pieces:
@@ -132,7 +132,7 @@ def copy_across(
             )
 
 
-def _words(blocks: torch.Tensor) -> torch.Tensor:
+def words(blocks: torch.Tensor) -> torch.Tensor:
     """[layers, blocks, words] of the same bytes: the wider the words, the faster they are gathered."""
     flat = blocks.view(*blocks.shape[:2], -1)
     is_even = flat.shape[2] * flat.element_size() % torch.int64.itemsize == 0

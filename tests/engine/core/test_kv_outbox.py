@@ -227,10 +227,15 @@ def test_close_drops_what_was_not_copied_and_ends_the_thread(outbox: KvOutbox) -
     outbox.close()
 
 
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 3), (torch.uint8, 2), (torch.uint8, 3)])
 @pytest.mark.parametrize("block_ids", [[3, 4, 5, 6], [9, 1, 2, 7], list(range(199, 99, -1))])
-def test_copies_out_and_in_hit_their_blocks_in_runs_and_gathered(block_ids: list[int]) -> None:
-    source = torch.randn(2, 200, 4, 3)
-    middle, back = torch.zeros(2, 150, 4, 3), torch.zeros(2, 200, 4, 3)
+def test_copies_out_and_in_hit_their_blocks_in_runs_and_gathered(
+    block_ids: list[int], dtype: torch.dtype, width: int
+) -> None:
+    """48, 8 and 12 bytes of a block: whole words, and not."""
+    source = torch.randint(1, 255, (2, 200, 4, width)).to(dtype)
+    middle = torch.zeros(2, 150, 4, width, dtype=dtype)
+    back = torch.zeros(2, 200, 4, width, dtype=dtype)
     copy_out(source, block_ids, middle, 20)
     copied = middle[:, 20 : 20 + len(block_ids)]
     assert torch.equal(copied, source[:, block_ids])
