@@ -26,7 +26,7 @@ from engine.kernels import compile_ahead
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--fp8", action="store_true", help="FP8 experts")
+    parser.add_argument("--fp8", action="store_true", help="weights in FP8")
     parser.add_argument("--serial", action="store_true")
     parser.add_argument("--cache", type=Path, metavar="DIR")
     args = parser.parse_args()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from engine.attention.device_plan import context_slots
+from engine.attention.plan import stored_rows
 from engine.forward_batch import ForwardBatch
 from engine.uploads import upload
 
@@ -50,22 +51,18 @@ def plan_packed(batch: ForwardBatch, cache: torch.Tensor) -> PackedPlan:
     """cache: any layer's, for its block size and device."""
     device, block_size = cache.device, cache.shape[1]
     lengths = np.array(batch.context_len)
-    query_start = np.array(batch.query_start)
     starts = np.zeros((2, batch.num_seqs + 1), dtype=np.int32)
-    starts[0] = query_start
+    starts[0] = batch.query_start
     np.cumsum(lengths, out=starts[1, 1:])
-    query_start_here, context_start = upload(starts, device).unbind()
-    slots_T, stored_rows = batch.slot_mapping_T, None
-    if batch.has_unstored_rows:
-        stored_rows = (slots_T >= 0).nonzero().squeeze(1)
-        slots_T = slots_T[stored_rows]
+    query_start, context_start = upload(starts, device).unbind()
+    slots, rows = stored_rows(batch)
     return PackedPlan(
-        slots=slots_T,
-        stored_rows=stored_rows,
+        slots=slots,
+        stored_rows=rows,
         context_slots_L=upload(context_slots(batch.block_tables, batch.context_len, block_size), device),
-        query_start=query_start_here,
+        query_start=query_start,
         context_start=context_start,
-        max_queries=int(np.diff(query_start).max()),
+        max_queries=int(np.diff(starts[0]).max()),
         max_context=int(lengths.max()),
     )
 

@@ -79,11 +79,16 @@ def plan_attention(batch: ForwardBatch, cache: torch.Tensor) -> AttentionPlan:
         Chunk(batch.query_start[s], batch.query_start[s + 1], _context(batch, s, cache))
         for s in range(num_decodes, batch.num_seqs)
     ]
-    slots_T, stored_rows = batch.slot_mapping_T, None
-    if batch.has_unstored_rows:
-        stored_rows = (slots_T >= 0).nonzero().squeeze(1)
-        slots_T = slots_T[stored_rows]
-    return AttentionPlan(slots_T, stored_rows, num_decodes, padded, decodes, chunks)
+    return AttentionPlan(*stored_rows(batch), num_decodes, padded, decodes, chunks)
+
+
+def stored_rows(batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Slots of the rows that are stored, and which rows these are; None: all."""
+    slots_T = batch.slot_mapping_T
+    if not batch.has_unstored_rows:
+        return slots_T, None
+    rows = (slots_T >= 0).nonzero().squeeze(1)
+    return slots_T[rows], rows
 
 
 def _is_padding_cheaper(batch: ForwardBatch, cache: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from engine.kernels.attention_prefill import CachedRows
-from engine.kernels.mla_fp8_cache import gather_context, is_fp8
+from engine.kernels.mla_fp8_cache import context_slots, gather_context, is_fp8
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,8 @@ def expand_context(
     num_columns, rank = expansion_KC.shape
     is_gathered = is_fp8(cache)
     if is_gathered:
-        cache = gather_context(cache, block_tables_SB, start_S, rank, max_rows, expansion_KC.dtype).unsqueeze(
-            1
-        )
+        rows_LC = gather_context(cache, block_tables_SB, start_S, rank, max_rows, expansion_KC.dtype)
+        cache = rows_LC.unsqueeze(1)
     if tuning is None:
         tuning = FP32_TUNING if cache.dtype == torch.float32 else BF16_TUNING
     rope = cache.shape[2] - rank
@@ -118,13 +117,9 @@ def _expand_kernel(
         if IS_GATHERED:
             slots = tl.minimum(rows, num_rows - 1).to(tl.int64)
         else:
-            seqs = tl.zeros([ROWS], tl.int32)
-            for i in range(1, num_seqs):
-                seqs += (rows >= tl.load(start_ptr + i)).to(tl.int32)
-            places = rows - tl.load(start_ptr + seqs)
-            table = tables_ptr + seqs.to(tl.int64) * table_stride
-            blocks = tl.load(table + places // BLOCK_SIZE, mask=is_row, other=0).to(tl.int64)
-            slots = blocks * BLOCK_SIZE + places % BLOCK_SIZE
+            slots = context_slots(
+                rows, is_row, tables_ptr, start_ptr, table_stride, num_seqs, BLOCK_SIZE, ROWS
+            )
         cached = cache_ptr + slots * (RANK + ROPE)
         weights = expansion_ptr + (columns % num_columns).to(tl.int64) * RANK
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)

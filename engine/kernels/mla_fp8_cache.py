@@ -14,9 +14,7 @@ import triton.language as tl
 from engine.kernels.mla_fp8_rows import rope_of
 
 _ROWS = 8  # of a program that gathers
-_MAX_PROGRAMS = (
-    1056  # of the launch over a context that may be empty: eight for each multiprocessor of an H100
-)
+_MAX_PROGRAMS = 1056  # over a context that may be empty: eight for each multiprocessor of an H100
 
 
 def is_fp8(cache: torch.Tensor) -> bool:
@@ -154,6 +152,27 @@ def _copy_rows(cache_ptr, slots, out_ptr, rows, is_row, RANK: tl.constexpr, ROPE
 
 
 @triton.jit
+def context_slots(
+    rows,
+    is_row,
+    tables_ptr,
+    start_ptr,
+    table_stride,
+    num_seqs,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """int64 [ROWS]: where these rows of all contexts, one behind the other, lie in a paged cache."""
+    seqs = tl.zeros([ROWS], tl.int32)
+    for i in range(1, num_seqs):
+        seqs += (rows >= tl.load(start_ptr + i)).to(tl.int32)
+    places = rows - tl.load(start_ptr + seqs)
+    table = tables_ptr + seqs.to(tl.int64) * table_stride
+    blocks = tl.load(table + places // BLOCK_SIZE, mask=is_row, other=0).to(tl.int64)
+    return blocks * BLOCK_SIZE + places % BLOCK_SIZE
+
+
+@triton.jit
 def _gather_rows_kernel(
     cache_ptr, slots_ptr, out_ptr, num_rows, RANK: tl.constexpr, ROPE: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -180,11 +199,5 @@ def _gather_context_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + tl.arange(0, ROWS)
         is_row = rows < num_rows
-        seqs = tl.zeros([ROWS], tl.int32)
-        for i in range(1, num_seqs):
-            seqs += (rows >= tl.load(start_ptr + i)).to(tl.int32)
-        places = rows - tl.load(start_ptr + seqs)
-        table = tables_ptr + seqs.to(tl.int64) * table_stride
-        blocks = tl.load(table + places // BLOCK_SIZE, mask=is_row, other=0).to(tl.int64)
-        slots = blocks * BLOCK_SIZE + places % BLOCK_SIZE
+        slots = context_slots(rows, is_row, tables_ptr, start_ptr, table_stride, num_seqs, BLOCK_SIZE, ROWS)
         _copy_rows(cache_ptr, slots, out_ptr, rows, is_row, RANK, ROPE)
