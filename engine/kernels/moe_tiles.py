@@ -43,6 +43,12 @@ class OneTokenTiles:
 
 ExpertTiles = MoeTiles | OneTokenTiles | SpecialisedTiles
 
+
+def _swapped(columns: int, num_stages: int) -> Tile:
+    """Of few rows in FP8."""
+    return Tile(columns, 128, 4, num_stages, is_bulk=True, is_swapped=True)
+
+
 # Up to so many tokens.
 _BF16: dict[int, MoeTiles | OneTokenTiles] = {
     1: OneTokenTiles(FewRowsTile(4, 8), FewRowsTile(2, 4)),
@@ -58,12 +64,9 @@ _BF16: dict[int, MoeTiles | OneTokenTiles] = {
     1 << 40: MoeTiles(128, Tile(128, 64, 8, 4, 8, is_bulk=True), Tile(256, 64, 8, 4, 8, is_bulk=True)),
 }
 _FP8: dict[int, MoeTiles] = {
-    1: MoeTiles(16, Tile(128, 128, 4, 4, is_bulk=True), Tile(64, 128, 4, 4, is_bulk=True)),
-    8: MoeTiles(16, Tile(128, 128, 4, 4, is_bulk=True), Tile(128, 128, 4, 3, is_bulk=True)),
-    24: MoeTiles(16, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3, is_bulk=True)),
-    48: MoeTiles(16, Tile(128, 128, 4, 3, is_bulk=True), Tile(128, 128, 4, 3, is_bulk=True)),
-    96: MoeTiles(16, Tile(128, 128, 4, 3), Tile(128, 128, 4, 4, is_bulk=True)),
-    192: MoeTiles(32, Tile(128, 128, 4, 3, is_bulk=True), Tile(128, 128, 4, 3, is_bulk=True), False),
+    16: MoeTiles(16, _swapped(128, 3), _swapped(64, 4), quantises_h=True),
+    96: MoeTiles(16, _swapped(128, 3), _swapped(128, 4), quantises_h=True),
+    192: MoeTiles(32, _swapped(128, 3), _swapped(128, 3), quantises_inside=False, quantises_h=True),
     384: MoeTiles(64, Tile(64, 128, 4, 3, is_bulk=True), Tile(128, 128, 4, 3, is_bulk=True), False),
     768: MoeTiles(64, Tile(64, 128, 4, 4, 8), Tile(128, 128, 4, 4, 8, is_bulk=True), False),
     4096: MoeTiles(64, Tile(64, 128, 4, 3, 8, is_bulk=True), Tile(128, 128, 4, 3, 8, is_bulk=True), False),
