@@ -55,6 +55,10 @@ class DeviceLaunch:
     def is_open(self) -> bool:
         return not self.by_host and (self.has_decodes or all(seq.keeps_blocks for seq in self.places))
 
+    @property
+    def is_done(self) -> bool:
+        return self.done is None or self.done.query()
+
     @torch.inference_mode()
     def collect(self) -> StepResult:
         if self.done is not None:

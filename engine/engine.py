@@ -41,9 +41,12 @@ from engine.sequence import Sequence, SequenceStatus
 from engine.speculation.draft_state import DraftState
 from engine.speculation.handed_draft import HandedDraft, pack_draft
 from engine.speculation.verification import NewTokens
-from engine.step_stats import EngineLoad, build_stats, measure_load
+from engine.step_clock import StepClock, Work
+from engine.step_stats import EngineLoad, StepTimes, build_stats, measure_load
 from engine.tiers.tier_store import LowerTiers, TierStore
 from kvstore.block_hash import BlockHash, HashChain
+
+Listen = Callable[[float], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,11 @@ class _Step:
     began: float  # monotonic
     launch: Launch | None  # None: there was nothing to compute
     num_computed: list[int]  # tokens of each sequence once it is done
+    kept_device_waiting: bool = False  # it ended before the step behind it was launched
+
+    @property
+    def work(self) -> Work:
+        return self.batch.num_decodes, self.batch.num_prefill_tokens
 
 
 class Engine:
@@ -108,6 +116,7 @@ class Engine:
         self._handoffs = Handoffs(self._scheduler)
         self._seqs: dict[int, Sequence] = {}
         self._next: _Step | None = None  # launched before the tokens of the last one were read
+        self._clock = StepClock()
         self._last_read = 0.0  # monotonic: when the last step was done
         self._is_stalled = False  # the last step found nothing to compute, and nothing has changed since
         self._has_news = bool(self._tiers.places.hashes())  # for the next step; set by any thread
@@ -249,20 +258,36 @@ class Engine:
         if self._pins.unpin(pin_id):
             self._blocks_came_back()
 
-    def step(self) -> StepOutput:
+    def step(self, listen: Listen | None = None) -> StepOutput:
         """The tokens of one batch, or with expert parallelism of one idle step when other ranks have tokens
-        and this one none. Where that is possible the batch behind it is under way then."""
+        and this one none. Where that is possible the batch behind it is under way then.
+
+        listen(seconds) may call every other method for so long; who is added or committed then is in the
+        batch behind."""
         step, self._next = self._next, None
         if step is None:
             step = self._start()
         if step.launch is not None and step.launch.is_open and self._may_launch_ahead():
-            ahead = self._start()
-            if ahead.launch is not None or ahead.batch.met:
-                self._next = ahead
+            self._launch_ahead(step, step.launch, listen)
         return self._finish_step(step)
 
     def _may_launch_ahead(self) -> bool:
         return self.ep is None and self.device_share.is_whole and self._scheduler.can_plan_ahead()
+
+    def _launch_ahead(self, step: _Step, launch: Launch, listen: Listen | None) -> None:
+        """Behind a step that runs."""
+        plan_at = now = time.monotonic()
+        if listen is not None and not launch.is_done:
+            plan_at = max(now, self._clock.plan_at(step.work, max(step.began, self._last_read)))
+            if plan_at > now:
+                listen(plan_at - now)
+            if not self._may_launch_ahead():
+                return
+        ahead = self._start()
+        self._clock.planned(plan_at)
+        step.kept_device_waiting = launch.is_done
+        if ahead.launch is not None or ahead.batch.met:
+            self._next = ahead
 
     def _start(self) -> _Step:
         began = time.monotonic()
@@ -286,6 +311,8 @@ class Engine:
         now = time.monotonic()
         step_s = now - max(step.began, self._last_read)  # the device is done with one step after the other
         self._last_read = now
+        if step.launch is not None:
+            self._clock.ended(step.work, step_s, was_late=step.kept_device_waiting)
         if batch.num_prefill_tokens and self.ep is None:
             self.device_share.spent(step_s)
         self._scheduler.loads.planner.observe_step(batch.num_prefill_tokens, step_s)
@@ -308,7 +335,7 @@ class Engine:
         stats = build_stats(
             self._scheduler,
             batch,
-            step_s,
+            StepTimes(step_s, now, step.kept_device_waiting),
             is_idle_step=step.launch is not None and not batch.seqs,
             result=result,
             tiers=self._tiers.stats(),

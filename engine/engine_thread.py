@@ -66,8 +66,9 @@ class EngineThread:
         return not self._thread.is_alive()
 
     def call(self, fn: Callable[[Engine], R]) -> Future[R]:
-        """Run `fn` on the engine thread between two steps. Its exception is the future's; EngineStopped when
-        the engine has ended. From the engine thread itself (a callback): runs before the next step."""
+        """Run `fn` on the engine thread between two steps, or while a device computes one. Its exception is
+        the future's; EngineStopped when the engine has ended. From the engine thread itself (a callback):
+        runs before the next step."""
         future: Future[R] = Future()
         with self._lock:
             if self._has_ended:
@@ -101,7 +102,7 @@ class EngineThread:
             if self._stop_at is not None and self._has_left(self._stop_at):
                 return
             if engine.has_work or (engine.ep is not None and engine.ep.is_awake):
-                self._on_step(engine.step())
+                self._on_step(engine.step(self._listen))
             else:
                 self._wait()
 
@@ -125,6 +126,15 @@ class EngineThread:
             self._execute(self._commands.get(timeout=timeout_s))
         except queue.Empty:
             pass
+
+    def _listen(self, seconds: float) -> None:
+        """Commands, as they come; until then, or until the thread is to stop."""
+        until = time.monotonic() + seconds
+        while self._stop_at is None and (left_s := until - time.monotonic()) > 0.0:
+            try:
+                self._execute(self._commands.get(timeout=left_s))
+            except queue.Empty:
+                return
 
     def _run_commands(self) -> None:
         """Those that are there now; a command that a command adds waits for the next round."""

@@ -24,6 +24,11 @@ class Launch(Protocol):
         """Another step may be launched before collect(): every token it needs is on the device."""
         ...
 
+    @property
+    def is_done(self) -> bool:
+        """collect() would not wait."""
+        ...
+
     def collect(self) -> StepResult:
         """Waits for the step. Once."""
         ...
@@ -35,6 +40,7 @@ class FinishedLaunch:
 
     result: StepResult
     is_open: bool = False
+    is_done: bool = True
 
     def collect(self) -> StepResult:
         return self.result

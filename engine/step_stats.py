@@ -21,6 +21,15 @@ class EngineLoad:
     num_total_blocks: int
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """As in StepStats."""
+
+    step_s: float
+    ended_at: float
+    kept_device_waiting: bool
+
+
 def measure_load(scheduler: Scheduler) -> EngineLoad:
     pool = scheduler.pool
     return EngineLoad(
@@ -37,7 +46,7 @@ def measure_load(scheduler: Scheduler) -> EngineLoad:
 def build_stats(
     scheduler: Scheduler,
     batch: ScheduledBatch,
-    step_s: float,
+    times: StepTimes,
     *,
     is_idle_step: bool,
     result: StepResult,
@@ -58,7 +67,9 @@ def build_stats(
         num_hit_tokens=sum(seq.num_hit_tokens for seq in batch.started)
         + sum(met.num_hit_tokens for met in batch.met),
         num_queried_tokens=sum(seq.num_prompt_tokens for seq in batch.started),
-        step_s=step_s,
+        step_s=times.step_s,
+        ended_at=times.ended_at,
+        kept_device_waiting=times.kept_device_waiting,
         is_idle_step=is_idle_step,
         expert_load=result.expert_load,
         grammar=result.grammar,

@@ -57,6 +57,7 @@ from worker.peer_fetcher import PeerFetcher
 from worker.registration import LEASE_S, Registration
 from worker.settings import WorkerSettings
 from worker.state_page import StatePage
+from worker.step_log import log_step
 from worker.transfers import TransferEnvironment
 from worker.vllm_metrics import add_vllm_metrics
 from worker.worker_metrics import WorkerMetrics
@@ -185,6 +186,8 @@ class WorkerProcess:
         for observer in (load, engine_metrics):
             async_engine.subscribe(observer.observe)
             async_engine.subscribe_load(observer.observe_load)
+        if log.shows_debug:
+            async_engine.subscribe(log_step)
         transfers = TransferEnvironment.build(
             async_engine,
             self._settings.host_id or host_id(),

@@ -9,6 +9,8 @@ at the wrong place or a stale token changes what follows.
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -47,6 +49,11 @@ class CountingLaunch:
     found: dict[Sequence, int]
     is_open: bool
     was_collected: bool = False
+    has_ended: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        return self.was_collected or self.has_ended
 
     def collect(self) -> StepResult:
         assert not self.was_collected
@@ -117,8 +124,19 @@ def sequence(seq_id: int, prompt: list[int], max_tokens: int, num_logprobs: int 
     return Sequence(seq_id, prompt, sampling)
 
 
-def run(engine: Engine, found: dict[int, list[int]], reasons: dict[int, FinishReason]) -> None:
-    for output in engine.step().outputs:
+def always_listens(engine: Engine) -> Engine:
+    """To the end of each step that runs, however short it is."""
+    engine._clock.plan_at = lambda work, began: time.monotonic() + 60.0  # type: ignore[method-assign]
+    return engine
+
+
+def run(
+    engine: Engine,
+    found: dict[int, list[int]],
+    reasons: dict[int, FinishReason],
+    listen: Callable[[float], None] | None = None,
+) -> None:
+    for output in engine.step(listen).outputs:
         assert output.seq_id not in reasons
         found.setdefault(output.seq_id, []).extend(output.token_ids)
         if output.finish_reason is not None:
@@ -126,41 +144,76 @@ def run(engine: Engine, found: dict[int, list[int]], reasons: dict[int, FinishRe
     engine.check_integrity()
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_tokens_are_those_of_a_sequence_alone(seed: int) -> None:
-    rng = random.Random(seed)
-    engine, device = build(num_blocks=rng.choice([14, 18, 40]))
-    shared = [rng.randrange(1, VOCAB) for _ in range(9)]
-    prompts: dict[int, tuple[list[int], int]] = {}
-    found: dict[int, list[int]] = {}
-    reasons: dict[int, FinishReason] = {}
-    aborted: set[int] = set()
-    for seq_id in range(40):
+class Traffic:
+    """Sequences that come and are aborted at random, between steps or also while one runs."""
+
+    def __init__(self, seed: int, *, listens: bool) -> None:
+        self.rng = rng = random.Random(seed)
+        self.engine, self.device = build(num_blocks=rng.choice([14, 18, 40]))
+        self._listen = self.listen if listens else None
+        if listens:
+            always_listens(self.engine)
+        self.num_heard = 0
+        self.prompts: dict[int, tuple[list[int], int]] = {}
+        self.found: dict[int, list[int]] = {}
+        self.reasons: dict[int, FinishReason] = {}
+        self.aborted: set[int] = set()
+        self._shared = [rng.randrange(1, VOCAB) for _ in range(9)]
+
+    def run(self, num_seqs: int) -> None:
+        rng = self.rng
+        while len(self.prompts) < num_seqs:
+            self.add()
+            for _ in range(rng.randrange(4)):
+                self.step()
+            if rng.random() < 0.15:
+                self.abort()
+        while self.engine.has_work:
+            self.step()
+
+    def step(self) -> None:
+        if self.engine.has_work:
+            run(self.engine, self.found, self.reasons, self._listen)
+
+    def listen(self, seconds: float) -> None:
+        assert 0.0 < seconds < 61.0
+        self.num_heard += 1
+        for _ in range(self.rng.choice([0, 0, 1, 2]) if len(self.prompts) < 40 else 0):
+            self.add()
+        if self.rng.random() < 0.05:
+            self.abort()
+
+    def add(self) -> None:
+        rng, seq_id = self.rng, len(self.prompts)
         own = [rng.randrange(1, VOCAB) for _ in range(rng.randrange(1, 20))]
-        prompt = shared[: rng.choice([0, 4, 9])] + own
-        prompts[seq_id] = prompt, rng.randrange(1, 24)
-        engine.add(sequence(seq_id, *prompts[seq_id], num_logprobs=rng.choice([None] * 6 + [0])))
-        for _ in range(rng.randrange(4)):
-            if engine.has_work:
-                run(engine, found, reasons)
-        if rng.random() < 0.15:
-            victim = rng.randrange(seq_id + 1)
-            if victim not in reasons:
-                aborted.add(victim)
-                engine.abort(victim)
-                engine.check_integrity()
-    while engine.has_work:
-        run(engine, found, reasons)
-    for seq_id, (prompt, max_tokens) in prompts.items():
-        expected = alone(prompt, max_tokens)
-        if seq_id in aborted:
-            assert expected[: len(found.get(seq_id, []))] == found.get(seq_id, [])
+        self.prompts[seq_id] = self._shared[: rng.choice([0, 4, 9])] + own, rng.randrange(1, 24)
+        num_logprobs = rng.choice([None] * 6 + [0])
+        self.engine.add(sequence(seq_id, *self.prompts[seq_id], num_logprobs=num_logprobs))
+
+    def abort(self) -> None:
+        victim = self.rng.randrange(len(self.prompts))
+        if victim not in self.reasons:
+            self.aborted.add(victim)
+            self.engine.abort(victim)
+            self.engine.check_integrity()
+
+
+@pytest.mark.parametrize("listens", [False, True])
+@pytest.mark.parametrize("seed", range(30))
+def test_tokens_are_those_of_a_sequence_alone(seed: int, listens: bool) -> None:
+    traffic = Traffic(seed, listens=listens)
+    traffic.run(num_seqs=40)
+    for seq_id, (prompt, max_tokens) in traffic.prompts.items():
+        expected, found = alone(prompt, max_tokens), traffic.found.get(seq_id, [])
+        if seq_id in traffic.aborted:
+            assert expected[: len(found)] == found
         else:
-            assert found[seq_id] == expected, seq_id
+            assert found == expected, seq_id
             is_stopped = expected[-1] == EOS
-            assert reasons[seq_id] is (FinishReason.STOP if is_stopped else FinishReason.LENGTH)
-    assert device.num_ahead > 20
-    assert all(launch.was_collected for launch in device.launches)
+            assert traffic.reasons[seq_id] is (FinishReason.STOP if is_stopped else FinishReason.LENGTH)
+    assert traffic.device.num_ahead > 20
+    assert (traffic.num_heard > 20) is listens
+    assert all(launch.was_collected for launch in traffic.device.launches)
 
 
 def test_every_step_behind_the_first_is_launched_ahead() -> None:
@@ -183,6 +236,39 @@ def test_a_chunk_is_launched_beside_decodes_that_are_under_way() -> None:
     engine.step()
     assert [len(launch.found) for launch in device.launches] == [1, 1, 2]
     assert [launch.was_collected for launch in device.launches] == [True, True, False]
+
+
+def test_who_joins_while_a_step_runs_is_in_the_next_one() -> None:
+    """And hears of its first token after that one step, not after two."""
+    engine, device = build(num_blocks=40)
+    always_listens(engine)
+    engine.add(sequence(0, [1, 2, 3], 20))
+    engine.step()
+    late = sequence(1, [5] * 3, 3)
+    engine.step(lambda seconds: None if late.arrival else engine.add(late))
+    assert [len(launch.found) for launch in device.launches] == [1, 1, 2]
+    assert {output.seq_id for output in engine.step().outputs} == {0, 1}
+
+
+def test_who_leaves_while_a_step_runs_is_not_in_the_next_one() -> None:
+    engine, device = build(num_blocks=40)
+    always_listens(engine)
+    for seq_id in range(2):
+        engine.add(sequence(seq_id, [1, 2, 3], 20))
+    engine.step()
+    step = engine.step(lambda seconds: engine.abort(1))
+    assert [output.seq_id for output in step.outputs] == [0]
+    assert [len(launch.found) for launch in device.launches] == [2, 2, 1]
+
+
+def test_a_step_that_has_ended_is_not_listened_beside() -> None:
+    engine, device = build(num_blocks=40)
+    always_listens(engine)
+    engine.add(sequence(0, [1, 2, 3], 20))
+    engine.step()
+    device.launches[-1].has_ended = True
+    engine.step(lambda seconds: pytest.fail("the device waits"))
+    assert len(device.launches) == 3
 
 
 def test_without_a_free_block_the_step_under_way_is_read_first() -> None:
