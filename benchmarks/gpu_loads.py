@@ -66,6 +66,7 @@ class Clients:
         self._loads = loads
         self._vocab_size = vocab_size
         self._seed = 0
+        self.measured: list[RequestMeasurement] = []  # of the last sweep
 
     async def warm_up(self) -> None:
         for row in self._loads.warm_up:
@@ -94,6 +95,7 @@ class Clients:
         num_requests = max(2, round(rate * seconds))
         sessions = mixed_sessions((loads.chat, loads.long), num_requests, self._vocab_size, seed)
         measured = await open_sessions(self._target, sessions, poisson_arrivals(num_requests, rate, seed))
+        self.measured = measured
         return sweep_row(rate, measured)
 
     async def isolation(self, streams: int) -> list[dict[str, Any]]:

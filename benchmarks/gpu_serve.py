@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_serve run [--topologies both shared two] [--parts rows sweep isolation handoff]
                                        [--rows 0 4 7] [--rates 8 16 24] [--seconds 12] [--json FILE]
-                                       [--carriers ipc pinned grpc]
+                                       [--carriers ipc pinned grpc] [--gaps]
     python -m benchmarks.gpu_serve publish FILE
 
 DeepSeek-V2-Lite's shape with made-up weights. Parts:
@@ -28,13 +28,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from baton.bench.load import Target
+from baton.bench.measurement import RequestMeasurement
 from benchmarks import gpu_table
+from benchmarks.gap_causes import (
+    CAUSE_COLUMNS,
+    LONGEST_COLUMNS,
+    cause_rows,
+    logged_steps,
+    longest_gaps,
+    longest_rows,
+)
 from benchmarks.gpu_loads import (
     ADDED_COLUMNS,
     HANDOFF_COLUMNS,
@@ -87,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
             document["topologies"][title] = found
             try:
                 plan = topology(topology_name, model_dir, scale, args.policy, carrier)
+                if args.gaps:
+                    plan = replace(plan, environment={**plan.environment, "BATON_DECODE_LOG_LEVEL": "DEBUG"})
                 _run_topology(title, plan, args, log_dir / title, found)
             except Exception as error:  # noqa: BLE001 - device time is scarce: on to the next one
                 failed += 1
@@ -139,6 +150,8 @@ async def _measure(
         rows = found.setdefault(part, [])
         _show(part, COLUMNS[part], [])
         async for row in _part(part, clients, args, loads, hands_off=name != "both"):
+            if part == "sweep" and args.gaps:
+                _show_gaps(clients.measured, log_dir)
             if part == "handoff":
                 row = {"carrier": _last_carrier(log_dir), **row}
             rows.append(row)
@@ -162,6 +175,13 @@ async def _part(
         yield await clients.handoff()
     else:
         yield await clients.without_handoff()
+
+
+def _show_gaps(measured: Sequence[RequestMeasurement], log_dir: Path) -> None:
+    steps = logged_steps(event for process, event in _log_events(log_dir) if process.startswith("decode"))
+    gaps = longest_gaps([m for m in measured if m.class_name == "chat"], steps)
+    _show("longest gaps of the chat requests below", CAUSE_COLUMNS, cause_rows(gaps))
+    _show("the longest of all", LONGEST_COLUMNS, longest_rows(gaps))
 
 
 def _show(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
@@ -249,6 +269,9 @@ def _arguments() -> argparse.ArgumentParser:
     run.add_argument("--rows", type=int, nargs="+", help="of the table (default: all)")
     run.add_argument("--rates", type=float, nargs="+", default=[8.0, 16.0, 24.0, 32.0, 48.0])
     run.add_argument("--seconds", type=float, default=12.0, help="of each rate (default %(default)s)")
+    run.add_argument(
+        "--gaps", action="store_true", help="logs every step: what the longest gaps of a sweep were"
+    )
     run.add_argument("--policy", help="of the router (default: the topology's)")
     run.add_argument("--fp8", action="store_true", help="weights in FP8")
     run.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
