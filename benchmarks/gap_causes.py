@@ -21,6 +21,7 @@ CAUSE_COLUMNS = (
     "outside ms",
 )
 LONGEST_COLUMNS = ("ms", "after token", "steps: ms, decodes + prompt tokens", "outside ms")
+PAUSE_COLUMNS = ("process", "searches for garbage over 1 ms", "longest ms", "generations")
 _SHARE = 0.05  # of the requests, those with the longest gaps
 
 
@@ -105,6 +106,23 @@ def longest_rows(gaps: Sequence[Gap], num_rows: int = 8) -> list[dict[str, Any]]
             "outside ms": _ms(gap.outside_s),
         }
         for gap in gaps[:num_rows]
+    ]
+
+
+def pause_rows(events: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """events: (process, event)"""
+    searches: dict[str, list[Mapping[str, Any]]] = {}
+    for process, event in events:
+        if event.get("event") == "garbage_search":
+            searches.setdefault(process, []).append(event)
+    return [
+        {
+            "process": process,
+            "searches for garbage over 1 ms": len(found),
+            "longest ms": _ms(max(event["elapsed_s"] for event in found)),
+            "generations": " ".join(sorted({str(event["generation"]) for event in found})),
+        }
+        for process, found in searches.items()
     ]
 
 

@@ -15,6 +15,7 @@ from baton.http_client import HttpClient
 from benchmarks.gpu_table import ROWS
 from benchmarks.handoff import Sample, sample
 from benchmarks.serving import Server
+from servicekit.garbage import exempt_from_garbage_search
 
 SLO_TTFT_S, SLO_TPOT_S = 1.0, 0.015
 SWEEP_COLUMNS = (
@@ -94,6 +95,7 @@ class Clients:
         loads, seed = self._loads, self._next_seed()
         num_requests = max(2, round(rate * seconds))
         sessions = mixed_sessions((loads.chat, loads.long), num_requests, self._vocab_size, seed)
+        exempt_from_garbage_search()  # pauses of the client are not the server's
         measured = await open_sessions(self._target, sessions, poisson_arrivals(num_requests, rate, seed))
         self.measured = measured
         return sweep_row(rate, measured)

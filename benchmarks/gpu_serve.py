@@ -39,10 +39,12 @@ from benchmarks import gpu_table
 from benchmarks.gap_causes import (
     CAUSE_COLUMNS,
     LONGEST_COLUMNS,
+    PAUSE_COLUMNS,
     cause_rows,
     logged_steps,
     longest_gaps,
     longest_rows,
+    pause_rows,
 )
 from benchmarks.gpu_loads import (
     ADDED_COLUMNS,
@@ -78,6 +80,7 @@ COLUMNS = {
 START_COLUMNS = ("process", "event", "seconds")
 _START_TIMEOUT_S = 400.0
 _TAIL_BYTES = 3000
+_DEBUG_LOGS = {f"BATON_{process}_LOG_LEVEL": "DEBUG" for process in ("ROUTER", "PREFILL", "DECODE")}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 plan = topology(topology_name, model_dir, scale, args.policy, carrier)
                 if args.gaps:
-                    plan = replace(plan, environment={**plan.environment, "BATON_DECODE_LOG_LEVEL": "DEBUG"})
+                    plan = replace(plan, environment={**plan.environment, **_DEBUG_LOGS})
                 _run_topology(title, plan, args, log_dir / title, found)
             except Exception as error:  # noqa: BLE001 - device time is scarce: on to the next one
                 failed += 1
@@ -182,6 +185,7 @@ def _show_gaps(measured: Sequence[RequestMeasurement], log_dir: Path) -> None:
     gaps = longest_gaps([m for m in measured if m.class_name == "chat"], steps)
     _show("longest gaps of the chat requests below", CAUSE_COLUMNS, cause_rows(gaps))
     _show("the longest of all", LONGEST_COLUMNS, longest_rows(gaps))
+    _show("pauses of whole processes so far", PAUSE_COLUMNS, pause_rows(_log_events(log_dir)))
 
 
 def _show(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:

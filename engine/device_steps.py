@@ -49,6 +49,7 @@ class DeviceLaunch:
     by_host: list[tuple[torch.Tensor, list[Sequence]]] = field(default_factory=list)
     found_P: torch.Tensor | None = None  # on the host, once the step is done
     load_LE: torch.Tensor | None = None  # likewise
+    began: torch.cuda.Event | None = None  # the device reaches it when it is done with the step before
     done: torch.cuda.Event | None = None
 
     @property
@@ -58,6 +59,12 @@ class DeviceLaunch:
     @property
     def is_done(self) -> bool:
         return self.done is None or self.done.query()
+
+    @property
+    def device_s(self) -> float | None:
+        if self.began is None or self.done is None:
+            return None
+        return self.began.elapsed_time(self.done) / 1e3
 
     @torch.inference_mode()
     def collect(self) -> StepResult:
@@ -129,6 +136,9 @@ class DeviceSteps:
         """The launch before may be under way if it is open; it is collected before the next one. Prompt
         logprobs are waited for, and appended to their sequences."""
         launch = DeviceLaunch(self._sampler, has_decodes=self._decodes is not None)
+        if self._device.type == "cuda":
+            launch.began = torch.cuda.Event(enable_timing=True)
+            launch.began.record()
         decodes, chunks = ScheduledBatch(), batch
         if self._decodes is not None:
             decodes, chunks = batch.split(lambda seq: not seq.wants_prompt_logprobs)
@@ -234,7 +244,7 @@ class DeviceSteps:
                 host_LE = torch.empty(load_LE.shape, dtype=load_LE.dtype, pin_memory=is_cuda)
                 launch.load_LE = host_LE.copy_(load_LE, non_blocking=True)
         if is_cuda:
-            launch.done = torch.cuda.Event()
+            launch.done = torch.cuda.Event(enable_timing=True)
             launch.done.record()
 
     def _announce(

@@ -69,7 +69,8 @@ class _Step:
     began: float  # monotonic
     launch: Launch | None  # None: there was nothing to compute
     num_computed: list[int]  # tokens of each sequence once it is done
-    kept_device_waiting: bool = False  # it ended before the step behind it was launched
+    listened_s: float = 0.0  # before the step behind it was planned
+    kept_device_waiting: bool = False  # it ended before that one was launched
 
     @property
     def work(self) -> Work:
@@ -280,12 +281,13 @@ class Engine:
         if listen is not None and not launch.is_done:
             plan_at = max(now, self._clock.plan_at(step.work, max(step.began, self._last_read)))
             if plan_at > now:
-                listen(plan_at - now)
+                step.listened_s = plan_at - now
+                listen(step.listened_s)
             if not self._may_launch_ahead():
                 return
         ahead = self._start()
-        self._clock.planned(plan_at)
         step.kept_device_waiting = launch.is_done
+        self._clock.planned(plan_at, was_late=step.kept_device_waiting and plan_at > now)
         if ahead.launch is not None or ahead.batch.met:
             self._next = ahead
 
@@ -311,8 +313,8 @@ class Engine:
         now = time.monotonic()
         step_s = now - max(step.began, self._last_read)  # the device is done with one step after the other
         self._last_read = now
-        if step.launch is not None:
-            self._clock.ended(step.work, step_s, was_late=step.kept_device_waiting)
+        if step.launch is not None and step.launch.device_s is not None:
+            self._clock.ended(step.work, step.launch.device_s)
         if batch.num_prefill_tokens and self.ep is None:
             self.device_share.spent(step_s)
         self._scheduler.loads.planner.observe_step(batch.num_prefill_tokens, step_s)
@@ -335,7 +337,7 @@ class Engine:
         stats = build_stats(
             self._scheduler,
             batch,
-            StepTimes(step_s, now, step.kept_device_waiting),
+            StepTimes(step_s, now, step.listened_s, step.kept_device_waiting),
             is_idle_step=step.launch is not None and not batch.seqs,
             result=result,
             tiers=self._tiers.stats(),

@@ -29,6 +29,11 @@ class Launch(Protocol):
         """collect() would not wait."""
         ...
 
+    @property
+    def device_s(self) -> float | None:
+        """What it took the device, after collect(); None: it was computed while it was launched."""
+        ...
+
     def collect(self) -> StepResult:
         """Waits for the step. Once."""
         ...
@@ -41,6 +46,7 @@ class FinishedLaunch:
     result: StepResult
     is_open: bool = False
     is_done: bool = True
+    device_s: float | None = None
 
     def collect(self) -> StepResult:
         return self.result

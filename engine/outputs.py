@@ -120,7 +120,8 @@ class StepStats:
     num_queried_tokens: int  # prompt tokens of those sequences
     step_s: float
     ended_at: float = 0.0  # monotonic
-    kept_device_waiting: bool = False  # the device had nothing to do before the step behind was launched
+    listened_s: float = 0.0  # beside it, before the step behind it was planned
+    kept_device_waiting: bool = False  # it ended before that one was launched
     is_idle_step: bool = False
     grammar: GrammarTimes = field(default_factory=GrammarTimes)
     speculation: SpeculationStats = field(default_factory=SpeculationStats)

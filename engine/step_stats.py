@@ -27,6 +27,7 @@ class StepTimes:
 
     step_s: float
     ended_at: float
+    listened_s: float
     kept_device_waiting: bool
 
 
@@ -69,6 +70,7 @@ def build_stats(
         num_queried_tokens=sum(seq.num_prompt_tokens for seq in batch.started),
         step_s=times.step_s,
         ended_at=times.ended_at,
+        listened_s=times.listened_s,
         kept_device_waiting=times.kept_device_waiting,
         is_idle_step=is_idle_step,
         expert_load=result.expert_load,

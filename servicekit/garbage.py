@@ -7,11 +7,19 @@ has just started (docs/log.md). Almost all of them live as long as the process a
 from __future__ import annotations
 
 import gc
+import time
+from typing import Any
+
+from servicekit.logging import get_logger
 
 # Objects made and not freed before the young are searched; searches of the young for one of the middle-aged;
 # searches of these for a full one. Python's are 700, 10, 10: for programs that make most of their objects in
 # cycles. What a request makes is freed by reference counts.
 _THRESHOLDS = (10_000, 20, 50)
+_LOGGED_S = 0.001
+
+
+log = get_logger(__name__)
 
 
 def exempt_from_garbage_search() -> None:
@@ -19,3 +27,21 @@ def exempt_from_garbage_search() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_THRESHOLDS)
+    if log.shows_debug:
+        gc.callbacks.append(_LoggedSearches())
+
+
+class _LoggedSearches:
+    """Each one that took a while, at level DEBUG: no thread of the process ran meanwhile."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+
+    def __call__(self, phase: str, info: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if phase == "start":
+            self._began = now
+        elif now - self._began > _LOGGED_S:
+            log.debug(
+                "garbage_search", generation=info["generation"], elapsed_s=now - self._began, ended_at=now
+            )

@@ -21,5 +21,6 @@ def log_step(step: StepOutput) -> None:
         delivered_s=time.monotonic() - stats.ended_at,
         num_decodes=stats.num_decode_tokens,
         num_prefill_tokens=stats.num_prefill_tokens,
+        listened_s=stats.listened_s,
         kept_device_waiting=stats.kept_device_waiting,
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from baton.bench.measurement import RequestMeasurement
-from benchmarks.gap_causes import Gap, cause_rows, logged_steps, longest_gaps, longest_rows
+from benchmarks.gap_causes import Gap, cause_rows, logged_steps, longest_gaps, longest_rows, pause_rows
 
 
 def step(ended_at: float, step_s: float, num_decodes: int, num_prefill_tokens: int = 0) -> dict[str, Any]:
@@ -78,3 +78,19 @@ def test_gaps_are_told_by_their_kind() -> None:
         "outside ms": 1.0,
     }
     assert cause_rows([]) == []
+
+
+def test_pauses_are_told_by_process() -> None:
+    found = [
+        ("router", {"event": "garbage_search", "generation": 2, "elapsed_s": 0.006}),
+        ("decode-0", {"event": "step"}),
+        ("router", {"event": "garbage_search", "generation": 1, "elapsed_s": 0.002}),
+    ]
+    assert pause_rows(found) == [
+        {
+            "process": "router",
+            "searches for garbage over 1 ms": 2,
+            "longest ms": 6.0,
+            "generations": "1 2",
+        }
+    ]

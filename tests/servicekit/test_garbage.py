@@ -15,8 +15,9 @@ class _Ring:
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    thresholds = gc.get_threshold()
+    thresholds, callbacks = gc.get_threshold(), list(gc.callbacks)
     yield
+    gc.callbacks[:] = callbacks
     gc.unfreeze()
     gc.set_threshold(*thresholds)
 
@@ -28,3 +29,16 @@ def test_what_exists_is_never_visited_again_and_new_garbage_still_is_found() -> 
     assert gc.isenabled()
     _Ring()
     assert gc.collect() >= 1
+
+
+@pytest.mark.parametrize("level", ["DEBUG", "INFO"])
+def test_a_long_search_is_in_the_log_at_debug(
+    level: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(level)
+    monkeypatch.setattr("servicekit.garbage._LOGGED_S", 0.0)
+    exempt_from_garbage_search()
+    gc.collect()
+    found = [record for record in caplog.records if record.message == "garbage_search"]
+    assert bool(found) is (level == "DEBUG")
+    assert all(record.fields["generation"] == 2 for record in found)  # type: ignore[attr-defined]

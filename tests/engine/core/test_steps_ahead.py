@@ -50,6 +50,7 @@ class CountingLaunch:
     is_open: bool
     was_collected: bool = False
     has_ended: bool = False
+    device_s: float | None = None
 
     @property
     def is_done(self) -> bool:
