@@ -21,7 +21,7 @@ CAUSE_COLUMNS = (
     "outside ms",
 )
 LONGEST_COLUMNS = ("ms", "after token", "steps: ms, decodes + prompt tokens", "outside ms")
-PAUSE_COLUMNS = ("process", "searches for garbage over 1 ms", "longest ms", "generations")
+PAUSE_COLUMNS = ("process", "ms", "where")
 _SHARE = 0.05  # of the requests, those with the longest gaps
 
 
@@ -109,20 +109,19 @@ def longest_rows(gaps: Sequence[Gap], num_rows: int = 8) -> list[dict[str, Any]]
     ]
 
 
-def pause_rows(events: Iterable[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """events: (process, event)"""
-    searches: dict[str, list[Mapping[str, Any]]] = {}
+def pause_rows(events: Iterable[tuple[str, Mapping[str, Any]]], num_rows: int = 12) -> list[dict[str, Any]]:
+    """The longest. events: (process, event)"""
+    pauses = []
     for process, event in events:
         if event.get("event") == "garbage_search":
-            searches.setdefault(process, []).append(event)
+            pauses.append(
+                (event["elapsed_s"], process, f"search for garbage, generation {event['generation']}")
+            )
+        elif event.get("event") == "loop_held":
+            pauses.append((event["held_s"], process, event["where"] or "not seen"))
     return [
-        {
-            "process": process,
-            "searches for garbage over 1 ms": len(found),
-            "longest ms": _ms(max(event["elapsed_s"] for event in found)),
-            "generations": " ".join(sorted({str(event["generation"]) for event in found})),
-        }
-        for process, found in searches.items()
+        {"process": process, "ms": _ms(seconds), "where": where}
+        for seconds, process, where in sorted(pauses, reverse=True)[:num_rows]
     ]
 
 

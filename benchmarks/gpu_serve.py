@@ -24,6 +24,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,8 @@ from benchmarks.results_file import table, write_result
 from benchmarks.serving import Server, baton_up
 from engine.checkpoint.model_config import DUMMY_SPREADS
 from kvstore.embedded import EmbeddedServer
+from servicekit.logging import configure_logging
+from servicekit.loop_watch import watched_loop
 
 COLUMNS = {
     "rows": gpu_table.COLUMNS,
@@ -135,12 +138,33 @@ def _run_topology(
             print(f"\n## {name}: ready after {server.start_s:.1f} s", flush=True)
             found["start"] = list(_start_events(log_dir))
             _show("start", START_COLUMNS, found["start"])
-            asyncio.run(_measure(name, server, args, found, log_dir))
+            with _client_log(log_dir / "client.log") if args.gaps else contextlib.nullcontext():
+                asyncio.run(_measure(name, server, args, found, log_dir))
     finally:
         store.stop()
 
 
+@contextlib.contextmanager
+def _client_log(path: Path) -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    with path.open("w") as stream:
+        configure_logging("json", "DEBUG", stream, service="client")
+        try:
+            yield
+        finally:
+            root.handlers[:] = handlers
+            root.setLevel(level)
+
+
 async def _measure(
+    name: str, server: Server, args: argparse.Namespace, found: dict[str, Any], log_dir: Path
+) -> None:
+    with watched_loop():
+        await _measure_parts(name, server, args, found, log_dir)
+
+
+async def _measure_parts(
     name: str, server: Server, args: argparse.Namespace, found: dict[str, Any], log_dir: Path
 ) -> None:
     loads = TINY_LOADS if args.tiny else Loads()

@@ -35,6 +35,7 @@ from router.settings import RouterSettings
 from router.ui.access import UiAccess
 from router.version import version
 from router.vllm_metrics import add_vllm_metrics
+from servicekit.loop_watch import watched_loop
 from servicekit.metrics import build_metrics_registry
 from servicekit.rpc import ChannelFactory, build_channel
 from servicekit.tls import check_http_files, load_credentials
@@ -95,6 +96,7 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            stack.enter_context(watched_loop())
             stack.push_async_callback(asyncio.to_thread, serving.tracer.close)
             if store is not None:
                 stack.push_async_callback(store.close)

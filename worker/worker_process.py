@@ -40,6 +40,7 @@ from servicekit.garbage import exempt_from_garbage_search
 from servicekit.host import host_id, reachable_host
 from servicekit.lifecycle import drain_on_signals
 from servicekit.logging import get_logger
+from servicekit.loop_watch import watched_loop
 from servicekit.metrics import MetricsServer, build_metrics_registry
 from servicekit.rpc import build_channel, build_server
 from servicekit.tls import Credentials, load_credentials
@@ -131,6 +132,7 @@ class WorkerProcess:
         parts = self._build_parts(engine, tracer, credentials)
         async with AsyncExitStack() as stack:
             stack.push_async_callback(asyncio.to_thread, tracer.close)
+            stack.enter_context(watched_loop())
             drain = stack.enter_context(drain_on_signals())
             service = self._build_service(parts)
             stack.push_async_callback(parts.transfers.close)

@@ -80,17 +80,16 @@ def test_gaps_are_told_by_their_kind() -> None:
     assert cause_rows([]) == []
 
 
-def test_pauses_are_told_by_process() -> None:
+def test_the_longest_pauses_are_told_with_who_paused() -> None:
     found = [
         ("router", {"event": "garbage_search", "generation": 2, "elapsed_s": 0.006}),
         ("decode-0", {"event": "step"}),
-        ("router", {"event": "garbage_search", "generation": 1, "elapsed_s": 0.002}),
+        ("router", {"event": "loop_held", "held_s": 0.012, "where": "a.py:1 f < b.py:2 g"}),
+        ("client", {"event": "loop_held", "held_s": 0.007, "where": ""}),
     ]
-    assert pause_rows(found) == [
-        {
-            "process": "router",
-            "searches for garbage over 1 ms": 2,
-            "longest ms": 6.0,
-            "generations": "1 2",
-        }
+    assert pause_rows(found, num_rows=3) == [
+        {"process": "router", "ms": 12.0, "where": "a.py:1 f < b.py:2 g"},
+        {"process": "client", "ms": 7.0, "where": "not seen"},
+        {"process": "router", "ms": 6.0, "where": "search for garbage, generation 2"},
     ]
+    assert len(pause_rows(found, num_rows=1)) == 1
