@@ -5,9 +5,11 @@ Types are strict and null means "not set". What depends on the model is checked 
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from router.structure_types import StructureFields
 from router.tool_types import ToolChoice, Tools
@@ -18,6 +20,13 @@ MAX_STOPS = 16
 MAX_BAD_WORDS = 128
 MAX_ALLOWED_IDS = 4096
 MAX_TEMPERATURE = 2.0
+MAX_TOKEN_ID = (1 << 31) - 1
+
+
+def pack_ids(token_ids: Sequence[int]) -> array[int]:
+    """Of a prompt. As a list they would be visited whenever garbage is searched for, a millisecond for each
+    hundred thousand."""
+    return array("q", token_ids)
 
 
 def _one_or_many(value: Any) -> Any:
@@ -27,7 +36,8 @@ def _one_or_many(value: Any) -> Any:
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Penalty = Annotated[Finite, Field(ge=-2, le=2)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+TokenIds = Annotated[Sequence[_TokenId], Field(min_length=1), AfterValidator(pack_ids)]
 PromptText = Annotated[str, StringConstraints(min_length=1)]
 
 

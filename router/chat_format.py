@@ -38,7 +38,7 @@ class ChatFormat(CompletionFormat):
     def whole(self, answers: Sequence[Answer]) -> bytes:
         generation = self._generation
         if generation.returns_token_ids:
-            self._head["prompt_token_ids"] = generation.prompts[0].token_ids
+            self._head["prompt_token_ids"] = list(generation.prompts[0].token_ids)
         if generation.has_prompt_logprobs:
             tokens = merged(answers[0][1]).prompt_logprobs
             self._head["prompt_logprobs"] = prompt_logprobs(tokens, self._tokenizer.token_bytes)
@@ -54,7 +54,7 @@ class ChatFormat(CompletionFormat):
         choice_json |= {"logprobs": None, "finish_reason": None}
         event = {**self._head, "choices": [choice_json], **usage}
         if self._generation.returns_token_ids:
-            event["prompt_token_ids"] = self._generation.prompts[choice.prompt_index].token_ids
+            event["prompt_token_ids"] = list(self._generation.prompts[choice.prompt_index].token_ids)
         return sse_event(event)
 
     def _plain_chunk(self, index: int, text: str) -> bytes:

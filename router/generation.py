@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -22,7 +23,7 @@ MAX_COMPLETION_TOKENS_DEFAULT = 16  # OpenAI's, for text completions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    token_ids: list[int]
+    token_ids: array[int]  # packed
     text: str | None  # None: given as token ids, or cut
     ending: str = ""  # of the text
 

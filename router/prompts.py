@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from router.api_types import ChatRequest, CompletionRequest, GenerationFields
+from router.api_types import ChatRequest, CompletionRequest, GenerationFields, pack_ids
 from router.chat_messages import template_message
 from router.chat_template import ChatTemplate
 from router.generation import Prompt, refuse_too_long
@@ -81,14 +82,14 @@ class PromptReader:
             raise InvalidRequest("the prompt has no tokens", param="prompt")
         kept = _truncated(token_ids, request, max_model_len)
         is_whole = len(kept) == len(token_ids)
-        return Prompt(token_ids=kept, text=text if is_whole else None, ending=text[-_ENDING_CHARS:])
+        return Prompt(token_ids=pack_ids(kept), text=text if is_whole else None, ending=text[-_ENDING_CHARS:])
 
-    def _read_ids(self, token_ids: list[int], request: GenerationFields, max_model_len: int) -> Prompt:
+    def _read_ids(self, token_ids: Sequence[int], request: GenerationFields, max_model_len: int) -> Prompt:
         if max(token_ids) >= self._tokenizer.vocab_size:
             raise InvalidRequest(
                 f"prompt: token ids must be in [0, {self._tokenizer.vocab_size})", param="prompt"
             )
-        return Prompt(token_ids=_truncated(token_ids, request, max_model_len), text=None)
+        return Prompt(token_ids=pack_ids(_truncated(token_ids, request, max_model_len)), text=None)
 
 
 def _variables(request: ChatRequest, tools: list[Tool]) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def _variables(request: ChatRequest, tools: list[Tool]) -> dict[str, Any]:
     return {**variables, **(request.chat_template_kwargs or {})}
 
 
-def _truncated(token_ids: list[int], request: GenerationFields, max_model_len: int) -> list[int]:
+def _truncated(token_ids: Sequence[int], request: GenerationFields, max_model_len: int) -> Sequence[int]:
     """The end of the prompt, as truncate_prompt_tokens asks."""
     num_kept = request.truncate_prompt_tokens
     if num_kept is None:

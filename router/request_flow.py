@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -240,7 +241,9 @@ class RequestFlow:
             give_up_at = min(give_up_at, self._request.deadline)
         prompt = self._request.prompt
         if self.output_ids:
-            prompt = PromptHashes([*prompt.token_ids, *self.output_ids], prompt.cache_salt, prompt.tenant)
+            prompt = PromptHashes(
+                array("q", [*prompt.token_ids, *self.output_ids]), prompt.cache_salt, prompt.tenant
+            )
         while True:
             route = self._branch_route() or self._plan(prompt)
             if route is not None:

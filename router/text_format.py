@@ -59,7 +59,7 @@ class TextFormat(CompletionFormat):
             "finish_reason": delta.finish_reason,
         }
         if is_first and self._generation.returns_token_ids:
-            choice_json["prompt_token_ids"] = self._generation.prompts[choice.prompt_index].token_ids
+            choice_json["prompt_token_ids"] = list(self._generation.prompts[choice.prompt_index].token_ids)
         return self._with_ends(choice_json, delta)
 
     def _echo(self, choice: Choice) -> str:

@@ -129,7 +129,23 @@ async def test_a_bad_field_is_refused_and_named(
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", [], [[]], [1, -1], [1, 999999], [1.5], ["a", 1], None, {"text": "a"}, [[1], ["a"]], [""], 7, [True]],
+    [
+        "",
+        [],
+        [[]],
+        [1, -1],
+        [1, 999999],
+        [1.5],
+        ["a", 1],
+        [1 << 31],
+        [1 << 70],
+        None,
+        {"text": "a"},
+        [[1], ["a"]],
+        [""],
+        7,
+        [True],
+    ],
     ids=repr,
 )
 async def test_a_bad_prompt_is_refused(router: Router, worker: FakeDecodeWorker, prompt: Any) -> None:

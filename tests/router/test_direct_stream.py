@@ -141,6 +141,31 @@ async def test_an_update_is_offered_only_to_one_who_waits_and_never_the_last() -
     assert offered == [2, 3]
 
 
+def _long_lists_of_ints(num: int) -> list[list[int]]:
+    lists = [each for each in gc.get_objects() if type(each) is list and len(each) >= num]
+    return [each for each in lists if all(type(item) is int for item in each)]
+
+
+@pytest.mark.parametrize("is_text", [False, True])
+async def test_a_prompt_under_way_is_nothing_to_visit_for_the_garbage_search(
+    router: Router, worker: FakeDecodeWorker, is_text: bool
+) -> None:
+    """A list of its ids would be, object by object, for as long as it is young."""
+    worker.is_held = True
+    num_ids = 400
+    prompt = "hello " * num_ids if is_text else [5] * num_ids
+    body = json.dumps({"prompt": prompt, "max_tokens": 2, "n": 2, "stream": True})
+    del prompt
+    before = _long_lists_of_ints(num_ids)
+    request = asyncio.create_task(router.client.post("/v1/completions", content=body))
+    await worker.until(lambda: len(worker.submits) == 2)
+    found = [each for each in _long_lists_of_ints(num_ids) if all(each is not other for other in before)]
+    await worker.release()
+    assert (await request).status_code == 200
+    assert len(worker.submits[0].sequence.prompt_ids) >= num_ids
+    assert not found
+
+
 async def test_a_request_leaves_no_cycles_for_the_garbage_search(router: Router) -> None:
     await router.complete(stream=True)
     gc.collect()
