@@ -21,7 +21,7 @@ CAUSE_COLUMNS = (
     "outside ms",
 )
 LONGEST_COLUMNS = ("ms", "after token", "steps: ms, decodes + prompt tokens", "outside ms")
-PAUSE_COLUMNS = ("process", "ms", "where")
+PAUSE_COLUMNS = ("process", "ms", "of them computing", "where")
 _SHARE = 0.05  # of the requests, those with the longest gaps
 
 
@@ -114,14 +114,13 @@ def pause_rows(events: Iterable[tuple[str, Mapping[str, Any]]], num_rows: int = 
     pauses = []
     for process, event in events:
         if event.get("event") == "garbage_search":
-            pauses.append(
-                (event["elapsed_s"], process, f"search for garbage, generation {event['generation']}")
-            )
+            where = f"search for garbage, generation {event['generation']}"
+            pauses.append((event["elapsed_s"], event["elapsed_s"], process, where))
         elif event.get("event") == "loop_held":
-            pauses.append((event["held_s"], process, event["where"] or "not seen"))
+            pauses.append((event["held_s"], event["computing_s"], process, event["where"] or "not seen"))
     return [
-        {"process": process, "ms": _ms(seconds), "where": where}
-        for seconds, process, where in sorted(pauses, reverse=True)[:num_rows]
+        {"process": process, "ms": _ms(seconds), "of them computing": _ms(busy_s), "where": where}
+        for seconds, busy_s, process, where in sorted(pauses, reverse=True)[:num_rows]
     ]
 
 

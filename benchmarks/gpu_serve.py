@@ -138,21 +138,29 @@ def _run_topology(
             print(f"\n## {name}: ready after {server.start_s:.1f} s", flush=True)
             found["start"] = list(_start_events(log_dir))
             _show("start", START_COLUMNS, found["start"])
-            with _client_log(log_dir / "client.log") if args.gaps else contextlib.nullcontext():
+            with (
+                _client_log(log_dir / "client.log", log_dir / "idle.log")
+                if args.gaps
+                else contextlib.nullcontext()
+            ):
                 asyncio.run(_measure(name, server, args, found, log_dir))
     finally:
         store.stop()
 
 
 @contextlib.contextmanager
-def _client_log(path: Path) -> Iterator[None]:
+def _client_log(path: Path, idle_path: Path) -> Iterator[None]:
+    """Of this process, and of one that has nothing to do."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    with path.open("w") as stream:
+    with path.open("w") as stream, idle_path.open("w") as idle_stream:
         configure_logging("json", "DEBUG", stream, service="client")
+        idle = subprocess.Popen([sys.executable, "-m", "benchmarks.idle_process"], stdout=idle_stream)
         try:
             yield
         finally:
+            idle.kill()
+            idle.wait()
             root.handlers[:] = handlers
             root.setLevel(level)
 

@@ -1,7 +1,8 @@
 """What held the event loop, in the log at level DEBUG.
 
 While something holds the loop no stream of the process gets a token. A thread looks at the loop every few
-milliseconds, and where it finds that it has not been round for a while, says what it is doing.
+milliseconds, and where it finds that it has not been round for a while, says what it is doing. How much of
+the time the loop's thread was computing tells whether that was the cause, or another thread or process.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class _Watch:
         self._loop = loop
         self._loop_thread = threading.get_ident()
         self._round_at = time.monotonic()
+        self._computed_s = time.thread_time()
         self._seen = ""  # by the thread, in the present round
         self._timer: asyncio.TimerHandle | None = None
         self._is_over = threading.Event()
@@ -59,12 +61,13 @@ class _Watch:
         self._thread.join()
 
     def _turn(self) -> None:
-        now = time.monotonic()
+        now, computed_s = time.monotonic(), time.thread_time()
         held_s = now - self._round_at - _ROUND_S
         if held_s > _HELD_S:
             # Nothing was seen where the thread could not run either.
-            log.debug("loop_held", held_s=held_s, ended_at=now, where=self._seen)
-        self._seen, self._round_at = "", now
+            busy_s = computed_s - self._computed_s
+            log.debug("loop_held", held_s=held_s, computing_s=busy_s, ended_at=now, where=self._seen)
+        self._seen, self._round_at, self._computed_s = "", now, computed_s
         self._timer = self._loop.call_later(_ROUND_S, self._turn)
 
     def _look(self) -> None:

@@ -84,12 +84,20 @@ def test_the_longest_pauses_are_told_with_who_paused() -> None:
     found = [
         ("router", {"event": "garbage_search", "generation": 2, "elapsed_s": 0.006}),
         ("decode-0", {"event": "step"}),
-        ("router", {"event": "loop_held", "held_s": 0.012, "where": "a.py:1 f < b.py:2 g"}),
-        ("client", {"event": "loop_held", "held_s": 0.007, "where": ""}),
+        (
+            "router",
+            {"event": "loop_held", "held_s": 0.012, "computing_s": 0.011, "where": "a.py:1 f < b.py:2 g"},
+        ),
+        ("client", {"event": "loop_held", "held_s": 0.007, "computing_s": 0.0, "where": ""}),
     ]
     assert pause_rows(found, num_rows=3) == [
-        {"process": "router", "ms": 12.0, "where": "a.py:1 f < b.py:2 g"},
-        {"process": "client", "ms": 7.0, "where": "not seen"},
-        {"process": "router", "ms": 6.0, "where": "search for garbage, generation 2"},
+        {"process": "router", "ms": 12.0, "of them computing": 11.0, "where": "a.py:1 f < b.py:2 g"},
+        {"process": "client", "ms": 7.0, "of them computing": 0.0, "where": "not seen"},
+        {
+            "process": "router",
+            "ms": 6.0,
+            "of them computing": 6.0,
+            "where": "search for garbage, generation 2",
+        },
     ]
     assert len(pause_rows(found, num_rows=1)) == 1

@@ -28,6 +28,7 @@ def test_who_held_the_loop_is_in_the_log(caplog: pytest.LogCaptureFixture) -> No
     held = [r.fields for r in caplog.records if r.message == "loop_held"]  # type: ignore[attr-defined]
     [longest] = [each for each in held if each["held_s"] > 0.15]
     assert "hold_the_loop" in longest["where"]
+    assert longest["computing_s"] < 0.1  # it slept most of the time
     assert not any(thread.name == "loop-watch" for thread in threading.enumerate())
 
 
