@@ -109,10 +109,14 @@ def longest_rows(gaps: Sequence[Gap], num_rows: int = 8) -> list[dict[str, Any]]
     ]
 
 
-def pause_rows(events: Iterable[tuple[str, Mapping[str, Any]]], num_rows: int = 12) -> list[dict[str, Any]]:
-    """The longest. events: (process, event)"""
+def pause_rows(
+    events: Iterable[tuple[str, Mapping[str, Any]]], since: float, num_rows: int = 12
+) -> list[dict[str, Any]]:
+    """The longest that ended then or later. events: (process, event)"""
     pauses = []
     for process, event in events:
+        if event.get("ended_at", 0.0) < since:
+            continue
         if event.get("event") == "garbage_search":
             where = f"search for garbage, generation {event['generation']}"
             pauses.append((event["elapsed_s"], event["elapsed_s"], process, where))

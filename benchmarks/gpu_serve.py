@@ -138,22 +138,18 @@ def _run_topology(
             print(f"\n## {name}: ready after {server.start_s:.1f} s", flush=True)
             found["start"] = list(_start_events(log_dir))
             _show("start", START_COLUMNS, found["start"])
-            with (
-                _client_log(log_dir / "client.log", log_dir / "idle.log")
-                if args.gaps
-                else contextlib.nullcontext()
-            ):
+            with _client_logs(log_dir) if args.gaps else contextlib.nullcontext():
                 asyncio.run(_measure(name, server, args, found, log_dir))
     finally:
         store.stop()
 
 
 @contextlib.contextmanager
-def _client_log(path: Path, idle_path: Path) -> Iterator[None]:
+def _client_logs(log_dir: Path) -> Iterator[None]:
     """Of this process, and of one that has nothing to do."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    with path.open("w") as stream, idle_path.open("w") as idle_stream:
+    with (log_dir / "client.log").open("w") as stream, (log_dir / "idle.log").open("w") as idle_stream:
         configure_logging("json", "DEBUG", stream, service="client")
         idle = subprocess.Popen([sys.executable, "-m", "benchmarks.idle_process"], stdout=idle_stream)
         try:
@@ -217,7 +213,8 @@ def _show_gaps(measured: Sequence[RequestMeasurement], log_dir: Path) -> None:
     gaps = longest_gaps([m for m in measured if m.class_name == "chat"], steps)
     _show("longest gaps of the chat requests below", CAUSE_COLUMNS, cause_rows(gaps))
     _show("the longest of all", LONGEST_COLUMNS, longest_rows(gaps))
-    _show("pauses of whole processes so far", PAUSE_COLUMNS, pause_rows(_log_events(log_dir)))
+    since = min(m.sent_at for m in measured)
+    _show("the longest pauses of processes", PAUSE_COLUMNS, pause_rows(_log_events(log_dir), since))
 
 
 def _show(title: str, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
