@@ -1,7 +1,7 @@
 """Multi-token prediction on against off, in one run: tokens a step, acceptance, and speed.
 
     python -m benchmarks.speculation MODEL_DIR [--device cuda] [--streams 1 8 32] [--drafts 0 1 2] \\
-        [--temperature 0 1] [--write NAME]
+        [--temperature 0 1] [--fp8] [--kv-cache-dtype fp8] [--write NAME]
 
 The engine alone. Every stream asks an everyday question in the model's chat format (without a template: as
 plain text) and gets an answer of --output-len tokens, end-of-sequence tokens ignored. Engines of all kinds
@@ -77,8 +77,9 @@ def main() -> None:
                         rounds[drafts].append(found)
             rows += [_row(temperature, num_streams, drafts, rounds, args.drafts[0]) for drafts in args.drafts]
             print("\n".join(table(COLUMNS, rows[-len(args.drafts) :])), flush=True)
+    formats = args.dtype + ", FP8 weights" * args.fp8 + ", FP8 KV" * (args.kv_cache_dtype == "fp8")
     notes = [
-        f"{args.model.resolve().name} in {args.dtype} on {_device_name(args.device)}, "
+        f"{args.model.resolve().name} in {formats} on {_device_name(args.device)}, "
         f"{torch.get_num_threads()} threads, {args.output_len} tokens a stream, "
         f"medians of {args.repeats} rounds",
         "accepted: of the drafts in the first place, in the second, and so on",
@@ -140,6 +141,8 @@ def _engine(args: argparse.Namespace, drafts: int) -> Engine:
             max_model_len=args.output_len + 128,
             max_running=most,
             num_speculative_tokens=drafts,
+            has_fp8_weights=args.fp8,
+            kv_cache_dtype=args.kv_cache_dtype,
         )
     )
 
@@ -165,6 +168,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--fp8", action="store_true", help="weights in FP8")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument(
         "--drafts", type=int, nargs="+", default=[0, 1, 2], help="the others are compared with the first"
