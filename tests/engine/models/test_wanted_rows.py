@@ -171,7 +171,7 @@ def engine_of(driver: Driver, token_budget: int) -> Engine:
     [
         ([19, 4], {}, [2, 2, 2]),  # 8 and 8 of the first, which are nobody's; 3 + 4; decodes
         ([19, 4], {"num_prompt_logprobs": 0}, [8, 8, 7, 2, 2]),
-        ([4, 16], {}, [1, 1, 2, 1, 1]),  # 4 + 4; a decode + 7; a decode + 5; decodes
+        ([4, 12], {}, [1, 1, 2, 1, 1]),  # 4 + 4; a decode + 4, twice; decodes
     ],
 )
 def test_an_engine_computes_what_is_read(
