@@ -244,9 +244,12 @@ def test_wanted_rows_by_kernels_are_those_of_a_pass_over_all(
     engine = build(checkpoint, device, uses_kernels=True, uses_graphs=False)
     model, cache = engine._runner._model, engine.kv_cache
     batch, _ = scattered_batch([3, 5], [(0, 6), (4, 7)], BLOCK_SIZE)
-    for tensor in (batch.token_ids_T, batch.positions_T, batch.slot_mapping_T):
-        tensor.data = tensor.to(device)
-    batch.token_ids_T += torch.arange(15, device=device)
+    batch = replace(
+        batch,
+        token_ids_T=torch.arange(15, device=device),
+        positions_T=batch.positions_T.to(device),
+        slot_mapping_T=batch.slot_mapping_T.to(device),
+    )
     batch.device_plan = plan_on_device(batch, BLOCK_SIZE)
 
     expected_TD = model.forward(batch, cache)
