@@ -39,7 +39,7 @@ def warm_up(runner: Runner, kv_cache: KvCache, token_budget: int, max_model_len:
             for context in (0, block_size):
                 most = min(max_model_len - 1, num_places // num_prompts // block_size * block_size) - context
                 size = min(num_tokens // num_prompts, most)
-                if size > 0:
+                if size > 1:  # one row is a decode
                     runner.launch(_batch(num_prompts, size, context, sampling, block_size)).collect()
     runner.forget_expert_load()
 
