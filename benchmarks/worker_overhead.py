@@ -90,7 +90,12 @@ class SleepingModel:
         self.marks: list[tuple[float, CpuTimes]] = []  # at steps in which that many streams decode
 
     def forward(
-        self, batch: ForwardBatch, kv_cache: KvCache, layer_done: LayerDone | None = None
+        self,
+        batch: ForwardBatch,
+        kv_cache: KvCache,
+        layer_done: LayerDone | None = None,
+        *,
+        wanted_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self.num_steps += 1
         if batch.num_decodes == batch.num_tokens == self.num_streams:
@@ -100,7 +105,7 @@ class SleepingModel:
         self.late_s.append(time.perf_counter() - due_at)
         if layer_done is not None:
             layer_done(0)
-        return torch.zeros(batch.num_tokens, 1)
+        return torch.zeros(batch.num_tokens if wanted_N is None else len(wanted_N), 1)
 
     def one_layer_of_each_kind(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -185,11 +185,12 @@ class ChunkGraphs:
 
     @torch.inference_mode()
     def _step(self, size: int, layer_done: LayerDone | None = None) -> None:
-        self.finish(self._model.forward(self.batch(size), self._kv_cache, layer_done))
+        batch = self.batch(size)
+        self.finish(self._model.forward(batch, self._kv_cache, layer_done, wanted_N=batch.logits_rows_N))
 
-    def finish(self, hidden_TD: torch.Tensor) -> None:
+    def finish(self, hidden_SD: torch.Tensor) -> None:
         """The logits of the wanted rows, and their greedy tokens."""
-        self._model.logits_into(self._logits_SV, hidden_TD.index_select(0, self._wanted_S))
+        self._model.logits_into(self._logits_SV, hidden_SD)
         self._pick(self._logits_SV, self._found_S)
 
     def batch(self, size: int) -> ForwardBatch:

@@ -189,11 +189,13 @@ class DeviceSteps:
             self._announce(layer_done, self._chunks.computed)
             self._take_chunks(prepared, logits_NV, launch)
             return
-        hidden_TD = self._model.forward(prepared.batch, self._kv_cache, layer_done)
+        hidden_ND = self._model.forward(
+            prepared.batch, self._kv_cache, layer_done, wanted_N=prepared.wanted_N
+        )
         for part in prepared.prompt_rows:
-            part.add_logprobs(self._model, hidden_TD)
+            part.add_logprobs(self._model, hidden_ND)
         if num_sampled:
-            logits_NV = self._model.logits(prepared.wanted(hidden_TD))
+            logits_NV = self._model.logits(prepared.wanted(hidden_ND))
             self._pick(logits_NV, self._found_P[self._max_decodes :][:num_sampled])
             self._take_chunks(prepared, logits_NV, launch)
 

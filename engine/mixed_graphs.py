@@ -96,6 +96,7 @@ class MixedGraphs:
         assert decodes.device_plan is not None and chunks.device_plan is not None
         positions_T = torch.cat((decodes.positions_T, chunks.positions_T))
         slots_T = torch.cat((decodes.slot_mapping_T, chunks.slot_mapping_T))
+        decode_rows_N = torch.arange(num_rows, device=positions_T.device)
         batch = ForwardBatch(
             token_ids_T=torch.cat((decodes.token_ids_T, chunks.token_ids_T)),
             positions_T=positions_T,
@@ -104,7 +105,7 @@ class MixedGraphs:
             query_start=[],
             context_len=[],
             block_tables=[],
-            logits_rows_N=chunks.logits_rows_N,
+            logits_rows_N=torch.cat((decode_rows_N, chunks.logits_rows_N + num_rows)),
             device_plan=DevicePlan(
                 positions_T=positions_T,
                 slot_mapping_T=slots_T,
@@ -114,6 +115,6 @@ class MixedGraphs:
                 chunks=chunks.device_plan.chunks,
             ),
         )
-        hidden_TD = self._model.forward(batch, self._kv_cache)
-        self._decodes.finish(num_rows, hidden_TD[:num_rows])
-        self._chunks.finish(hidden_TD[num_rows:])
+        hidden_ND = self._model.forward(batch, self._kv_cache, wanted_N=batch.logits_rows_N)
+        self._decodes.finish(num_rows, hidden_ND[:num_rows])
+        self._chunks.finish(hidden_ND[num_rows:])

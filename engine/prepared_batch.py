@@ -49,10 +49,12 @@ class PreparedBatch:
     prompt_rows: list[PromptRows]
     batch: ForwardBatch
     wants_all_logits: bool
+    wanted_N: torch.Tensor | None  # rows whose hidden state is needed; None: all
 
-    def wanted(self, hidden_TD: torch.Tensor) -> torch.Tensor:
-        """The rows whose logits are needed."""
-        return hidden_TD if self.wants_all_logits else hidden_TD.index_select(0, self.batch.logits_rows_N)
+    def wanted(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Of the rows whose hidden state is needed, those whose logits are."""
+        is_all = self.wants_all_logits or self.wanted_N is not None
+        return hidden_ND if is_all else hidden_ND.index_select(0, self.batch.logits_rows_N)
 
 
 def prepare(batch: ScheduledBatch, tensors: BatchTensors, *, speculates: bool) -> PreparedBatch:
@@ -61,7 +63,10 @@ def prepare(batch: ScheduledBatch, tensors: BatchTensors, *, speculates: bool) -
     wanted_rows = logits_rows(sampled)
     forward_batch = tensors.build(rows, batch.num_decodes, wanted_rows)
     wants_all = wanted_rows == list(range(forward_batch.num_tokens))
-    return PreparedBatch(rows, sampled, _prompt_rows(rows), forward_batch, wants_all)
+    prompt_rows = _prompt_rows(rows)
+    is_logits_only = not (speculates or prompt_rows or wants_all)  # drafts come from all hidden states
+    wanted_N = forward_batch.logits_rows_N if is_logits_only else None
+    return PreparedBatch(rows, sampled, prompt_rows, forward_batch, wants_all, wanted_N)
 
 
 def _prompt_rows(rows: list[SequenceRows]) -> list[PromptRows]:

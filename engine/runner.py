@@ -141,15 +141,17 @@ class Runner:
 
     def _run_eagerly(self, batch: ScheduledBatch, layer_done: LayerDone | None) -> StepResult:
         prepared = prepare(batch, self._tensors, speculates=self._drafter is not None)
-        hidden_TD = self._model.forward(prepared.batch, self._kv_cache, layer_done)
+        hidden_ND = self._model.forward(
+            prepared.batch, self._kv_cache, layer_done, wanted_N=prepared.wanted_N
+        )
         for part in prepared.prompt_rows:
-            part.add_logprobs(self._model, hidden_TD)
+            part.add_logprobs(self._model, hidden_ND)
         result = StepResult()
         if prepared.sampled:
-            logits_NV = self._model.logits(prepared.wanted(hidden_TD))
+            logits_NV = self._model.logits(prepared.wanted(hidden_ND))
             result.new = verify(self._sampler, logits_NV, prepared.sampled)
         if self._drafter is not None:
-            self._drafter.draft(prepared.rows, batch.num_decodes, hidden_TD, result.new)
+            self._drafter.draft(prepared.rows, batch.num_decodes, hidden_ND, result.new)
             if layer_done is not None:
                 layer_done(self._kv_cache.layout.num_layers - 1)
         return result

@@ -16,7 +16,8 @@ from engine.scheduler import ScheduledBatch
 from engine.sequence import Sequence
 
 _MANY = 2048  # tokens: what is compiled for more of them is the same
-_NUM_PROMPTS = (2, 3, 4, 5, 9)  # of a step: kernels for few rows differ by their number
+# Of a step: kernels for few rows differ by their number, and behind the last attention a prompt has one row.
+_NUM_PROMPTS = (2, 3, 4, 5, 9, 17, 25, 48, 49, 97, 193)
 _ROUND = 16  # kernels for sizes that this divides differ from the others
 _GREEDY = SamplingParams(temperature=0.0)
 _DRAWN = (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.9))
@@ -38,7 +39,7 @@ def warm_up(runner: Runner, kv_cache: KvCache, token_budget: int, max_model_len:
             for context in (0, block_size):
                 most = min(max_model_len - 1, num_places // num_prompts // block_size * block_size) - context
                 size = min(num_tokens // num_prompts, most)
-                if size > 0:
+                if size > 1:  # one row is a decode
                     runner.launch(_batch(num_prompts, size, context, sampling, block_size)).collect()
     runner.forget_expert_load()
 

@@ -10,7 +10,7 @@ import torch
 from engine.attention.causal import attend_causal
 from engine.attention.device_plan import DevicePlan
 from engine.attention.packed import PackedPlan, attend_packed
-from engine.attention.plan import AttentionPlan, Chunk, write_rows
+from engine.attention.plan import AttentionPlan, Chunk, pick_rows, write_rows
 from engine.checkpoint.model_config import ModelConfig
 from engine.checkpoint.weights import WeightSource
 from engine.layers.linear import Linear
@@ -32,6 +32,7 @@ class GqaAttention:
         cache: torch.Tensor,
         plan: AttentionPlan | DevicePlan | PackedPlan,
         rotations: torch.Tensor | None,
+        wanted_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert not isinstance(plan, DevicePlan) and rotations is not None, "no kernels for this attention"
         q_size = self._num_heads * self._head_dim
@@ -43,9 +44,9 @@ class GqaAttention:
         write_rows(cache, plan.slots, qkv[:, q_size:], plan.stored_rows)
         if isinstance(plan, PackedPlan):
             q_THQ = qkv[:, :q_size].unflatten(-1, (self._num_heads, -1))
-            return self._out(attend_packed(q_THQ, cache, plan).flatten(1))
+            return self._out(pick_rows(attend_packed(q_THQ, cache, plan).flatten(1), wanted_N))
         q_TKGQ = qkv[:, :q_size].unflatten(-1, (self._num_kv_heads, -1, self._head_dim))
-        return self._out(self.attend(q_TKGQ, cache, plan).flatten(1))
+        return self._out(pick_rows(self.attend(q_TKGQ, cache, plan).flatten(1), wanted_N))
 
     def attend(self, q_TKGQ: torch.Tensor, cache: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         """[T, K, G, Q] of rotated, scaled queries over rows already in the cache."""

@@ -15,7 +15,7 @@ from engine.attention.causal import attend_causal
 from engine.attention.device_plan import DevicePlan
 from engine.attention.mla_kernels import MlaKernels
 from engine.attention.packed import PackedPlan
-from engine.attention.plan import AttentionPlan, Chunk, write_rows
+from engine.attention.plan import AttentionPlan, Chunk, pick_rows, write_rows
 from engine.checkpoint.model_config import MlaConfig, ModelConfig
 from engine.checkpoint.weights import WeightSource
 from engine.kernels.row_task import RowTask
@@ -59,6 +59,7 @@ class MlaAttention:
         cache: torch.Tensor,
         plan: AttentionPlan | DevicePlan | PackedPlan,
         rotations: torch.Tensor | None,
+        wanted_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """A DevicePlan needs kernels; an AttentionPlan needs rotations; others are not for this attention."""
         assert not isinstance(plan, PackedPlan)
@@ -68,13 +69,13 @@ class MlaAttention:
         if isinstance(plan, DevicePlan):
             assert self.kernels is not None
             heads = self.kernels(rows_T, self._split_queries(down[:, row_size:]), cache, plan)
-            return self._out(heads.flatten(1))
+            return self._out(pick_rows(heads.flatten(1), wanted_N))
         assert rotations is not None
         self._latent_norm.apply_(rows_T[:, : self._config.kv_lora_rank])
         rotate_(rows_T[:, self._config.kv_lora_rank :], rotations)
         write_rows(cache, plan.slots, rows_T, plan.stored_rows)
         heads_THV = self.attend(self._queries(down[:, row_size:], rotations), cache, plan)
-        return self._out(heads_THV.flatten(1))
+        return self._out(pick_rows(heads_THV.flatten(1), wanted_N))
 
     def attend(self, q_THQ: torch.Tensor, cache: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         """[T, H, V] of rotated, scaled queries over rows already in the cache."""

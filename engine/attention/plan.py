@@ -130,6 +130,11 @@ def _padded_decodes(batch: ForwardBatch, cache: torch.Tensor) -> PaddedDecodes:
     return PaddedDecodes(tables_SB.reshape(-1), len(lengths), bias_S1L, longest, batch.first_token)
 
 
+def pick_rows(x_TD: torch.Tensor, rows_N: torch.Tensor | None) -> torch.Tensor:
+    """[N, D]. None: all."""
+    return x_TD if rows_N is None else x_TD.index_select(0, rows_N)
+
+
 def write_rows(
     cache: torch.Tensor,
     slots: torch.Tensor,

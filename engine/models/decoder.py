@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch.nn import functional
 
 from engine.attention.device_plan import DevicePlan
 from engine.attention.packed import PackedPlan
-from engine.attention.plan import AttentionPlan, plan_attention
+from engine.attention.plan import AttentionPlan, pick_rows, plan_attention
 from engine.checkpoint.model_config import ModelConfig
 from engine.checkpoint.weights import WeightSource
 from engine.forward_batch import ForwardBatch
@@ -34,9 +34,11 @@ class Attention(Protocol):
         cache: torch.Tensor,
         plan: AttentionPlan | DevicePlan | PackedPlan,
         rotations: torch.Tensor | None,
+        wanted_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write the batch's rows to this layer's cache and attend. rotations: complex64 [T, R / 2]; none for
-        kernels, which have a DevicePlan and rotate by themselves."""
+        kernels, which have a DevicePlan and rotate by themselves. Returns [T, D], or with wanted_N [N, D] of
+        these rows."""
         ...
 
 
@@ -69,6 +71,12 @@ class DecoderLayer:
         fed_TD = self.feed_forward(self.feed_forward_norm.add_(x_TD, attended_TD))
         return x_TD, next_norm.add_(x_TD, fed_TD)
 
+    def uncounted(self) -> DecoderLayer:
+        """The same layer, whose tokens do not count as expert load."""
+        if not isinstance(self.feed_forward, CountsExperts):
+            return self
+        return replace(self, feed_forward=self.feed_forward.uncounted())
+
 
 class Decoder:
     def __init__(
@@ -84,38 +92,54 @@ class Decoder:
         self.dtype = embedding_VD.dtype
         self.uses_kernels = False
         self.plan_rows: PlanRows = plan_attention  # where no kernels are used
+        self.has_agreed_rows = False  # with other ranks: every layer has all rows of the batch
         self._embedding_VD = embedding_VD
         self._rotary = rotary
         self._layers = layers
+        self._last_of_wanted = layers[-1].uncounted()
         self._norm = norm
         self._head = head
         self.mtp = mtp
         all_layers = layers if mtp is None else [*layers, mtp.decoder_layer]
         self._moe_layers = [
-            cast(CountsExperts, layer.feed_forward)
-            for layer in all_layers
-            if isinstance(layer.feed_forward, CountsExperts)
+            layer.feed_forward for layer in all_layers if isinstance(layer.feed_forward, CountsExperts)
         ]
 
     @torch.inference_mode()
     def forward(
-        self, batch: ForwardBatch, kv_cache: KvCache, layer_done: LayerDone | None = None
+        self,
+        batch: ForwardBatch,
+        kv_cache: KvCache,
+        layer_done: LayerDone | None = None,
+        *,
+        wanted_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x_TD = functional.embedding(batch.token_ids_T, self._embedding_VD)
         plan, rotations = plan_batch(batch, kv_cache.layer(0), self._rotary, self.plan_rows)
         normed_TD = self._layers[0].attention_norm(x_TD)
         for i, layer in enumerate(self._layers):
-            attended_TD = layer.attention(normed_TD, kv_cache.layer(i), plan, rotations)
-            next_norm = self._layers[i + 1].attention_norm if i + 1 < len(self._layers) else self._norm
-            x_TD, normed_TD = layer.feed(x_TD, attended_TD, next_norm)
+            is_last = i + 1 == len(self._layers)
+            kept_N = wanted_N if is_last and not self.has_agreed_rows else None
+            attended_TD = layer.attention(normed_TD, kv_cache.layer(i), plan, rotations, kept_N)
             if layer_done is not None:
                 layer_done(i)
-        return normed_TD
+            if kept_N is not None:
+                return self._finish(pick_rows(x_TD, kept_N), attended_TD)
+            next_norm = self._norm if is_last else self._layers[i + 1].attention_norm
+            x_TD, normed_TD = layer.feed(x_TD, attended_TD, next_norm)
+        return pick_rows(normed_TD, wanted_N)
+
+    def _finish(self, x_ND: torch.Tensor, attended_ND: torch.Tensor) -> torch.Tensor:
+        """What is left of the wanted rows behind the last attention."""
+        if x_ND.shape[0] == 0:
+            return x_ND
+        return self._last_of_wanted.feed(x_ND, attended_ND, self._norm)[1]
 
     @contextmanager
     def one_layer_of_each_kind(self) -> Iterator[None]:
+        """And the last: it may compute fewer rows than the others of its kind."""
         layers = self._layers
-        self._layers = list({type(layer.feed_forward): layer for layer in layers}.values())
+        self._layers = [*{type(layer.feed_forward): layer for layer in layers[:-1]}.values(), layers[-1]]
         try:
             yield
         finally:

@@ -73,6 +73,7 @@ def build_deepseek(  # noqa: PLR0913 - two of them are rare and keyword-only
 
     decoder = load_decoder(config, weights, load_layer, rotary, load_mtp if has_mtp else None)
     decoder.uses_kernels = uses_kernels
+    decoder.has_agreed_rows = not isinstance(dispatcher_for(config.num_layers - 1), LocalDispatcher)
     return decoder
 
 

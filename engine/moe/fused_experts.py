@@ -7,6 +7,9 @@ launches. T tokens, D hidden, I intermediate, E routed experts, S shared experts
 
 from __future__ import annotations
 
+from copy import copy
+from typing import Self
+
 import torch
 
 from engine.checkpoint import fp8
@@ -71,6 +74,12 @@ class FusedMoeLayer:
         load_E = self._state.load_E.clone()
         self._state.load_E.zero_()
         return load_E
+
+    def uncounted(self) -> Self:
+        """The same layer, whose tokens count nowhere."""
+        other = copy(self)
+        other._state = new_gate_state(self._spec.num_experts, self._state.load_E.device)
+        return other
 
 
 def gate_spec(config: MoeConfig) -> GateSpec:

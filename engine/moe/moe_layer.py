@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from copy import copy
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 
@@ -17,6 +18,12 @@ class CountsExperts(Protocol):
     def take_load(self) -> torch.Tensor:
         """int64 [E]: tokens by logical expert since the last call."""
         ...
+
+    def uncounted(self) -> Self:
+        """The same layer, whose tokens count nowhere."""
+        ...
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor: ...
 
 
 class MoeLayer:
@@ -48,3 +55,8 @@ class MoeLayer:
         """int64 [E] since the last call."""
         load_E, self._load_E = self._load_E, None
         return torch.zeros(self._num_experts, dtype=torch.int64) if load_E is None else load_E
+
+    def uncounted(self) -> Self:
+        other = copy(self)
+        other._load_E = None
+        return other

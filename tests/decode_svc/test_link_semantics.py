@@ -271,9 +271,9 @@ class LastTokens(GatedModel):
         super().__init__()
         self.seen: list[int] = []
 
-    def forward(self, batch: ForwardBatch, *args: Any) -> Any:
+    def forward(self, batch: ForwardBatch, *args: Any, **wanted: Any) -> Any:
         self.seen.append(int(batch.token_ids_T[-1]))
-        return super().forward(batch, *args)
+        return super().forward(batch, *args, **wanted)
 
 
 @pytest.mark.parametrize("is_handed_off", [False, True])

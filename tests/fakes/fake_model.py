@@ -37,7 +37,12 @@ class FakeModel:
         self.num_forwards = 0
 
     def forward(
-        self, batch: ForwardBatch, kv_cache: KvCache, layer_done: Callable[[int], None] | None = None
+        self,
+        batch: ForwardBatch,
+        kv_cache: KvCache,
+        layer_done: Callable[[int], None] | None = None,
+        *,
+        wanted_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self.num_forwards += 1
         num_layers = kv_cache.layout.num_layers
@@ -48,7 +53,8 @@ class FakeModel:
             if layer_done is not None:
                 layer_done(layer)
         states = [state for s in range(batch.num_seqs) for state in _states(batch, kv_cache, s)]
-        return torch.tensor(states, dtype=torch.int64).view(-1, 1)
+        hidden_TD = torch.tensor(states, dtype=torch.int64).view(-1, 1)
+        return hidden_TD if wanted_N is None else hidden_TD[wanted_N]
 
     def one_layer_of_each_kind(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -60,7 +60,11 @@ class GatedModel(FakeModel):
         self._is_open.set()
 
     def forward(
-        self, batch: ForwardBatch, kv_cache: KvCache, layer_done: Callable[[int], None] | None = None
+        self,
+        batch: ForwardBatch,
+        kv_cache: KvCache,
+        layer_done: Callable[[int], None] | None = None,
+        **wanted: Any,
     ) -> Any:
         if not self._is_open.is_set():
             if self._num_passes_before == 0:
@@ -68,7 +72,7 @@ class GatedModel(FakeModel):
                 assert self._is_open.wait(_GATE_S), "a test left the gate closed"
                 self._is_held.clear()
             self._num_passes_before -= 1
-        return super().forward(batch, kv_cache, layer_done)
+        return super().forward(batch, kv_cache, layer_done, **wanted)
 
 
 @dataclass

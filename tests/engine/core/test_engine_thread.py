@@ -37,7 +37,7 @@ class Recorder:
 
 
 class FailingModel(FakeModel):
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: Any, **wanted: Any) -> Any:
         raise RuntimeError("the kernel is gone")
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="kernel tests need the package triton (pip 
 
 from engine import chunk_graphs, mixed_graphs, warm_up
 from engine.attention import mla, plan
+from engine.attention.device_plan import plan_on_device
 from engine.checkpoint.model_config import load_model_config
 from engine.checkpoint.random_presets import hub_config
 from engine.checkpoint.weights import open_weights
@@ -31,6 +32,7 @@ from engine.kv_cache import KvCache
 from engine.kv_layout import KvLayout
 from engine.mixed_graphs import MixedGraphs
 from engine.models import build_model
+from engine.moe.fused_experts import FusedMoeLayer
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.sampling_params import SamplingParams
@@ -38,6 +40,7 @@ from engine.scheduler import SchedulerConfig
 from engine.sequence import Sequence
 from tests.engine.core.engine_driver import hand_off, run
 from tests.engine.kernels.fp8_rows import quantised_as_here
+from tests.engine.kernels.kernel_batches import scattered_batch
 from tests.fakes.tiny_tokenizer import build_tokenizer
 
 pytestmark = pytest.mark.timeout(240)  # the interpreter is slow
@@ -197,6 +200,63 @@ def test_chunks_behind_cached_rows_go_through_graphs(
 
     assert answers(by_graphs, prompts, temperature=0.0) == expected
     assert (alone, merged) == ([0, 12], [8 + 8])
+
+
+@pytest.mark.parametrize(
+    ("uses_graphs", "expected"),
+    [
+        (False, [1, 2, 2, 1, 1]),  # nothing in the first step
+        (True, [3, 3, 2 + 3, 2, 1, 1]),  # three places of chunks, and two of decodes where both go together
+    ],
+    ids=["eager", "graphs"],
+)
+def test_experts_of_the_last_layer_see_the_rows_that_are_wanted(
+    checkpoint: Path, device: str, uses_graphs: bool, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the only layer of experts. Steps: 12 of the first prompt; its 9 others; a decode and the second
+    prompt; decodes."""
+    monkeypatch.setattr(chunk_graphs, "LADDER", (12,))
+    monkeypatch.setattr(chunk_graphs, "MAX_CHUNKS", 3)
+    monkeypatch.setattr(mixed_graphs, "CHUNK_LADDER", (8,))
+    monkeypatch.setattr(mixed_graphs, "DECODE_LADDER", (2,))
+    seen: list[int] = []
+    between_norms = FusedMoeLayer.between_norms
+
+    def noted(self: FusedMoeLayer, x_TD: torch.Tensor, delta_TD: torch.Tensor, *norms: Any) -> Any:
+        assert x_TD.shape == delta_TD.shape
+        seen.append(x_TD.shape[0])
+        return between_norms(self, x_TD, delta_TD, *norms)
+
+    monkeypatch.setattr(FusedMoeLayer, "between_norms", noted)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(512) for _ in range(n)] for n in (21, 7)]
+    engine = build(checkpoint, device, uses_kernels=True, uses_graphs=uses_graphs, token_budget=12)
+
+    answers(engine, prompts, temperature=0.0)
+
+    assert seen == expected
+
+
+@pytest.mark.parametrize("rows", [[14, 0, 2, 2], []])
+def test_wanted_rows_by_kernels_are_those_of_a_pass_over_all(
+    checkpoint: Path, device: str, rows: list[int]
+) -> None:
+    engine = build(checkpoint, device, uses_kernels=True, uses_graphs=False)
+    model, cache = engine._runner._model, engine.kv_cache
+    batch, _ = scattered_batch([3, 5], [(0, 6), (4, 7)], BLOCK_SIZE)
+    batch = replace(
+        batch,
+        token_ids_T=torch.arange(15, device=device),
+        positions_T=batch.positions_T.to(device),
+        slot_mapping_T=batch.slot_mapping_T.to(device),
+    )
+    batch.device_plan = plan_on_device(batch, BLOCK_SIZE)
+
+    expected_TD = model.forward(batch, cache)
+    wanted_N = torch.tensor(rows, dtype=torch.int64, device=device)
+    found_ND = model.forward(batch, cache, wanted_N=wanted_N)
+
+    torch.testing.assert_close(found_ND, expected_TD[wanted_N], rtol=1e-5, atol=1e-6)
 
 
 def test_constrained_rows_go_beside_plain_ones_through_the_graphs(checkpoint: Path, device: str) -> None:
