@@ -71,6 +71,7 @@ from benchmarks.results_file import table, write_result
 from benchmarks.serving import Server, baton_up
 from engine.checkpoint.model_config import DUMMY_SPREADS
 from kvstore.embedded import EmbeddedServer
+from servicekit.descriptors import reserve_descriptors
 from servicekit.logging import configure_logging
 from servicekit.loop_watch import watched_loop
 
@@ -164,6 +165,7 @@ def _client_logs(log_dir: Path) -> Iterator[None]:
 async def _measure(
     name: str, server: Server, args: argparse.Namespace, found: dict[str, Any], log_dir: Path
 ) -> None:
+    reserve_descriptors()  # pauses of the client are not the server's
     with watched_loop():
         await _measure_parts(name, server, args, found, log_dir)
 

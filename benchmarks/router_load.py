@@ -25,6 +25,7 @@ import psutil
 from baton.bench.measurement import percentile
 from benchmarks.results_file import table, write_result
 from benchmarks.router_overhead import Client, running_bare, running_routers
+from servicekit.descriptors import reserve_descriptors
 from servicekit.garbage import exempt_from_garbage_search
 
 COLUMNS = ("what", "value")
@@ -156,6 +157,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18440)
     parser.add_argument("--write", action="store_true", help="JSON and Markdown into benchmarks/results")
     options = parser.parse_args()
+    reserve_descriptors()
     exempt_from_garbage_search()  # the client's pauses are not the router's
     asyncio.run(run(options))
 

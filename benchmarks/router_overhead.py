@@ -28,6 +28,7 @@ from kvstore.embedded import EmbeddedServer
 from kvstore.registry import RedisRegistry
 from kvstore.store import Store
 from proto import common_pb2, link_pb2, link_pb2_grpc
+from servicekit.descriptors import reserve_descriptors
 from servicekit.garbage import exempt_from_garbage_search
 from servicekit.rpc import build_server
 from tests.fakes.fake_decode_worker import decode_record
@@ -258,6 +259,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="JSON into benchmarks/results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    reserve_descriptors()
     exempt_from_garbage_search()  # pauses of worker and client are not the router's
     if options.worker:
         asyncio.run(run_worker(options.worker, options.step_ms / 1000))

@@ -11,6 +11,7 @@ from router.app import build
 from router.model_dir import ModelDirError
 from router.server import serve
 from router.settings import PREFIX, load_router_settings
+from servicekit.descriptors import reserve_descriptors
 from servicekit.garbage import exempt_from_garbage_search
 from servicekit.logging import configure_logging
 from servicekit.settings import SettingsError, describe_settings
@@ -30,6 +31,7 @@ def main() -> int:
     except (SettingsError, ModelDirError, ValueError) as error:
         sys.stderr.write(f"router: {error}\n")
         return 2
+    reserve_descriptors()
     exempt_from_garbage_search()
     uvloop.run(serve(app))
     return 0

@@ -35,6 +35,7 @@ from engine.outputs import StepOutput
 from kvstore.redis_index import RedisIndex
 from kvstore.registry import RedisRegistry, WorkerRecord, WorkerRole
 from kvstore.store import Store
+from servicekit.descriptors import reserve_descriptors
 from servicekit.errors import WorkerLost
 from servicekit.garbage import exempt_from_garbage_search
 from servicekit.host import host_id, reachable_host
@@ -166,6 +167,7 @@ class WorkerProcess:
             stack.push_async_callback(store.close)
             registration = Registration(RedisRegistry(store, record.model), record, parts.load.load)
             health.watch(registration)
+            reserve_descriptors()
             exempt_from_garbage_search()
             return await self._until_end(parts, registration, record, index, drain)
 

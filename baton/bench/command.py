@@ -18,6 +18,7 @@ from baton.bench.workload import Session
 from baton.errors import CommandError
 from baton.http_client import HttpStatusError, NoAnswer, Server
 from baton.settings import load_command_settings
+from servicekit.descriptors import reserve_descriptors
 from servicekit.garbage import exempt_from_garbage_search
 
 _CONCURRENCY = 8
@@ -78,7 +79,9 @@ async def _bench(args: argparse.Namespace) -> list[Run]:
     api_key = load_command_settings().api_key
     model = args.model or await served_model(Server(args.url, api_key))
     target = Target(url=args.url, model=model, timeout_s=args.timeout_s, api_key=api_key)
-    exempt_from_garbage_search()  # a pause here would look like one of the server
+    # A pause here would look like one of the server.
+    reserve_descriptors()
+    exempt_from_garbage_search()
     return [await _one_run(args, target, plan) for plan in plans]
 
 
