@@ -1,8 +1,9 @@
 """How long the graphs of a step take on the device: decodes, chunks, and both in one pass.
 
     python -m benchmarks.gpu_graphs [--context 1150] [--decodes 1 32 128 256] [--tokens 64 256 1024 2048]
+                                    [--fp8] [--kv-cache-dtype fp8]
 
-DeepSeek-V2-Lite's shape in bfloat16 with made-up weights, near-uniform routing. Milliseconds are medians of
+DeepSeek-V2-Lite's shape with made-up weights, near-uniform routing. Milliseconds are medians of
 replays, without a host in between.
 """
 
@@ -94,9 +95,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1150, help="cached tokens of each decode")
     parser.add_argument("--decodes", type=int, nargs="+", default=[1, 32, 128, 256])
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024, 2048])
+    parser.add_argument("--fp8", action="store_true", help="weights in FP8")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        engine = build(Path(name) / "model")
+        engine = build(Path(name) / "model", is_fp8=args.fp8, kv_cache_dtype=args.kv_cache_dtype)
         steps = engine._runner.device_steps
         assert steps is not None
         measure(steps, args.decodes, args.tokens, args.context)

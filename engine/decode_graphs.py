@@ -24,7 +24,7 @@ from engine.kv_cache import KvCache
 from engine.models.causal_lm import CausalLM
 from engine.sequence import Sequence
 
-_FINE_LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+_FINE_LADDER = (1, 2, 4, 8, 16, 24, 32, 40, *range(48, 257, 16))
 _COARSE_STEP = 64
 
 

@@ -397,5 +397,5 @@ def test_the_ladder_of_chunks_ends_at_the_budget(budget: int, last: list[int]) -
 
 def test_the_ladder_ends_at_the_largest_batch() -> None:
     assert batch_ladder(3) == [1, 2, 3]
-    assert batch_ladder(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert batch_ladder(64) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 64]
     assert batch_ladder(400)[-3:] == [320, 384, 400]
