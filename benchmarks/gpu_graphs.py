@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.gpu_engine import VOCAB_SIZE, build
+from benchmarks.gpu_engine import build
+from benchmarks.gpu_shape import V2_LITE
 from engine.device_steps import DeviceSteps
 from engine.prepared_batch import PreparedBatch, prepare
 from engine.sampling_params import SamplingParams
@@ -49,7 +50,7 @@ class Steps:
         return prepare(batch, self._steps._tensors, speculates=False)
 
     def _sequence(self, num_tokens: int) -> Sequence:
-        prompt = self._rng.integers(0, VOCAB_SIZE, num_tokens).tolist()
+        prompt = self._rng.integers(0, V2_LITE["vocab_size"], num_tokens).tolist()
         seq = Sequence(self._next_block, prompt, SamplingParams(temperature=0.0))
         block_size = self._steps._kv_cache.layout.block_size
         num_blocks = -(-num_tokens // block_size)

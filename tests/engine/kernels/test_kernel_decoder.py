@@ -215,6 +215,8 @@ def test_experts_of_the_last_layer_see_the_rows_that_are_wanted(
 ) -> None:
     """It is the only layer of experts. Steps: 12 of the first prompt; its 9 others; a decode and the second
     prompt; decodes."""
+    if uses_graphs and device == "cuda":
+        pytest.skip("a captured graph calls nobody")
     monkeypatch.setattr(chunk_graphs, "LADDER", (12,))
     monkeypatch.setattr(chunk_graphs, "MAX_CHUNKS", 3)
     monkeypatch.setattr(mixed_graphs, "CHUNK_LADDER", (8,))
