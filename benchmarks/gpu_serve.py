@@ -274,7 +274,17 @@ def _facts(args: argparse.Namespace) -> dict[str, str]:
     dtype = "FP8" if args.fp8 else _scale(args).dtype
     dtype += ", FP8 KV" * (args.kv_cache_dtype == "fp8")
     weights = f"{dtype}, {args.weights}"
-    return {"device": device, "torch and number of devices": version, "weights": weights}
+    options = " ".join(_options(args))
+    return {"device": device, "torch and number of devices": version, "weights": weights, "options": options}
+
+
+def _options(args: argparse.Namespace) -> Iterator[str]:
+    """Those that change what is measured, where they are not the usual ones."""
+    usual = vars(_arguments().parse_args(["run"]))
+    for name, value in vars(args).items():
+        if value != usual[name] and name not in ("json", "log_dir", "topologies", "parts", "carriers"):
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            yield " ".join(["--" + name.replace("_", "-"), *map(str, values)])
 
 
 def publish(path: Path) -> None:
