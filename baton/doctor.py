@@ -28,6 +28,7 @@ Verdict = Literal["ok", "note", "missing"]
 
 _GIB = 1 << 30
 _MIN_PYTHON = (3, 11)
+_MANY_FILES = 4096  # enough for a router with a few thousand streams
 _USEFUL_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16")
 _TORCH_PROBE = """
 import json, torch
@@ -130,10 +131,13 @@ def check_shared_memory() -> Finding:
 
 
 def check_open_files() -> Finding:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < 1024:
-        return Finding("open files", "note", f"{soft} (hard limit {hard})", "raise it: ulimit -n 4096")
-    return Finding("open files", "ok", f"{soft} (hard limit {hard})")
+    """Router and workers raise the soft limit themselves."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        return Finding("open files", "ok", "no limit")
+    if hard < _MANY_FILES:
+        return Finding("open files", "note", f"{hard} at most", "a stream is one: raise the hard limit")
+    return Finding("open files", "ok", f"{hard} at most")
 
 
 def check_torch() -> Iterable[Finding]:

@@ -69,6 +69,13 @@ def test_a_system_without_memory_files_is_only_a_note(monkeypatch):
     assert doctor.check_shared_memory().verdict == "note"
 
 
+@pytest.mark.parametrize(("hard", "verdict"), [(1024, "note"), (20_000, "ok"), (-1, "ok")])
+def test_the_hard_limit_of_open_files_is_what_counts(monkeypatch, hard, verdict):
+    """-1: there is none."""
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (256, hard))
+    assert doctor.check_open_files().verdict == verdict
+
+
 @pytest.mark.parametrize(("verdict", "exit_code"), [("ok", 0), ("note", 0), ("missing", 1)])
 def test_only_what_is_required_fails_the_examination(monkeypatch, capsys, verdict, exit_code):
     finding = doctor.Finding("thing", verdict, "found", "advice")
