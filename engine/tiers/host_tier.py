@@ -30,6 +30,7 @@ class HostTier:
         self._filling: dict[int, BlockKey] = {}
         self._slots: dict[BlockHash, int] = {}
         self._order = EvictionOrder()
+        self._unwanted: set[BlockHash] = set()  # discarded while they were pinned
 
     @property
     def num_free(self) -> int:
@@ -61,7 +62,7 @@ class HostTier:
         block before it, which is of less use than any other, nothing is evicted."""
         self._order.pin_parent(key)
         if not self._free and not (self._is_connected(key) and self._evict()):
-            self._order.unpin_parent(key)
+            self._unpin_parent(key)
             return None
         slot = self._free.pop()
         self._filling[slot] = key
@@ -72,18 +73,22 @@ class HostTier:
         key = self._filling.pop(slot)
         self._slots[key.block_hash] = slot
         self._order.add(key)
-        self._order.unpin_parent(key)
+        self._unpin_parent(key)
 
     def cancel(self, slot: int) -> None:
-        self._order.unpin_parent(self._filling.pop(slot))
+        self._unpin_parent(self._filling.pop(slot))
         self._free.append(slot)
 
     def discard(self, block_hash: BlockHash) -> None:
-        """Not needed here any more. Nothing happens to a pinned one."""
-        if block_hash in self._slots and not self._order.is_pinned(block_hash):
-            self.on_evict(block_hash)
-            self._order.remove(block_hash)
-            self._free.append(self._slots.pop(block_hash))
+        """Not needed here any more. A pinned one goes when it is not."""
+        if block_hash not in self._slots:
+            return
+        if self._order.is_pinned(block_hash):
+            self._unwanted.add(block_hash)
+            return
+        self.on_evict(block_hash)
+        self._order.remove(block_hash)
+        self._give_up(block_hash)
 
     def pin(self, block_hash: BlockHash) -> int:
         """Its slot, which keeps it until as many calls of unpin()."""
@@ -92,6 +97,7 @@ class HostTier:
 
     def unpin(self, block_hash: BlockHash) -> None:
         self._order.unpin(block_hash)
+        self._discard_unwanted(block_hash)
 
     def close(self) -> None:
         """Give the memory back. Idempotent."""
@@ -102,6 +108,9 @@ class HostTier:
         assert sorted(slots) == list(range(self.num_slots)), "a slot is in no state, or in two"
         assert self.num_free + self.num_cached + self.num_used == self.num_slots
         assert {key.block_hash for key in self._order.keys()} == set(self._slots)
+        assert all(
+            block_hash in self._slots and self._order.is_pinned(block_hash) for block_hash in self._unwanted
+        )
 
     def _is_connected(self, key: BlockKey) -> bool:
         if key.depth == 0 or key.parent in self._slots:
@@ -113,5 +122,17 @@ class HostTier:
         if key is None:
             return False
         self.on_evict(key.block_hash)
-        self._free.append(self._slots.pop(key.block_hash))
+        self._give_up(key.block_hash)
         return True
+
+    def _give_up(self, block_hash: BlockHash) -> None:
+        self._free.append(self._slots.pop(block_hash))
+        self._unwanted.discard(block_hash)
+
+    def _unpin_parent(self, key: BlockKey) -> None:
+        self._order.unpin_parent(key)
+        self._discard_unwanted(key.parent)
+
+    def _discard_unwanted(self, block_hash: BlockHash) -> None:
+        if block_hash in self._unwanted:
+            self.discard(block_hash)

@@ -64,8 +64,7 @@ class WriteBehind:
 
     def offer(self, block_id: int, key: BlockKey) -> None:
         """A block of the device is full and registered."""
-        is_there = key.block_hash in self._host or (self._is_staging and self._is_on_disk(key))
-        if is_there or key in self._pending:
+        if self._is_there(key) or key in self._pending:
             return
         if len(self._pending) >= self._max_pending:
             self.num_lost += 1
@@ -95,7 +94,7 @@ class WriteBehind:
             key, block_id = self._pending.popitem(last=False)
             if pool.block_of(key.block_hash) != block_id:
                 self.num_lost += 1
-            elif key.block_hash not in self._host:
+            elif not self._is_there(key):  # it may have been offered again while it was on the way
                 slot = self._host.reserve(key)
                 if slot is None:
                     self.num_lost += 1
@@ -121,10 +120,16 @@ class WriteBehind:
             self._places.commit_to_host(copied.key, copied.slot)
             if self._disk is not None and not self._is_on_disk(copied.key):
                 self._for_disk[copied.key] = None
+            else:
+                self._passed(copied.key)
 
     @property
     def _may_fill_host(self) -> bool:
         return not self._is_staging or self._host.num_free > 0
+
+    def _is_there(self, key: BlockKey) -> bool:
+        """Where it is to be kept, or on the way from host memory to there."""
+        return key.block_hash in self._host or (self._is_staging and self._is_on_disk(key))
 
     def _is_on_disk(self, key: BlockKey) -> bool:
         return self._disk is not None and key.block_hash in self._disk

@@ -203,11 +203,14 @@ async def test_fetch_into_a_sequence_that_is_cancelled_leaves_nothing() -> None:
         decode_worker(_engine(0), worker_id="reader") as reader,
     ):
         await _ask(holder, PROMPT)
-        engine = reader.engine.engine
         async with router_link(reader) as router:
+            replies = []
             for _ in range(5):
-                key, _ = await router.submit(greedy_spec(PROMPT, 4), "", holder.as_peer(11))
+                key, reply = await router.submit(greedy_spec(PROMPT, 4), "", holder.as_peer(11))
                 await router.cancel(key)
+                replies.append(reply)
+            for reply in replies:  # else the worker may hear of some after the end of this link
+                await reply.ended.wait()
         await reader.until_idle()
         await reader.engine.call(Engine.check_integrity)
-        assert engine.load().num_used_blocks == 0
+        assert reader.engine.engine.load().num_used_blocks == 0

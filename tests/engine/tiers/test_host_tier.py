@@ -62,16 +62,52 @@ def test_chain_longer_than_the_tier_keeps_its_beginning(tier: HostTier) -> None:
     assert [block.block_hash in tier for block in chain] == [True] * 4 + [False] * 4
 
 
-def test_discarded_block_frees_its_slot_unless_pinned(tier: HostTier) -> None:
+def test_a_discarded_block_frees_its_slot_when_nobody_pins_it(tier: HostTier) -> None:
+    gone: list[BlockHash] = []
+    tier.on_evict = gone.append
+    for _ in range(2):
+        fill(tier, key(1))
+        tier.pin(key(1).block_hash)
+        tier.pin(key(1).block_hash)
+        tier.discard(key(1).block_hash)
+        tier.discard(key(1).block_hash)
+        tier.unpin(key(1).block_hash)
+        assert key(1).block_hash in tier and not gone
+        tier.unpin(key(1).block_hash)
+        tier.discard(key(1).block_hash)
+        assert key(1).block_hash not in tier and tier.num_free == 4
+        tier.check_integrity()
+        assert gone == [key(1).block_hash]
+        gone.clear()
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_discarded_block_stays_while_the_one_behind_it_is_on_the_way(tier: HostTier, arrives: bool) -> None:
     fill(tier, key(1))
-    tier.pin(key(1).block_hash)
+    child = key(2, key(1).block_hash, 1)
+    slot = tier.reserve(child)
+    assert slot is not None
     tier.discard(key(1).block_hash)
     assert key(1).block_hash in tier
-    tier.unpin(key(1).block_hash)
-    tier.discard(key(1).block_hash)
-    tier.discard(key(1).block_hash)
-    assert key(1).block_hash not in tier and tier.num_free == 4
+    if arrives:
+        tier.commit(slot)
+    else:
+        tier.cancel(slot)
+    assert key(1).block_hash not in tier and tier.num_free == 4 - arrives
     tier.check_integrity()
+
+
+def test_a_block_that_came_again_is_as_wanted_as_any(tier: HostTier) -> None:
+    """The wish to be rid of it went with the one before."""
+    for i in range(1, 5):
+        fill(tier, key(i))
+    tier.pin(key(1).block_hash)
+    tier.discard(key(1).block_hash)
+    tier.unpin(key(1).block_hash)
+    fill(tier, key(1))
+    tier.pin(key(1).block_hash)
+    tier.unpin(key(1).block_hash)
+    assert key(1).block_hash in tier
 
 
 def test_slots_hold_bytes(tier: HostTier) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -249,6 +250,47 @@ def test_preempted_sequences_come_back_from_host_memory() -> None:
     assert sum(step.stats.num_preemptions for step in driver.steps) > 0
     assert sum(load.num_blocks for load in driver.loads) > 0
     engine.close()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_memory_on_the_way_to_the_disk_is_empty_once_all_is_there(tmp_path: Path, seed: int) -> None:
+    """Whatever is copied or read while a block reaches the disk; else saving would end some day."""
+    rng = random.Random(seed)
+    with driven(tmp_path, 0) as driver:
+        engine = driver.engine
+        tiers = engine._tiers
+        for i in range(6):
+            engine.add(Sequence(i, prompt(rng.randrange(3)), greedy(rng.randrange(1, 9))))
+            pinned = None
+            while engine.has_work:
+                driver.step()
+                if pinned is None and rng.random() < 0.3:
+                    pinned = engine.pin(engine.hash_chain.hashes(prompt(rng.randrange(3))))
+                for threads in (tiers._write_behind._copying, tiers._write_behind._writing):
+                    if rng.random() < 0.5:  # one of them is done before the other
+                        threads._executor.submit(lambda: None).result()
+                tiers.poll()
+            if pinned is not None:
+                engine.unpin(pinned.pin_id)
+        driver.until(lambda: tiers.is_idle)
+        host = tiers.places.host
+        assert (host.num_free, host.num_cached, host.num_used) == (16, 0, 0)
+        assert len(list(tmp_path.glob("*.kv"))) > 10
+
+
+def test_a_block_that_is_used_again_on_its_way_to_the_disk_is_saved_once(tmp_path: Path) -> None:
+    with driven(tmp_path, 0) as driver:
+        engine = driver.engine
+        saving, may_save = engine._tiers._write_behind, threading.Event()
+        saving._copying._executor.submit(may_save.wait)
+        for i in range(2):  # the second one finds the first one's blocks, none of them saved yet
+            engine.add(Sequence(i, prompt(1), greedy(4)))
+            driver.until(lambda: not engine._seqs)
+        assert driver.outputs[1].num_hit_tokens == 4 * NUM_BLOCKS
+        may_save.set()
+        driver.until(lambda: engine._tiers.is_idle)
+        assert engine._tiers.places.host.num_free == 16
+        assert len(list(tmp_path.glob("*.kv"))) == NUM_BLOCKS + 1
 
 
 def test_prompt_logprobs_load_nothing() -> None:
