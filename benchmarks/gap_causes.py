@@ -22,6 +22,8 @@ CAUSE_COLUMNS = (
 )
 LONGEST_COLUMNS = ("ms", "after token", "steps: ms, decodes + prompt tokens", "outside ms")
 PAUSE_COLUMNS = ("process", "ms", "of them computing", "where")
+STEP_COLUMNS = ("decodes", "steps", "median ms")
+_DECODES_APART = 16  # about the sizes of the graphs
 _SHARE = 0.05  # of the requests, those with the longest gaps
 
 
@@ -125,6 +127,22 @@ def pause_rows(
     return [
         {"process": process, "ms": _ms(seconds), "of them computing": _ms(busy_s), "where": where}
         for seconds, busy_s, process, where in sorted(pauses, reverse=True)[:num_rows]
+    ]
+
+
+def step_rows(steps: Iterable[LoggedStep]) -> list[dict[str, Any]]:
+    """Of those without prompts: 1 to 16 decodes, 17 to 32, and so on."""
+    times: dict[int, list[float]] = {}
+    for step in steps:
+        if step.num_decodes and not step.num_prefill_tokens:
+            times.setdefault((step.num_decodes - 1) // _DECODES_APART, []).append(step.step_s)
+    return [
+        {
+            "decodes": f"{_DECODES_APART * size + 1} to {_DECODES_APART * (size + 1)}",
+            "steps": len(found),
+            "median ms": round(1e3 * median(found), 2),
+        }
+        for size, found in sorted(times.items())
     ]
 
 

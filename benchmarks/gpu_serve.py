@@ -41,11 +41,13 @@ from benchmarks.gap_causes import (
     CAUSE_COLUMNS,
     LONGEST_COLUMNS,
     PAUSE_COLUMNS,
+    STEP_COLUMNS,
     cause_rows,
     logged_steps,
     longest_gaps,
     longest_rows,
     pause_rows,
+    step_rows,
 )
 from benchmarks.gpu_loads import (
     ADDED_COLUMNS,
@@ -215,6 +217,7 @@ def _show_gaps(measured: Sequence[RequestMeasurement], log_dir: Path) -> None:
     gaps = longest_gaps([m for m in measured if m.class_name == "chat"], steps)
     _show("longest gaps of the chat requests below", CAUSE_COLUMNS, cause_rows(gaps))
     _show("the longest of all", LONGEST_COLUMNS, longest_rows(gaps))
+    _show("all steps of decodes so far, by their number", STEP_COLUMNS, step_rows(steps))
     since = min(m.sent_at for m in measured)
     _show("the longest pauses of processes", PAUSE_COLUMNS, pause_rows(_log_events(log_dir), since))
 
@@ -274,8 +277,9 @@ def _facts(args: argparse.Namespace) -> dict[str, str]:
     dtype = "FP8" if args.fp8 else _scale(args).dtype
     dtype += ", FP8 KV" * (args.kv_cache_dtype == "fp8")
     weights = f"{dtype}, {args.weights}"
+    facts = {"device": device, "torch and number of devices": version, "weights": weights}
     options = " ".join(_options(args))
-    return {"device": device, "torch and number of devices": version, "weights": weights, "options": options}
+    return {**facts, "options": options} if options else facts
 
 
 def _options(args: argparse.Namespace) -> Iterator[str]:

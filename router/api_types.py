@@ -24,9 +24,9 @@ MAX_TOKEN_ID = (1 << 31) - 1
 
 
 def pack_ids(token_ids: Sequence[int]) -> array[int]:
-    """Of a prompt. As a list they would be visited whenever garbage is searched for, a millisecond for each
-    hundred thousand."""
-    return array("q", token_ids)
+    """Of a prompt; what is packed stays as it is. As a list they would be visited one by one whenever garbage
+    is searched for."""
+    return token_ids if isinstance(token_ids, array) else array("q", token_ids)
 
 
 def _one_or_many(value: Any) -> Any:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from proto import common_pb2, link_pb2
+from router.api_types import pack_ids
 from router.fleet import Fleet
 from router.link import Link, LinkStream, Taker
 from router.model_metrics import ModelMetrics
@@ -241,9 +241,8 @@ class RequestFlow:
             give_up_at = min(give_up_at, self._request.deadline)
         prompt = self._request.prompt
         if self.output_ids:
-            prompt = PromptHashes(
-                array("q", [*prompt.token_ids, *self.output_ids]), prompt.cache_salt, prompt.tenant
-            )
+            token_ids = pack_ids([*prompt.token_ids, *self.output_ids])
+            prompt = PromptHashes(token_ids, prompt.cache_salt, prompt.tenant)
         while True:
             route = self._branch_route() or self._plan(prompt)
             if route is not None:

@@ -1,7 +1,7 @@
 """Room for file descriptors before anybody waits for it.
 
 The kernel doubles a process's table of descriptors when the 64th, 128th, 256th is opened, and in a process
-with threads it then waits until no other core can still be reading the old one: 8 to 27 ms in which the
+with threads it then waits until no other core can still be reading the old one: 5 to 27 ms in which the
 opening thread, an event loop with all its streams, stands still (docs/log.md).
 """
 

@@ -19,7 +19,6 @@ from servicekit.logging import get_logger
 _THRESHOLDS = (2_000, 100, 50)
 _LOGGED_S = 0.001
 
-
 log = get_logger(__name__)
 
 

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from baton.bench.measurement import RequestMeasurement
-from benchmarks.gap_causes import Gap, cause_rows, logged_steps, longest_gaps, longest_rows, pause_rows
+from benchmarks.gap_causes import (
+    Gap,
+    cause_rows,
+    logged_steps,
+    longest_gaps,
+    longest_rows,
+    pause_rows,
+    step_rows,
+)
 
 
 def step(ended_at: float, step_s: float, num_decodes: int, num_prefill_tokens: int = 0) -> dict[str, Any]:
@@ -96,3 +104,12 @@ def test_the_longest_pauses_are_told_with_who_paused() -> None:
     ]
     assert [row["process"] for row in pause_rows(events, since=5.5, num_rows=1)] == ["router"]
     assert [row["ms"] for row in pause_rows(events, since=7.5)] == [7.0]
+
+
+def test_steps_of_decodes_are_told_by_their_number() -> None:
+    events = [step(float(i), 0.010 + i / 1000, num_decodes) for i, num_decodes in enumerate((16, 1, 17, 8))]
+    events += [step(9.0, 1.0, 0, 512), step(9.0, 1.0, 3, 512)]
+    assert [tuple(row.values()) for row in step_rows(logged_steps(events))] == [
+        ("1 to 16", 3, 11.0),
+        ("17 to 32", 1, 12.0),
+    ]
