@@ -18,7 +18,8 @@ TOOLS := .venv-tools
 TOOLS_STAMP := $(TOOLS)/.installed
 CONTAINERS_STAMP := $(VENV)/.containers-installed
 # Files go to processes whole, in their order: what a module of tests starts, it starts once, and the last ones are short.
-PYTEST := $(BIN)/pytest -q --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+# A process that ends ends the run: with another in its place pytest-xdist 3.8 waits for ever once all else is done.
+PYTEST := $(BIN)/pytest -q --numprocesses $(TEST_PROCESSES) --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 
 export OMP_NUM_THREADS ?= 1
 

@@ -65,10 +65,10 @@ async def queued(stack: Stack, time_left_s: float) -> tuple[int, Reply]:
     async with router_link(stack.decode) as other:
         await other.submit(greedy_spec(OTHER, 3), stack.prefill)
         await stack.prefill_model.until_held()
-        submitted = await stack.submit(time_left_s)
-        while stack.prefill.admission.num_requests < 2:
+        key, reply = await stack.submit(time_left_s)
+        while stack.prefill.admission.num_requests < 2 and not reply.ended.is_set():
             await stack.decode.used_blocks()
-    return submitted
+    return key, reply
 
 
 async def started(stack: Stack, time_left_s: float) -> tuple[int, Reply]:

@@ -20,6 +20,7 @@ from router.settings import RouterSettings
 from tests.fakes.fake_decode_worker import FakeDecodeWorker, decode_record, mixing_script
 from tests.fakes.tiny_tokenizer import write_model_dir
 
+_LEASE_S = 3600.0  # nobody renews it, and a module's tests may share a router for minutes
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -49,7 +50,7 @@ class Router:
         self.workers[worker_id] = worker
         address = await worker.start()
         record = decode_record(worker_id, address, max_model_len=max_model_len, load=load or WorkerLoad())
-        await self.registry.announce(record, 60.0)
+        await self.registry.announce(record, _LEASE_S)
         await self.until(lambda: worker_id in self.linked())
         return worker
 
