@@ -22,6 +22,7 @@ from tests.fakes.tiny_tokenizer import write_model_dir
 
 _LEASE_S = 3600.0  # nobody renews it, and a module's tests may share a router for minutes
 
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model_dir(tmp_path_factory.mktemp("model"))
