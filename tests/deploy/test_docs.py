@@ -143,7 +143,6 @@ def two_machines(tmp_path: Path) -> Iterator[TwoMachines]:
 
 @pytest.mark.e2e
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_the_commands_for_two_machines_work(two_machines: TwoMachines, tmp_path: Path) -> None:
     if shutil.which("curl") is None:
         pytest.skip("no curl here")

@@ -17,7 +17,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/e2e/" in str(item.path.as_posix()):
             item.add_marker(pytest.mark.e2e)
-            item.add_marker(pytest.mark.timeout(180))
 
 
 @pytest.fixture(scope="session")

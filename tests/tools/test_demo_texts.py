@@ -70,7 +70,6 @@ def test_documents_are_the_chat_template_s_text_and_only_answers_are_learned(tok
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_generated_rows_become_pairs_and_those_without_a_good_answer_go(
     tokenizer: Tokenizer, shipped: Path
 ) -> None:

@@ -29,7 +29,7 @@ from tests.deploy.kubernetes.start import container_environment, with_local_file
 from tests.deploy.tools import ROOT
 from tests.e2e.stack import wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 _ONE_IN_FLIGHT = re.compile(r"^baton_router_requests_in_flight(\{.*\})? 1\.0$", re.MULTILINE)
 _LOCAL_PORTS = {"http": "ROUTER_PORT", "grpc": "{role}_PORT", "metrics": "{role}_METRICS_PORT"}

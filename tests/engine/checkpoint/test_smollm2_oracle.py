@@ -13,7 +13,7 @@ from engine.outputs import TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.sequence import Sequence
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.slow
 
 QUESTIONS = [
     "What is the capital of France?",

@@ -43,8 +43,6 @@ from tests.engine.kernels.fp8_rows import quantised_as_here
 from tests.engine.kernels.kernel_batches import scattered_batch
 from tests.fakes.tiny_tokenizer import build_tokenizer
 
-pytestmark = pytest.mark.timeout(240)  # the interpreter is slow
-
 BLOCK_SIZE, MAX_RUNNING, MAX_MODEL_LEN = 4, 3, 64
 RANK, ROPE = 32, 16
 

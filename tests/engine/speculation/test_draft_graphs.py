@@ -129,7 +129,6 @@ def run(engine: Engine, kinds: list[dict[str, Any]]) -> Recorder:
     ids=["greedy", "mixed"],
 )
 @pytest.mark.parametrize(("uses_graphs", "num_drafts"), [(False, 1), (True, 1), (True, 2)])
-@pytest.mark.timeout(180)
 def test_tokens_of_the_plain_model(
     config_dir: Path,
     uses_graphs: bool,
