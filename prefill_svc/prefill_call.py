@@ -168,8 +168,9 @@ class PrefillCall:
         if self._pending is not None and (self.finished or self._events.is_empty):
             yield from self._flush()
         if self.finished is not None:
-            yield self._pack_finished(self.finished)
+            # Before the decode worker can know: what it does with the first token is no longer prefilling.
             self._trace.finished(self.num_prompt_tokens, self.num_bytes)
+            yield self._pack_finished(self.finished)
 
     def _on_started(self, started: Started) -> None:
         self.started = started

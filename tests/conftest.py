@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import io
+import logging
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
@@ -19,6 +20,14 @@ if not torch.cuda.is_available():
 # No test is timed: a machine may be busy with something else.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Of each test: what configures logging as a service does leaves nothing of it to the next."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 @pytest.hookimpl(wrapper=True)
