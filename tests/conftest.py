@@ -1,4 +1,4 @@
-"""What must be set before any test module is imported, and what a test that hangs was doing."""
+"""What is the same for all tests, and what must be set before any of their modules is imported."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
-def log_level() -> Iterator[None]:
-    """Of each test: what configures logging as a service does leaves nothing of it to the next."""
-    level = logging.getLogger().level
+def root_logger() -> Iterator[None]:
+    """As in a new process: a test that configures logging as a service does leaves nothing to the next."""
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    root.setLevel(logging.WARNING)
     yield
-    logging.getLogger().setLevel(level)
+    root.handlers[:] = handlers
 
 
 @pytest.hookimpl(wrapper=True)
@@ -38,8 +40,8 @@ def pytest_runtest_makereport(
     report = yield
     if call.excinfo is not None and "from pytest-timeout" in str(call.excinfo.value):
         stacks = io.StringIO()
-        for task in [thing for thing in gc.get_objects() if issubclass(type(thing), asyncio.Task)]:
-            if not task.done():
-                task.print_stack(file=stacks)
+        for thing in gc.get_objects():  # by type: isinstance() would ask proxies
+            if issubclass(type(thing), asyncio.Task) and not thing.done():
+                thing.print_stack(file=stacks)
         report.sections.append(("Tasks that have not ended", stacks.getvalue()))
     return report

@@ -68,6 +68,7 @@ async def queued(stack: Stack, time_left_s: float) -> tuple[int, Reply]:
         key, reply = await stack.submit(time_left_s)
         while stack.prefill.admission.num_requests < 2 and not reply.ended.is_set():
             await stack.decode.used_blocks()
+        assert time_left_s or not reply.ended.is_set()
     return key, reply
 
 

@@ -268,7 +268,6 @@ class FakeRouter:
         self._call.cancel()
 
     async def read(self) -> None:
-        """Until the link ends; then nobody waits any longer for what cannot come."""
         try:
             async for response in self._call:
                 self.responses.append(response)
@@ -277,10 +276,6 @@ class FakeRouter:
         except asyncio.CancelledError:
             if not self._call.cancelled():
                 raise
-        finally:
-            for reply in self._replies.values():
-                reply.has_tokens.set()
-                reply.ended.set()
 
     def _take(self, update: SequenceUpdate) -> None:
         reply = self._replies[update.key]

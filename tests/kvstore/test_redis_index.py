@@ -246,7 +246,6 @@ async def test_requests_come_between_the_pieces_of_a_burst_and_of_a_sweep(store:
 async def test_a_full_mirror_shows_less_never_something_wrong_and_says_so_once(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("WARNING")  # whatever a command that was tested before has set
     shown = ObservedIndex(max_blocks=100)
     mirror = IndexMirror(store, "tiny", shown)
     async with writing(store) as index:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from kvstore.memory_index import MemoryIndex
 from kvstore.memory_registry import MemoryRegistry
-from kvstore.worker_record import WorkerLoad
+from kvstore.worker_record import WorkerLoad, WorkerRecord
 from router.app import build
 from router.server import build_servers
 from router.settings import RouterSettings
@@ -51,9 +51,12 @@ class Router:
         self.workers[worker_id] = worker
         address = await worker.start()
         record = decode_record(worker_id, address, max_model_len=max_model_len, load=load or WorkerLoad())
-        await self.registry.announce(record, _LEASE_S)
+        await self.announce(record)
         await self.until(lambda: worker_id in self.linked())
         return worker
+
+    async def announce(self, record: WorkerRecord) -> None:
+        await self.registry.announce(record, _LEASE_S)
 
     def linked(self) -> list[str]:
         return [record.worker_id for record, _ in self.fleet.decode_workers()]

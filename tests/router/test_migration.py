@@ -109,7 +109,7 @@ async def test_branches_that_wait_for_a_worker_go_to_one(make_router: RouterFact
     fresh = [FakeDecodeWorker(mixing_script(300)) for _ in range(2)]
     for i, worker in enumerate(fresh, 1):
         router.workers[f"decode-{i}"] = worker
-        await router.registry.announce(decode_record(f"decode-{i}", await worker.start()), 60.0)
+        await router.announce(decode_record(f"decode-{i}", await worker.start()))
     assert await answer == dict.fromkeys(range(3), expected_ids())
     [moved] = [worker.submits for worker in fresh if worker.submits]
     assert len({submit.branch_group for submit in moved}) == 1 and len(moved) == 3
@@ -142,7 +142,7 @@ async def test_the_only_worker_may_come_back(make_router: RouterFactory) -> None
     again = FakeDecodeWorker(mixing_script(300))
     router.workers["decode-0"] = again
     record = decode_record("decode-0", await again.start(), incarnation="decode-0-2")
-    await router.registry.announce(record, 60.0)
+    await router.announce(record)
     assert await answer == expected_ids()
 
 
@@ -191,7 +191,7 @@ async def test_a_failed_hand_off_is_tried_again_without_a_prefill_worker(make_ro
     router = await make_router(policy="round_robin", local_prefill_max_tokens=0)
     worker = await router.add_worker("decode-0")
     for worker_id in ("prefill-0", "prefill-1"):
-        await router.registry.announce(decode_record(worker_id, "127.0.0.1:1", role="prefill"), 60.0)
+        await router.announce(decode_record(worker_id, "127.0.0.1:1", role="prefill"))
     await router.until(lambda: len(router.fleet.prefill_workers()) == 2)
     worker.errors = [error(common_pb2.ERROR_KIND_HANDOFF_FAILED)]
     assert await stream_ids(router) == expected_ids()

@@ -151,7 +151,7 @@ async def test_a_full_batch_with_a_queue_refuses_before_the_worker_hears_of_it(
     router: Router = await make_router(max_queue_wait_s=1.0)
     worker = await router.add_worker("decode-0", is_held=True)
     record = decode_record("decode-0", f"127.0.0.1:{worker.port}", max_running=2)
-    await router.registry.announce(record, 60.0)
+    await router.announce(record)
     await router.until(lambda: router.fleet.workers()[0][0].max_running == 2)
     router.app.state.serving.models.first.overload.times.ended(1.5, 1.5, 10)
     accepted = [asyncio.create_task(router.complete()) for _ in range(3)]  # two run, one waits 0.75 s
@@ -172,7 +172,7 @@ async def test_queued_prompt_tokens_count_with_what_was_just_sent(make_router: R
     router: Router = await make_router(max_queue_wait_s=1.0)
     worker = await router.add_worker("decode-0", is_held=True)
     record = decode_record("decode-0", f"127.0.0.1:{worker.port}", load=WorkerLoad(prefill_tokens_per_s=10.0))
-    await router.registry.announce(record, 60.0)
+    await router.announce(record)
     await router.until(lambda: router.fleet.workers()[0][0].load.prefill_tokens_per_s == 10.0)
     first = asyncio.create_task(router.complete(prompt=[5] * 20))
     await worker.until(lambda: len(worker.submits) == 1)

@@ -31,7 +31,7 @@ async def announce(router: Router, worker: FakeWorker, role: Any) -> None:
         num_blocks=worker.load.num_blocks,
         load=worker.load.load(),
     )
-    await router.registry.announce(record, 60.0)
+    await router.announce(record)
     await router.until(lambda: router.fleet._records.get(record.worker_id) == record)
 
 

@@ -26,7 +26,7 @@ def parsed(headers: Any) -> dict[str, str]:
 
 
 async def add_prefill(router: Router, worker_id: str, **fields: Any) -> None:
-    await router.registry.announce(decode_record(worker_id, "127.0.0.1:1", role="prefill", **fields), 60.0)
+    await router.announce(decode_record(worker_id, "127.0.0.1:1", role="prefill", **fields))
     await router.until(lambda: worker_id in {record.worker_id for record in router.fleet.prefill_workers()})
 
 

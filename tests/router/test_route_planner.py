@@ -18,7 +18,7 @@ SLOW, FAST = WorkerLoad(prefill_tokens_per_s=1.0), WorkerLoad(prefill_tokens_per
 
 
 async def add_prefill(router: Router, worker_id: str, **fields: Any) -> None:
-    await router.registry.announce(decode_record(worker_id, "127.0.0.1:1", role="prefill", **fields), 60.0)
+    await router.announce(decode_record(worker_id, "127.0.0.1:1", role="prefill", **fields))
     await router.until(lambda: worker_id in {record.worker_id for record in router.fleet.prefill_workers()})
 
 
@@ -114,7 +114,7 @@ async def test_a_prefill_worker_that_drains_gets_nothing_new(make_router: Router
     await add_prefill(router, "prefill-0", load=FAST)
     assert "prefill=prefill-0" in await route_of(router)
     record = next(r for r in await router.registry.list() if r.worker_id == "prefill-0")
-    await router.registry.announce(replace(record, is_draining=True), 60.0)
+    await router.announce(replace(record, is_draining=True))
     await router.until(lambda: router.fleet._records["prefill-0"].is_draining)
     assert "prefill=local" in await route_of(router)
 
@@ -133,7 +133,7 @@ async def test_workers_that_drain_or_leave_get_nothing_new(make_router: RouterFa
     await router.add_worker("decode-1")
     await add_prefill(router, "prefill-0")
     record = next(r for r in await router.registry.list() if r.worker_id == "decode-0")
-    await router.registry.announce(replace(record, is_draining=True), 60.0)
+    await router.announce(replace(record, is_draining=True))
     await router.until(lambda: router.linked() == ["decode-1"])
     await router.registry.withdraw("prefill-0")
     await router.until(lambda: router.fleet.prefill_workers() == [])
@@ -166,7 +166,7 @@ async def test_the_shortest_context_of_the_workers_counts(make_router: RouterFac
     router = await make_router()
     await router.add_worker("decode-0")
     record = (await router.registry.list())[0]
-    await router.registry.announce(replace(record, max_model_len=100), 60.0)
+    await router.announce(replace(record, max_model_len=100))
     await router.until(lambda: router.fleet.max_model_len() == 100)
     response = await router.complete(prompt=LONG)
     assert response.json()["error"]["code"] == "context_length_exceeded"
@@ -193,7 +193,7 @@ async def test_an_idle_link_s_load_is_old_and_the_registry_s_counts(make_router:
     assert planner.decode_candidate(record, link, {}).num_requests == 0
     busy = replace(record, load=WorkerLoad(num_running=7, num_waiting_tokens=900, num_free_blocks=10))
     link._told_at -= 10.0
-    await router.registry.announce(busy, 60.0)
+    await router.announce(busy)
     await router.until(lambda: router.fleet._records["decode-0"].load == busy.load)
     candidate = planner.decode_candidate(busy, link, {})
     assert (candidate.num_requests, candidate.num_waiting_tokens) == (7, 900)

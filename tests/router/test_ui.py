@@ -140,7 +140,7 @@ async def test_a_draining_and_a_gone_worker_are_seen(router: Router) -> None:
     async with events(router) as stream:
         worker = router.workers["decode-0"]
         address = f"127.0.0.1:{worker.port}"
-        await router.registry.announce(decode_record("decode-0", address, is_draining=True), 60.0)
+        await router.announce(decode_record("decode-0", address, is_draining=True))
         async with asyncio.timeout(10):
             async for name, data in stream:
                 if name == "state" and data["workers"] and data["workers"][0]["status"] == "draining":
@@ -160,9 +160,9 @@ async def test_tiers_and_experts_come_from_the_workers_own_pages(router: Router)
     try:
         for index in range(2):
             record = decode_record(f"prefill-{index}", LOCAL, role="prefill", metrics_address=metrics_address)
-            await router.registry.announce(record, 60.0)
+            await router.announce(record)
         broken = decode_record("prefill-9", LOCAL, role="prefill", metrics_address="127.0.0.1:1")
-        await router.registry.announce(broken, 60.0)
+        await router.announce(broken)
         async with events(router) as stream:
             seen = await state_with(stream, "experts")
     finally:
@@ -216,7 +216,7 @@ async def test_viewers_are_sent_home_when_the_router_has_drained(router: Router)
 async def test_many_workers_are_bounded(router: Router) -> None:
     for index in range(300):
         record = decode_record(f"prefill-{index:03}", LOCAL, role="prefill", load=WorkerLoad(num_running=1))
-        await router.registry.announce(record, 60.0)
+        await router.announce(record)
     async with events(router) as stream:
         async with asyncio.timeout(20):
             async for name, data in stream:

@@ -167,7 +167,6 @@ async def test_a_mapping_ends_with_its_owner_but_not_under_a_reader(
 async def test_what_cannot_be_opened_is_tried_once_and_told_once(
     opener: Opener, owners: Callable[[], KvCache], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("WARNING")  # whatever a command that was tested before has set
     owner, gone, mappings = owners(), owners(), DeviceMappings(opener)
     gone_pb = offer(gone)
     gone.close()
