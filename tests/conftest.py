@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import io
 import logging
 import os
 from collections.abc import Generator, Iterator
@@ -39,9 +38,17 @@ def pytest_runtest_makereport(
     """A test of coroutines that takes too long is interrupted in the event loop; say what they wait for."""
     report = yield
     if call.excinfo is not None and "from pytest-timeout" in str(call.excinfo.value):
-        stacks = io.StringIO()
-        for thing in gc.get_objects():  # by type: isinstance() would ask proxies
-            if issubclass(type(thing), asyncio.Task) and not thing.done():
-                thing.print_stack(file=stacks)
-        report.sections.append(("Tasks that have not ended", stacks.getvalue()))
+        # By type: isinstance() would ask proxies.
+        tasks = [thing for thing in gc.get_objects() if issubclass(type(thing), asyncio.Task)]
+        waits = [line for task in tasks if not task.done() for line in _waits(task)]
+        report.sections.append(("Tasks that have not ended", "\n".join(waits)))
     return report
+
+
+def _waits(task: asyncio.Task[object]) -> Iterator[str]:
+    """From the task's coroutine to the one that waits, as far as they are Python's."""
+    yield repr(task)
+    coroutine: object = task.get_coro()
+    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+        yield f"  {frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
+        coroutine = getattr(coroutine, "cr_await", None)
